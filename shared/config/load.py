@@ -45,7 +45,7 @@ def load_config(
         raise ConfigError(f"{section}: {_readable(error)}") from None
 
 
-SECTIONS = ("router", "scheduler", "worker")
+SECTIONS = ("router", "scheduler", "worker", "up")
 
 
 def _from_file(path: Path, section: str, known: set[str]) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def _from_file(path: Path, section: str, known: set[str]) -> dict[str, Any]:
 def _all_fields() -> set[str]:
     from shared.config import services
 
-    kinds = (services.RouterConfig, services.SchedulerConfig, services.WorkerConfig)
+    kinds = (services.RouterConfig, services.SchedulerConfig, services.WorkerConfig, services.UpConfig)
     return {name for kind in kinds for name in kind.__struct_fields__}
 
 

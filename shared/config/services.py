@@ -91,3 +91,12 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Compute threads; 0: the physical cores."""
     internal_token: str = ""
     log_format: Literal["auto", "json", "console"] = "auto"
+
+
+class UpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`sluice up`: what the local cluster has beyond its three services' own settings."""
+
+    workers: Annotated[int, Meta(ge=1, le=64)] = 1
+    scheduler_port: Port = 50052
+    worker_port: Port = 50053
+    """The first worker's; the others follow. 0: free ones."""
