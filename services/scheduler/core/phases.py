@@ -1,0 +1,128 @@
+"""Where a request's time goes: queue (and why), prefill, decode. Durations only, added up as they pass."""
+
+import enum
+from dataclasses import dataclass, field
+
+from services.scheduler.core.events import Durations
+
+
+@enum.unique
+class Phase(enum.IntEnum):
+    """A request is in the most advanced phase of its samples."""
+
+    QUEUE = 0
+    PREFILL = 1
+    DECODE = 2
+
+
+@enum.unique
+class WaitReason(enum.Enum):
+    """Why the queue does not move."""
+
+    BUDGET = "budget"
+    BLOCKS = "blocks"
+    MAX_NUM_SEQS = "max_num_seqs"
+    WORKER_LOST = "worker_lost"
+
+
+@dataclass(slots=True)
+class WaitClock:
+    """Time that passed under each reason, for everybody who waits in one queue: a waiter takes a reading when it
+    enters and another when it leaves, so a step costs nothing per waiter."""
+
+    reason: WaitReason = WaitReason.BUDGET
+    since_ns: int = 0
+    passed_ns: dict[WaitReason, int] = field(default_factory=dict)
+
+    def turn(self, reason: WaitReason, now_ns: int) -> None:
+        """From now on the queue waits for `reason`."""
+        self.passed_ns[self.reason] = self.passed_ns.get(self.reason, 0) + now_ns - self.since_ns
+        self.since_ns = now_ns
+        self.reason = reason
+
+    def read(self, now_ns: int) -> dict[WaitReason, int]:
+        self.turn(self.reason, now_ns)
+        return dict(self.passed_ns)
+
+
+@dataclass(slots=True)
+class Ledger:
+    """One request's time. `in_phase[p]` counts its live samples in phase p."""
+
+    started_ns: int
+    num_samples: int
+    in_phase: list[int] = field(init=False)
+    spent_ns: list[int] = field(default_factory=lambda: [0, 0, 0])
+    phase: Phase = Phase.QUEUE
+    since_ns: int = field(init=False)
+    reading: dict[WaitReason, int] = field(default_factory=dict)
+    override: WaitReason | None = None
+    """Attributes the rest of this wait to one reason, whatever the queue says."""
+    queue_reason_ns: dict[str, int] = field(default_factory=dict)
+    preemptions: int = 0
+    prefill_steps: int = 0
+    decode_steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.in_phase = [self.num_samples, 0, 0]
+        self.since_ns = self.started_ns
+
+    def enter_queue(self, clock: WaitClock, now_ns: int) -> None:
+        """Begins to attribute waiting time to the reasons of `clock`."""
+        self.reading = clock.read(now_ns)
+
+    def move(self, before: Phase, after: Phase | None, clock: WaitClock, now_ns: int) -> None:
+        """One sample goes from a phase to another, or ends (None)."""
+        self.in_phase[before] -= 1
+        if after is not None:
+            self.in_phase[after] += 1
+        phase = self._most_advanced()
+        if phase is self.phase:
+            return
+        self._close(clock, now_ns)
+        self.phase = phase
+        if phase is Phase.QUEUE:
+            self.enter_queue(clock, now_ns)
+
+    def change_queue(self, before: WaitClock, after: WaitClock, now_ns: int) -> None:
+        """The request waits elsewhere now."""
+        if self.phase is Phase.QUEUE:
+            self._close(before, now_ns)
+            self.enter_queue(after, now_ns)
+
+    def close(self, clock: WaitClock, now_ns: int) -> Durations:
+        """The final account."""
+        self._close(clock, now_ns)
+        queue, prefill, decode = self.spent_ns
+        return Durations(
+            total_ns=now_ns - self.started_ns,
+            queue_ns=queue,
+            prefill_ns=prefill,
+            decode_ns=decode,
+            preemptions=self.preemptions,
+            prefill_steps=self.prefill_steps,
+            decode_steps=self.decode_steps,
+            queue_reason_ns=self.queue_reason_ns,
+        )
+
+    def _most_advanced(self) -> Phase:
+        if self.in_phase[Phase.DECODE]:
+            return Phase.DECODE
+        return Phase.PREFILL if self.in_phase[Phase.PREFILL] else Phase.QUEUE
+
+    def _close(self, clock: WaitClock, now_ns: int) -> None:
+        passed_ns = now_ns - self.since_ns
+        self.spent_ns[self.phase] += passed_ns
+        self.since_ns = now_ns
+        if self.phase is not Phase.QUEUE:
+            return
+        if self.override:
+            self._add_wait(self.override, passed_ns)
+            self.override = None
+            return
+        for reason, passed in clock.read(now_ns).items():
+            self._add_wait(reason, passed - self.reading.get(reason, 0))
+
+    def _add_wait(self, reason: WaitReason, waited_ns: int) -> None:
+        if waited_ns:
+            self.queue_reason_ns[reason.value] = self.queue_reason_ns.get(reason.value, 0) + waited_ns

@@ -1,0 +1,161 @@
+"""A request and its samples: a few counters, everything else derived from them."""
+
+import enum
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from services.scheduler.core.events import RequestKey
+from services.scheduler.core.phases import Ledger, Phase
+from shared.outcome import Refusal
+from shared.prefix import BlockHash
+from shared.sampling import Sampling, Stopping, TokenLogprobs, Want
+
+
+class Submission(msgspec.Struct, frozen=True, kw_only=True):
+    """What arrives: one prompt, `n` samples of it. `deadline_ns` is a point of the core's clock, 0 for none."""
+
+    key: RequestKey
+    token_ids: tuple[int, ...] | array
+    sampling: Sampling
+    stopping: Stopping = Stopping()
+    want: Want = Want()
+    n: int = 1
+    priority: int = 0
+    deterministic: bool = False
+    deadline_ns: int = 0
+    salt: bytes = b""
+
+
+@enum.unique
+class Status(enum.Enum):
+    """Where a sample stands. Legal transitions are in TRANSITIONS."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+TRANSITIONS: dict[Status, frozenset[Status]] = {
+    Status.WAITING: frozenset({Status.RUNNING, Status.ENDED}),
+    Status.RUNNING: frozenset({Status.WAITING, Status.ENDED}),
+    Status.ENDED: frozenset(),
+}
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """What the samples of one prompt have in common."""
+
+    submission: Submission
+    order: tuple[float, int]
+    """The policy's key: smaller runs first, and is preempted last."""
+    max_len: int
+    """Known tokens at which a sample ends with LENGTH."""
+    root: BlockHash
+    ledger: Ledger
+    samples: list["Sample"] = field(default_factory=list)
+    cached_tokens: int = 0
+    refusal: Refusal | None = None
+
+    @property
+    def key(self) -> RequestKey:
+        return self.submission.key
+
+    @property
+    def num_live(self) -> int:
+        return sum(sample.status is not Status.ENDED for sample in self.samples)
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(sample.num_generated for sample in self.samples)
+
+
+@dataclass(slots=True, eq=False)
+class Sample:
+    """One answer in the making.
+
+    `tokens` are the known tokens. A step moves `planned` (and, once applied, `computed`) towards them:
+    [0, computed) stand in the cache, [computed, planned) are in flight, [planned, known) wait for a grant. `unknown`
+    counts tokens that plans in flight will sample; they follow `tokens` and count as known for planning.
+    """
+
+    request: Request
+    index: int
+    tokens: array
+    prompt_len: int
+    max_len: int
+    stop_token_ids: frozenset[int]
+    status: Status = Status.WAITING
+    group_id: str = ""
+    slot: int = -1
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[BlockHash] = field(default_factory=list)
+    """Of the full blocks of `tokens`, as far as computed until now."""
+    num_indexed: int = 0
+    """Leading blocks that were offered to the prefix index."""
+    planned: int = 0
+    computed: int = 0
+    unknown: int = 0
+    phase: Phase = Phase.QUEUE
+    incarnation: int = 0
+    """Counts admissions that were undone; tells rows of a plan in flight that they are of an earlier life."""
+    failures: int = 0
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs_sent: bool = False
+
+    @property
+    def known(self) -> int:
+        return len(self.tokens) + self.unknown
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that a plan may still grant. A sample whose last token is being sampled has none."""
+        known = len(self.tokens) + self.unknown
+        return 0 if known >= self.max_len else known - self.planned
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def order(self) -> tuple[float, int, int]:
+        return (*self.request.order, self.index)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return self.index == 0 and self.request.submission.want.prompt_logprobs >= 0 and not self.prompt_logprobs_sent
+
+    def move(self, status: Status) -> None:
+        """Raises ValueError on a transition that TRANSITIONS does not list."""
+        if status not in TRANSITIONS[self.status]:
+            raise ValueError(f"sample {self.request.key}/{self.index}: {self.status.value} → {status.value}")
+        self.status = status
+
+    def forget_progress(self) -> None:
+        """Back to nothing computed: what preemption and a lost worker have in common. Known tokens stay."""
+        self.incarnation += 1
+        self.slot = -1
+        self.blocks = []
+        self.num_indexed = 0
+        self.planned = 0
+        self.computed = 0
+        if not self.prompt_logprobs_sent:
+            self.prompt_logprobs = []
+
+
+def make_samples(request: Request) -> Iterable[Sample]:
+    """The samples of a request, each with its own copy of the prompt's tokens."""
+    submission = request.submission
+    for index in range(submission.n):
+        tokens = array("I", submission.token_ids)
+        yield Sample(
+            request=request,
+            index=index,
+            tokens=tokens,
+            prompt_len=len(tokens),
+            max_len=request.max_len,
+            stop_token_ids=submission.stopping.stop_token_ids,
+        )

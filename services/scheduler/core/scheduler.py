@@ -1,0 +1,436 @@
+"""The scheduler: submit, abort, schedule, apply. One rule: a step moves `computed` towards `known` within a budget.
+
+Nothing here waits, reads a clock or draws a number; time is an argument, in nanoseconds of one monotonic clock. What
+happened to requests comes out of `take_events`.
+"""
+
+import heapq
+
+import msgspec
+
+from services.scheduler.core.admission import Limits, longest_sample, refuse_submission
+from services.scheduler.core.events import Event, Released, RequestKey, SampleEnded, Tokens
+from services.scheduler.core.phases import Ledger, Phase, WaitReason
+from services.scheduler.core.plan import StepPlan, StepResult
+from services.scheduler.core.policy import POLICIES, Policy
+from services.scheduler.core.request import Request, Sample, Status, Submission, make_samples
+from services.scheduler.core.step import Step
+from services.scheduler.core.worker_group import GroupSpec, InFlight, WorkerGroup
+from shared.outcome import AbortCause, FinishReason, Refusal
+from shared.prefix import root_hash
+from shared.sampling import TokenLogprobs
+
+
+class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the core can be told. `long_prefill_token_threshold` 0 means the whole budget."""
+
+    max_model_len: int
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    long_prefill_token_threshold: int = 0
+    max_num_queued_reqs: int = 2048
+    policy: str = "fcfs"
+    enable_prefix_caching: bool = True
+    max_step_retries: int = 1
+    """How often a request may be part of a failed step before it ends with an error."""
+
+
+class Scheduler:
+    """Decides everything about requests on its worker groups. Not thread-safe: one loop owns it."""
+
+    def __init__(self, config: CoreConfig) -> None:
+        self.config = config
+        self.groups: dict[str, WorkerGroup] = {}
+        self.requests: dict[RequestKey, Request] = {}
+        self._limits = Limits(max_num_queued_reqs=config.max_num_queued_reqs, max_model_len=config.max_model_len)
+        self._policy: Policy = POLICIES[config.policy]()
+        self._arrivals = 0
+        self._deadlines: list[tuple[int, int, RequestKey]] = []
+        self._events: list[Event] = []
+
+    # What comes in.
+
+    def add_group(self, spec: GroupSpec, now_ns: int) -> None:
+        """A worker group is ready. Raises ValueError for an id in use."""
+        if spec.id in self.groups:
+            raise ValueError(f"group {spec.id} exists")
+        capped = msgspec.structs.replace(
+            spec,
+            max_num_seqs=min(spec.max_num_seqs, self.config.max_num_seqs),
+            max_num_batched_tokens=min(spec.max_num_batched_tokens, self.config.max_num_batched_tokens),
+        )
+        group = WorkerGroup(capped)
+        group.clock.since_ns = now_ns
+        self.groups[spec.id] = group
+
+    def lose_group(self, group_id: str, now_ns: int) -> None:
+        """A worker group is gone, its cache with it: its samples start again elsewhere, what was generated being known
+        tokens; with nowhere to go they end with a retryable error."""
+        group = self.groups.pop(group_id)
+        for flight in group.in_flight:
+            for sample in flight.rows:
+                sample.unknown = 0
+        for sample in [*group.running, *group.waiting]:
+            if sample.status is Status.RUNNING:
+                self._count_preemption(sample, group, now_ns)
+            sample.request.ledger.override = WaitReason.WORKER_LOST
+            sample.forget_progress()
+            target = self._best_group(sample)
+            if target is None:
+                refusal = Refusal(
+                    name="worker_lost", message="the worker was lost; try again soon", retry_after_ms=1000
+                )
+                self._end(sample, FinishReason.ERROR, group, now_ns, refusal=refusal)
+            else:
+                sample.group_id = target.id
+                target.waiting.add(sample)
+
+    def submit(self, submission: Submission, now_ns: int) -> None:
+        """Takes a request, or refuses it by name through a Released event. Raises ValueError for a live key."""
+        if submission.key in self.requests:
+            raise ValueError(f"request {submission.key} is live")
+        groups = list(self.groups.values())
+        num_waiting = sum(len(group.waiting) for group in groups)
+        refusal = refuse_submission(submission, groups, num_waiting, self._limits, now_ns)
+        if refusal:
+            self._events.append(Released(key=submission.key, refusal=refusal))
+            return
+        self._arrivals += 1
+        request = Request(
+            submission=submission,
+            order=self._policy.order(arrival=self._arrivals, priority=submission.priority, now_ns=now_ns),
+            max_len=longest_sample(submission, groups, self._limits),
+            root=root_hash(self._salt(submission), exact=submission.deterministic),
+            ledger=Ledger(now_ns, submission.n),
+        )
+        request.samples.extend(make_samples(request))
+        self.requests[submission.key] = request
+        self._enqueue(request, now_ns)
+        if submission.deadline_ns:
+            heapq.heappush(self._deadlines, (submission.deadline_ns, self._arrivals, submission.key))
+
+    def abort(self, key: RequestKey, index: int, cause: AbortCause, now_ns: int) -> None:
+        """Ends one sample (or all, index -1), in whatever state. Idempotent: an unknown key is one already released."""
+        request = self.requests.get(key)
+        if request is None:
+            return
+        samples = request.samples if index < 0 else request.samples[index : index + 1]
+        stop = cause is AbortCause.STOP_STRING
+        reason = FinishReason.STOP if stop else FinishReason.ABORT
+        refusal = None if stop else _ABORT_REFUSALS[cause]
+        for sample in samples:
+            self._end_live(sample, reason, now_ns, refusal=refusal)
+
+    # What goes out.
+
+    def schedule(self, group_id: str, now_ns: int) -> StepPlan | None:
+        """The group's next step, or None where there is nothing to do. The plan is in flight from now on."""
+        self._expire(now_ns)
+        group = self.groups[group_id]
+        budget = group.spec.max_num_batched_tokens
+        step = Step(prefill_budget=max(1, budget - len(group.running)))
+        self._grant_running(group, step, now_ns)
+        self._admit_waiting(group, step, now_ns)
+        return step.seal(group) if step.rows else None
+
+    def apply(self, group_id: str, result: StepResult, now_ns: int) -> None:
+        """Absorbs the answer to the oldest plan in flight. Raises ValueError for any other step."""
+        group = self.groups[group_id]
+        if not group.in_flight or group.in_flight[0].plan.step != result.step:
+            raise ValueError(f"step {result.step} is not the oldest plan in flight on {group_id}")
+        if result.error:
+            self._fail_step(group, now_ns)
+            return
+        flight = group.in_flight.popleft()
+        group.pace.learn(flight.plan.num_tokens, len(flight.rows), result.run_ns)
+        tokens = iter(result.tokens)
+        for row, sample in enumerate(flight.rows):
+            token = next(tokens) if flight.plan.samples[row] else None
+            self._apply_row(group, flight, row, sample, token, result, now_ns)
+
+    def take_events(self) -> list[Event]:
+        """What happened since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    def next_deadline_ns(self) -> int | None:
+        return self._deadlines[0][0] if self._deadlines else None
+
+    # Inside a step.
+
+    def _grant_running(self, group: WorkerGroup, step: Step, now_ns: int) -> None:
+        """Every running sample in the policy's order: blocks go to the first, and are taken from the last."""
+        running = group.running.samples
+        block_size = group.spec.block_size
+        row = 0
+        while row < len(running):
+            sample = running[row]
+            row += 1
+            count = sample.remaining
+            if count > 1:
+                count = self._prefill_grant(step, count)
+            if count <= 0:
+                continue
+            end = sample.planned + count
+            missing = -(-end // block_size) - len(sample.blocks)
+            new_blocks: list[int] | tuple[()] = ()
+            if missing > 0:
+                if not self._make_room(group, sample, missing, now_ns):
+                    break
+                new_blocks = [group.pool.take() for _ in range(missing)]
+                sample.blocks += new_blocks
+            step.grant(sample, count, new_blocks)
+            if end // block_size > sample.num_indexed:
+                step.pending += group.index_full_blocks(sample, min(end, len(sample.tokens)))
+
+    def _prefill_grant(self, step: Step, remaining: int) -> int:
+        threshold = self.config.long_prefill_token_threshold or remaining
+        count = min(remaining, threshold, step.prefill_budget)
+        step.prefill_budget -= count
+        return count
+
+    def _make_room(self, group: WorkerGroup, sample: Sample, missing: int, now_ns: int) -> bool:
+        """Preempts from the end of the order until `missing` blocks are available; False where that took `sample`."""
+        while group.pool.num_available < missing:
+            victim = group.running.samples[-1]
+            self._preempt(victim, group, now_ns)
+            if victim is sample:
+                return False
+        return True
+
+    def _admit_waiting(self, group: WorkerGroup, step: Step, now_ns: int) -> None:
+        """Takes samples from the queue, in order, until the first that does not fit; notes why it did not."""
+        reason = WaitReason.BUDGET
+        while (sample := group.waiting.first or self._steal(group, now_ns)) is not None:
+            blocked = self._try_admit(group, sample, step, now_ns)
+            if blocked is not None:
+                reason = blocked
+                break
+        if reason is not group.clock.reason:
+            group.clock.turn(reason, now_ns)
+
+    def _try_admit(self, group: WorkerGroup, sample: Sample, step: Step, now_ns: int) -> WaitReason | None:
+        if not group.free_slots:
+            return WaitReason.MAX_NUM_SEQS
+        if step.prefill_budget <= 0 or sample.unknown or len(step.rows) >= group.spec.max_num_batched_tokens:
+            return WaitReason.BUDGET
+        hits = group.match(sample)
+        pool, block_size = group.pool, group.spec.block_size
+        needed = -(-len(sample.tokens) // block_size) - len(hits)
+        if needed + group.headroom_blocks > pool.num_available - pool.num_cached_among(hits):
+            return WaitReason.BLOCKS
+        self._admit(group, sample, hits, needed, step, now_ns)
+        return None
+
+    def _admit(self, group: WorkerGroup, sample: Sample, hits: list[int], needed: int, step: Step, now_ns: int) -> None:
+        group.waiting.remove(sample)
+        for block in hits:
+            group.pool.share(block)
+        sample.blocks = [*hits, *(group.pool.take() for _ in range(needed))]
+        sample.slot = group.free_slots.pop()
+        sample.planned = sample.computed = len(hits) * group.spec.block_size
+        sample.num_indexed = len(hits)
+        sample.move(Status.RUNNING)
+        self._move_phase(sample, Phase.PREFILL, group, now_ns)
+        if sample.index == 0 and sample.num_generated == 0 and sample.incarnation == 0:
+            sample.request.cached_tokens = sample.planned
+        group.running.add(sample)
+        step.admit(sample)
+        count = self._prefill_grant(step, sample.remaining)
+        step.grant(sample, count, ())
+        step.pending += group.index_full_blocks(sample, sample.planned)
+
+    def _steal(self, group: WorkerGroup, now_ns: int) -> Sample | None:
+        """With nobody waiting here: the first of the longest queue that is stuck elsewhere, if it can run here."""
+        stuck = [
+            other
+            for other in self.groups.values()
+            if len(other.waiting) and other.clock.reason in (WaitReason.BLOCKS, WaitReason.MAX_NUM_SEQS)
+        ]
+        if not stuck or not group.free_slots:
+            return None
+        other = max(stuck, key=lambda candidate: len(candidate.waiting))
+        sample = other.waiting.samples[0]
+        if sample.unknown or not group.fits(sample.max_len):
+            return None
+        other.waiting.remove(sample)
+        sample.request.ledger.change_queue(other.clock, group.clock, now_ns)
+        sample.group_id = group.id
+        group.waiting.add(sample)
+        return sample
+
+    # After a step.
+
+    def _apply_row(
+        self,
+        group: WorkerGroup,
+        flight: InFlight,
+        row: int,
+        sample: Sample,
+        token: int | None,
+        result: StepResult,
+        now_ns: int,
+    ) -> None:
+        if sample.status is Status.ENDED:
+            return
+        if token is not None:
+            sample.unknown -= 1
+            sample.tokens.append(token)
+        if sample.incarnation == flight.incarnations[row]:
+            sample.computed += flight.plan.counts[row]
+            self._count_step(sample)
+            if sample.computed // group.spec.block_size > sample.num_indexed:
+                group.index_full_blocks(sample, sample.computed)
+            if row in result.prompt_logprobs:
+                sample.prompt_logprobs += result.prompt_logprobs[row][1]
+        if token is not None:
+            self._emit_token(sample, token, result.logprobs.get(row), group, now_ns)
+
+    def _emit_token(
+        self, sample: Sample, token: int, logprobs: TokenLogprobs | None, group: WorkerGroup, now_ns: int
+    ) -> None:
+        prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+        if sample.wants_prompt_logprobs:
+            prompt_logprobs = tuple(sample.prompt_logprobs)
+            sample.prompt_logprobs_sent = True
+            sample.prompt_logprobs = []
+        if sample.phase is Phase.PREFILL:
+            self._move_phase(sample, Phase.DECODE, group, now_ns)
+        self._events.append(
+            Tokens(sample.request.key, sample.index, (token,), (logprobs,) if logprobs else (), prompt_logprobs)
+        )
+        if token in sample.stop_token_ids and sample.num_generated > sample.request.submission.stopping.min_tokens:
+            self._end(sample, FinishReason.STOP, group, now_ns, stop_token_id=token)
+        elif len(sample.tokens) >= sample.max_len:
+            self._end(sample, FinishReason.LENGTH, group, now_ns)
+
+    def _count_step(self, sample: Sample) -> None:
+        ledger = sample.request.ledger
+        if sample.phase is Phase.DECODE:
+            ledger.decode_steps += 1
+        else:
+            ledger.prefill_steps += 1
+
+    def _fail_step(self, group: WorkerGroup, now_ns: int) -> None:
+        """The oldest plan failed and the worker skips what follows it: what was pending is withdrawn, and every
+        running sample falls back to what the index still holds. Who was in too many failed steps ends."""
+        culprits = {sample for sample in group.in_flight[0].rows if sample.status is not Status.ENDED}
+        for flight in group.in_flight:
+            for block in flight.pending:
+                group.pool.withdraw(block)
+            for sample in flight.rows:
+                sample.unknown = 0
+        group.in_flight.clear()
+        for sample in reversed(list(group.running)):
+            self._preempt(sample, group, now_ns)
+        refusal = Refusal(name="step_failed", message="the model failed on this batch; the server's log says why")
+        for sample in culprits:
+            sample.failures += 1
+            if sample.failures > self.config.max_step_retries:
+                self._end_live(sample, FinishReason.ERROR, now_ns, refusal=refusal)
+
+    # One sample's life.
+
+    def _enqueue(self, request: Request, now_ns: int) -> None:
+        target = self._best_group(request.samples[0])
+        assert target is not None, "admission found a group that fits"
+        for sample in request.samples:
+            sample.group_id = target.id
+            target.waiting.add(sample)
+        request.ledger.enter_queue(target.clock, now_ns)
+
+    def _best_group(self, sample: Sample) -> WorkerGroup | None:
+        """Where the least work stands before the sample's first token: its own tokens that are not warm, those of
+        everybody waiting there, and the running ones that share every step."""
+        fitting = [group for group in self.groups.values() if group.fits(sample.max_len)]
+        if len(fitting) <= 1:
+            return fitting[0] if fitting else None
+
+        def work(group: WorkerGroup) -> tuple[int, int, str]:
+            cold = len(sample.tokens) - len(group.match(sample)) * group.spec.block_size
+            return cold + group.waiting.tokens + len(group.running), len(group.running), group.id
+
+        return min(fitting, key=work)
+
+    def _preempt(self, sample: Sample, group: WorkerGroup, now_ns: int) -> None:
+        """Back to the queue, by recompute; it keeps its place in the order, so it is first in line and never starves."""
+        group.running.remove(sample)
+        self._release(sample, group)
+        self._count_preemption(sample, group, now_ns)
+        group.waiting.add(sample)
+
+    def _count_preemption(self, sample: Sample, group: WorkerGroup, now_ns: int) -> None:
+        sample.request.ledger.preemptions += 1
+        sample.move(Status.WAITING)
+        self._move_phase(sample, Phase.QUEUE, group, now_ns)
+
+    def _release(self, sample: Sample, group: WorkerGroup) -> None:
+        group.pool.release(sample.blocks)
+        group.free_slots.append(sample.slot)
+        sample.forget_progress()
+
+    def _end_live(self, sample: Sample, reason: FinishReason, now_ns: int, *, refusal: Refusal | None = None) -> None:
+        if sample.status is not Status.ENDED:
+            self._end(sample, reason, self.groups[sample.group_id], now_ns, refusal=refusal)
+
+    def _end(
+        self,
+        sample: Sample,
+        reason: FinishReason,
+        group: WorkerGroup,
+        now_ns: int,
+        *,
+        stop_token_id: int = -1,
+        refusal: Refusal | None = None,
+    ) -> None:
+        """The one way out: blocks and slot go back, one SampleEnded goes out, and Released after the last sample."""
+        if sample.status is Status.RUNNING:
+            group.running.remove(sample)
+            self._release(sample, group)
+        elif group.id in self.groups:
+            group.waiting.remove(sample)
+        sample.move(Status.ENDED)
+        request = sample.request
+        request.refusal = request.refusal or refusal
+        self._events.append(SampleEnded(request.key, sample.index, reason, stop_token_id))
+        if request.num_live:
+            self._move_phase(sample, None, group, now_ns)
+            return
+        del self.requests[request.key]
+        self._events.append(
+            Released(
+                key=request.key,
+                refusal=request.refusal,
+                cached_tokens=request.cached_tokens,
+                completion_tokens=request.completion_tokens,
+                durations=request.ledger.close(group.clock, now_ns),
+            )
+        )
+
+    def _move_phase(self, sample: Sample, phase: Phase | None, group: WorkerGroup, now_ns: int) -> None:
+        if phase is not sample.phase:
+            sample.request.ledger.move(sample.phase, phase, group.clock, now_ns)
+            sample.phase = phase or Phase.QUEUE
+
+    def _expire(self, now_ns: int) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now_ns:
+            _, _, key = heapq.heappop(self._deadlines)
+            self.abort(key, -1, AbortCause.DEADLINE, now_ns)
+
+    def _salt(self, submission: Submission) -> bytes:
+        """Without prefix caching a request shares with nobody but its own samples."""
+        if self.config.enable_prefix_caching:
+            return submission.salt
+        return submission.salt + b"\0" + self._arrivals.to_bytes(8, "little")
+
+
+_ABORT_REFUSALS: dict[AbortCause, Refusal] = {
+    AbortCause.CLIENT: Refusal(name="cancelled", message="the client cancelled the request"),
+    AbortCause.DEADLINE: Refusal(
+        name="deadline_exceeded", message="the deadline passed before the answer was complete; allow more time"
+    ),
+    AbortCause.STALLED: Refusal(name="client_stalled", message="the client stopped reading its stream"),
+    AbortCause.DRAIN: Refusal(
+        name="draining", message="the server is shutting down; try another or try again soon", retry_after_ms=1000
+    ),
+}

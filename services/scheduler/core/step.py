@@ -1,0 +1,79 @@
+"""A step in the making: grants are added row by row, then sealed into a plan."""
+
+from array import array
+from dataclasses import dataclass, field
+
+from services.scheduler.core.plan import Admission, StepPlan
+from services.scheduler.core.request import Sample
+from services.scheduler.core.worker_group import InFlight, WorkerGroup
+from shared.sampling import NO_LOGPROBS
+
+
+@dataclass(slots=True)
+class Step:
+    """Rows so far. `prefill_budget` is what is left for rows of more than one token: every running sample's next
+    token is set aside before, so that a long prompt never starves a decode."""
+
+    prefill_budget: int
+    rows: list[Sample] = field(default_factory=list)
+    admissions: list[Admission] = field(default_factory=list)
+    pending: list[int] = field(default_factory=list)
+    slots: array = field(default_factory=lambda: array("H"))
+    counts: array = field(default_factory=lambda: array("H"))
+    block_counts: array = field(default_factory=lambda: array("H"))
+    samples: bytearray = field(default_factory=bytearray)
+    blocks: array = field(default_factory=lambda: array("I"))
+    exact: bool = False
+
+    def grant(self, sample: Sample, count: int, new_blocks: list[int] | tuple[()]) -> None:
+        """Adds a row: the sample's next `count` tokens, after `new_blocks` were appended to its table."""
+        sample.planned += count
+        samples = sample.planned == len(sample.tokens) + sample.unknown
+        if samples:
+            sample.unknown += 1
+        self.rows.append(sample)
+        self.slots.append(sample.slot)
+        self.counts.append(count)
+        self.block_counts.append(len(new_blocks))
+        self.samples.append(samples)
+        if new_blocks:
+            self.blocks.extend(new_blocks)
+        if sample.request.submission.deterministic:
+            self.exact = True
+
+    def admit(self, sample: Sample) -> None:
+        """Adds the sample's whole state; its row follows."""
+        submission = sample.request.submission
+        want_prompt = submission.want.prompt_logprobs if sample.wants_prompt_logprobs else NO_LOGPROBS
+        self.admissions.append(
+            Admission(
+                slot=sample.slot,
+                token_ids=sample.tokens.tobytes(),
+                prompt_len=sample.prompt_len,
+                computed=sample.planned,
+                blocks=tuple(sample.blocks),
+                sample_index=sample.index,
+                sampling=submission.sampling,
+                min_tokens=submission.stopping.min_tokens,
+                stop_token_ids=sample.stop_token_ids,
+                logprobs=submission.want.logprobs,
+                prompt_logprobs=want_prompt,
+            )
+        )
+
+    def seal(self, group: WorkerGroup) -> StepPlan:
+        """The plan, now in flight on the group."""
+        plan = StepPlan(
+            step=group.next_step,
+            exact=self.exact,
+            admissions=tuple(self.admissions),
+            slots=self.slots,
+            counts=self.counts,
+            block_counts=self.block_counts,
+            samples=bytes(self.samples),
+            blocks=self.blocks,
+        )
+        group.next_step += 1
+        incarnations = [sample.incarnation for sample in self.rows]
+        group.in_flight.append(InFlight(plan, self.rows, incarnations, self.pending))
+        return plan

@@ -1,0 +1,144 @@
+"""One worker group as the core sees it: a pool of blocks, a set of slots, who runs, who waits, what is in flight."""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import msgspec
+
+from services.scheduler.core.blocks import BlockPool
+from services.scheduler.core.phases import WaitClock
+from services.scheduler.core.plan import StepPlan
+from services.scheduler.core.queue import OrderedSamples
+from services.scheduler.core.request import Sample
+from shared.prefix import next_hash
+
+
+class GroupSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker group brings."""
+
+    id: str
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+class GroupLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """The load of one group; free + cached + referenced = total."""
+
+    group: str
+    requests_running: int
+    requests_waiting: int
+    kv_blocks_total: int
+    kv_blocks_free: int
+    kv_blocks_cached: int
+    kv_blocks_referenced: int
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A plan that was sent: its samples by row, the life each was in, and the blocks it made pending."""
+
+    plan: StepPlan
+    rows: list[Sample]
+    incarnations: list[int]
+    pending: list[int]
+
+
+@dataclass(slots=True)
+class Pace:
+    """What this group was seen to do; 0 while unknown."""
+
+    tokens_per_ns: float = 0.0
+    """The best rate of late: estimates made with it never refuse what could have been done."""
+    decode_step_ns: float = 0.0
+
+    def learn(self, num_tokens: int, num_rows: int, run_ns: int) -> None:
+        if run_ns <= 0:
+            return
+        self.tokens_per_ns = max(self.tokens_per_ns * 0.999, num_tokens / run_ns)
+        if num_tokens == num_rows:
+            self.decode_step_ns += (run_ns - self.decode_step_ns) * (0.2 if self.decode_step_ns else 1.0)
+
+    def estimate_ns(self, prompt_tokens: int, decode_steps: int) -> float:
+        """The least time for so much work; 0 while nothing was measured."""
+        prefill = prompt_tokens / self.tokens_per_ns if self.tokens_per_ns else 0.0
+        return prefill + decode_steps * self.decode_step_ns
+
+
+@dataclass(slots=True, eq=False)
+class WorkerGroup:
+    """Owns its pool, slots and queues. Holds no policy: the scheduler decides."""
+
+    spec: GroupSpec
+    pool: BlockPool = field(init=False)
+    running: OrderedSamples = field(default_factory=OrderedSamples)
+    waiting: OrderedSamples = field(default_factory=OrderedSamples)
+    clock: WaitClock = field(default_factory=WaitClock)
+    pace: Pace = field(default_factory=Pace)
+    in_flight: deque[InFlight] = field(default_factory=deque)
+    free_slots: list[int] = field(init=False)
+    next_step: int = 1
+
+    def __post_init__(self) -> None:
+        self.pool = BlockPool(self.spec.num_blocks, self.spec.block_size)
+        self.free_slots = list(range(self.spec.max_num_seqs - 1, -1, -1))
+
+    @property
+    def id(self) -> str:
+        return self.spec.id
+
+    @property
+    def headroom_blocks(self) -> int:
+        """Blocks left alone when a sample joins others, so that their next tokens do not preempt it at once."""
+        return max(1, self.spec.num_blocks // 100) if len(self.running) else 0
+
+    def fits(self, max_len: int) -> bool:
+        """Whether a sample of so many known tokens can ever run here alone. Its last token is never cached."""
+        return -(-(max_len - 1) // self.spec.block_size) <= self.spec.num_blocks
+
+    def load(self) -> GroupLoad:
+        pool = self.pool
+        return GroupLoad(
+            group=self.id,
+            requests_running=len(self.running),
+            requests_waiting=len(self.waiting),
+            kv_blocks_total=pool.num_blocks,
+            kv_blocks_free=len(pool.free),
+            kv_blocks_cached=len(pool.cached),
+            kv_blocks_referenced=pool.num_referenced,
+        )
+
+    def match(self, sample: Sample) -> list[int]:
+        """Blocks that hold a prefix of the sample's tokens. The last token is left to compute, since its logits are
+        wanted; a sample whose prompt logprobs are wanted computes everything."""
+        if sample.wants_prompt_logprobs:
+            return []
+        self.extend_hashes(sample)
+        block_size = self.spec.block_size
+        usable = (len(sample.tokens) - 1) // block_size
+        return self.pool.index.match(sample.hashes[:usable], sample.tokens, block_size, sample.request.root)
+
+    def extend_hashes(self, sample: Sample) -> None:
+        """Hashes the full blocks of known tokens that have no hash yet."""
+        block_size = self.spec.block_size
+        hashes = sample.hashes
+        for i in range(len(hashes), len(sample.tokens) // block_size):
+            parent = hashes[-1] if hashes else sample.request.root
+            hashes.append(next_hash(parent, sample.tokens[i * block_size : (i + 1) * block_size]))
+
+    def index_full_blocks(self, sample: Sample, upto: int) -> list[int]:
+        """Offers the sample's blocks below token `upto` (all known) to the index; returns those that it took."""
+        full = upto // self.spec.block_size
+        if full <= sample.num_indexed:
+            return []
+        self.extend_hashes(sample)
+        block_size, taken = self.spec.block_size, []
+        for i in range(sample.num_indexed, full):
+            parent = sample.hashes[i - 1] if i else sample.request.root
+            tokens = sample.tokens[i * block_size : (i + 1) * block_size]
+            block = sample.blocks[i]
+            if block not in self.pool.index.by_block and self.pool.index.add(block, sample.hashes[i], parent, tokens):
+                taken.append(block)
+        sample.num_indexed = full
+        return taken
