@@ -1,0 +1,1 @@
+"""One process per device: runs the plans of its scheduler, decides nothing."""

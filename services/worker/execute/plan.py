@@ -1,0 +1,111 @@
+"""What a worker is told to do in a step and what it answers, as values. Torch-free."""
+
+from typing import Protocol
+
+import msgspec
+import numpy as np
+
+from shared.sampling import NO_LOGPROBS, Sampling
+
+Array = np.ndarray
+
+
+class PlanError(Exception):
+    """A plan that does not fit the worker's state. `name` says which rule it breaks."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(f"{name}: {message}")
+        self.name = name
+
+
+class StepError(Exception):
+    """A step that could not be finished; the message is short and goes to the scheduler."""
+
+
+class Admit(msgspec.Struct, frozen=True, kw_only=True):
+    """A request to take up, or to take up again. Replaces whatever the slot held.
+
+    `token_ids` int32 [known], the prompt and then what was generated; `computed` of them stand in `blocks` (int32)
+    already. `stop_token_ids` int64 are not sampled before `min_tokens` tokens were.
+    """
+
+    slot: int
+    token_ids: Array
+    prompt_len: int
+    sampling: Sampling
+    computed: int = 0
+    blocks: Array = msgspec.field(default_factory=lambda: np.empty(0, np.int32))
+    sample_index: int = 0
+    min_tokens: int = 0
+    stop_token_ids: Array = msgspec.field(default_factory=lambda: np.empty(0, np.int64))
+    logprobs: int = NO_LOGPROBS
+    prompt_logprobs: int = NO_LOGPROBS
+
+
+class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """One step; see execution.proto. Row i is `slots[i]`, `counts[i]`, `block_counts[i]` (int64) and `samples[i]`
+    (bool); `blocks` int32 holds the rows' further blocks one after another."""
+
+    step: int
+    slots: Array
+    counts: Array
+    block_counts: Array
+    samples: Array
+    blocks: Array
+    admits: tuple[Admit, ...] = ()
+    exact: bool = False
+
+
+class RowLogprobs(msgspec.Struct, frozen=True):
+    """Raw logprob and rank of the token sampled in one row, and the best alternatives (uint32 and float32 [k])."""
+
+    row: int
+    logprob: float
+    rank: int
+    top_ids: Array
+    top_logprobs: Array
+
+
+class RowPromptLogprobs(msgspec.Struct, frozen=True):
+    """The same for prompt positions `start`, `start + 1`, …: float32 [n], uint32 [n], [n, k] and [n, k]."""
+
+    row: int
+    start: int
+    logprobs: Array
+    ranks: Array
+    top_ids: Array
+    top_logprobs: Array
+
+
+NO_TOKENS: Array = np.empty(0, np.uint32)
+
+
+class StepOutput(msgspec.Struct, frozen=True):
+    """What a step brought forth: one token (uint32) per sampling row, in row order."""
+
+    tokens: Array = NO_TOKENS
+    logprobs: tuple[RowLogprobs, ...] = ()
+    prompt_logprobs: tuple[RowPromptLogprobs, ...] = ()
+
+
+NO_OUTPUT = StepOutput()
+
+
+class StepResult(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to one plan. `error` is empty, or a short text and the output is void."""
+
+    step: int
+    output: StepOutput = NO_OUTPUT
+    wait_ns: int = 0
+    run_ns: int = 0
+    error: str = ""
+
+
+class StepRunner(Protocol):
+    """Whatever runs plans in order, on one thread."""
+
+    def run(self, plan: StepPlan) -> StepOutput:
+        """Runs one step. Any exception means that the step failed and that only `reset` may follow."""
+
+    def reset(self) -> None:
+        """Drops every slot; keeps the pool."""

@@ -1,0 +1,128 @@
+"""The persistent rows of a worker: tokens, block tables and counts per slot. NumPy only, so that pretend devices share
+it. Owned by the runner; changed on the device thread only.
+
+Per slot: tokens [0, computed) have K and V in the pages, [computed, known) are still to be computed.
+"""
+
+import numpy as np
+
+from services.worker.execute.plan import Admit, PlanError, StepPlan
+
+Array = np.ndarray
+
+
+class Slots:
+    """Arrays indexed by slot. `known` 0 means that nothing was admitted."""
+
+    __slots__ = (
+        "block_size",
+        "block_table",
+        "computed",
+        "known",
+        "max_model_len",
+        "max_num_seqs",
+        "num_pool_blocks",
+        "num_row_blocks",
+        "prompt_len",
+        "tokens",
+        "vocab_size",
+    )
+
+    def __init__(
+        self, *, max_num_seqs: int, max_model_len: int, block_size: int, num_pool_blocks: int, vocab_size: int
+    ) -> None:
+        self.max_num_seqs = max_num_seqs
+        self.max_model_len = max_model_len
+        self.block_size = block_size
+        self.num_pool_blocks = num_pool_blocks
+        self.vocab_size = vocab_size
+        # One column more than can be computed: the last position may still sample a token.
+        self.tokens = np.zeros((max_num_seqs, max_model_len + 1), np.int32)
+        self.block_table = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
+        self.num_row_blocks = np.zeros(max_num_seqs, np.int64)
+        self.computed = np.zeros(max_num_seqs, np.int64)
+        self.known = np.zeros(max_num_seqs, np.int64)
+        self.prompt_len = np.zeros(max_num_seqs, np.int64)
+
+    def reset(self) -> None:
+        self.known[:] = 0
+
+    def admit(self, admit: Admit) -> None:
+        """Takes a request up in its slot. Raises PlanError and changes nothing where it cannot be."""
+        self._check_admit(admit)
+        slot, known, blocks = admit.slot, len(admit.token_ids), len(admit.blocks)
+        self.tokens[slot, :known] = admit.token_ids
+        self.block_table[slot, :blocks] = admit.blocks
+        self.num_row_blocks[slot] = blocks
+        self.computed[slot] = admit.computed
+        self.known[slot] = known
+        self.prompt_len[slot] = admit.prompt_len
+
+    def _check_admit(self, admit: Admit) -> None:
+        known = len(admit.token_ids)
+        if not 0 <= admit.slot < self.max_num_seqs:
+            raise PlanError("slot_out_of_range", f"slot {admit.slot} of {self.max_num_seqs}")
+        if not 1 <= known <= self.max_model_len:
+            raise PlanError("tokens_out_of_range", f"slot {admit.slot}: {known} tokens, at most {self.max_model_len}")
+        if not 1 <= admit.prompt_len <= known:
+            raise PlanError("prompt_out_of_range", f"slot {admit.slot}: prompt of {admit.prompt_len} in {known} tokens")
+        if not admit.computed < known:
+            raise PlanError("computed_out_of_range", f"slot {admit.slot}: {admit.computed} computed of {known} known")
+        if admit.token_ids.min() < 0 or admit.token_ids.max() >= self.vocab_size:
+            raise PlanError("token_out_of_range", f"slot {admit.slot}: a token id beyond {self.vocab_size - 1}")
+        if len(admit.blocks) * self.block_size < admit.computed or len(admit.blocks) > self.block_table.shape[1]:
+            raise PlanError(
+                "blocks_do_not_fit", f"slot {admit.slot}: {len(admit.blocks)} blocks for {admit.computed} computed"
+            )
+        self._check_blocks(admit.blocks)
+
+    def _check_blocks(self, blocks: Array) -> None:
+        if len(blocks) and (blocks.min() < 0 or blocks.max() >= self.num_pool_blocks):
+            raise PlanError("block_out_of_range", f"a block id beyond {self.num_pool_blocks - 1}")
+
+    def extend(self, plan: StepPlan) -> None:
+        """Checks the plan's rows and appends their further blocks. Raises PlanError and changes nothing where a row
+        does not fit."""
+        slots, counts = plan.slots, plan.counts
+        if len(slots) == 0:
+            return
+        if slots.max() >= self.max_num_seqs or not self.known[slots].all():
+            raise PlanError("unknown_slot", f"step {plan.step} names a slot that holds no request")
+        if np.bincount(slots).max() > 1:
+            raise PlanError("duplicate_slot", f"step {plan.step} names a slot twice")
+        ends = self.computed[slots] + counts
+        self._check_counts(plan, ends)
+        row_blocks = self.num_row_blocks[slots]
+        _check_rows(
+            (row_blocks + plan.block_counts) * self.block_size < ends, plan, "blocks_missing", "beyond its blocks"
+        )
+        _check_rows(row_blocks + plan.block_counts > self.block_table.shape[1], plan, "too_many_blocks", "full table")
+        if len(plan.blocks):
+            self._check_blocks(plan.blocks)
+            self._append_blocks(plan, row_blocks)
+
+    def _check_counts(self, plan: StepPlan, ends: Array) -> None:
+        known = self.known[plan.slots]
+        _check_rows(plan.counts < 1, plan, "empty_row", "no token to compute")
+        _check_rows(ends > known, plan, "counts_beyond_known", "more tokens to compute than are known")
+        _check_rows(plan.samples & (ends != known), plan, "sample_before_end", "samples before its last known token")
+
+    def _append_blocks(self, plan: StepPlan, row_blocks: Array) -> None:
+        """Writes the plan's blocks behind those that each slot has, all rows at once."""
+        added = plan.block_counts
+        first = np.repeat(row_blocks - (np.cumsum(added) - added), added)
+        self.block_table[np.repeat(plan.slots, added), first + np.arange(len(plan.blocks))] = plan.blocks
+        self.num_row_blocks[plan.slots] = row_blocks + added
+
+    def advance(self, plan: StepPlan, sampled: Array) -> None:
+        """After the step: what was computed, and one further token for each sampling row (`sampled`, in row order)."""
+        self.computed[plan.slots] += plan.counts
+        slots = plan.slots[plan.samples]
+        self.tokens[slots, self.known[slots]] = sampled
+        self.known[slots] += 1
+
+
+def _check_rows(bad: Array, plan: StepPlan, name: str, what: str) -> None:
+    if bad.any():
+        row = int(np.argmax(bad))
+        raise PlanError(name, f"step {plan.step}, row {row}, slot {plan.slots[row]}: {what}")

@@ -1,0 +1,234 @@
+"""One worker process around a runner: server, health, device thread, registration, signals. Torch-free."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+import structlog
+
+from services.worker.execute.device_thread import DeviceThread
+from services.worker.execute.plan import StepRunner
+from services.worker.identity import WorkerIdentity
+from services.worker.registration import Registration
+from services.worker.servicer import SERVICE_NAME, ExecutionServicer
+from services.worker.wire import RegistryClient
+from shared.config import WorkerConfig
+from shared.net.channel import internal_metadata, open_internal_channel
+from shared.net.health import Health
+from shared.net.options import INTERNAL_MESSAGE_BYTES
+from shared.net.server import bind, create_server, require_private
+
+log = structlog.get_logger("worker")
+
+OnEvent = Callable[[str, dict[str, Any]], None]
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all, from the loading thread."""
+
+STOP_TIMEOUT_S = 30.0
+"""How long the step in flight may take at the end."""
+WRITE_GRACE_S = 0.5
+WILDCARD_HOSTS = frozenset({"0.0.0.0", "::", "[::]"})
+
+Value = TypeVar("Value")
+
+
+class Loaded(msgspec.Struct, frozen=True, kw_only=True):
+    """A runner ready for plans, and what the scheduler must know of it."""
+
+    runner: StepRunner
+    model_fingerprint: str
+    dtype: str
+    device: str
+    block_size: int
+    num_blocks: int
+    block_bytes: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    vocab_size: int
+
+
+Load = Callable[[Progress], Loaded]
+
+
+class LoadStopped(Exception):
+    """Raised out of the progress callback when the worker is stopped while it loads."""
+
+
+async def host(config: WorkerConfig, load: Load, *, instance: str, on_event: OnEvent) -> int:
+    """Binds, loads on a thread, registers, and serves until SIGTERM or SIGINT. Returns the exit code 0.
+
+    Raises BindError, RegistrationRefusedError, and whatever `load` raises.
+    """
+    require_private(config.host, config.internal_token)
+    stop = asyncio.Event()
+    with _stop_on_signals(stop):
+        async with _serving(config) as door:
+            try:
+                loaded = await _load_on_thread(load, stop, on_event)
+            except LoadStopped:
+                return 0
+            identity = identify(loaded, instance, config.advertise or _reachable(config.host, door.port))
+            await _execute(config, loaded.runner, identity, door, stop, on_event)
+    return 0
+
+
+def identify(loaded: Loaded, instance: str, address: str) -> WorkerIdentity:
+    """What this process registers with."""
+    facts = {name: getattr(loaded, name) for name in Loaded.__struct_fields__ if name != "runner"}
+    return WorkerIdentity(worker=instance, address=address, **facts)
+
+
+def _reachable(bind_host: str, port: int) -> str:
+    return f"{socket.gethostname() if bind_host in WILDCARD_HOSTS else bind_host}:{port}"
+
+
+@dataclass(slots=True, frozen=True)
+class _Door:
+    """What the process serves, and where."""
+
+    servicer: ExecutionServicer
+    health: Health
+    port: int
+
+
+@contextlib.asynccontextmanager
+async def _serving(config: WorkerConfig) -> AsyncIterator[_Door]:
+    server = create_server(max_receive_bytes=INTERNAL_MESSAGE_BYTES, token=config.internal_token)
+    servicer = ExecutionServicer()
+    servicer.add_to(server)
+    health = Health(server, (SERVICE_NAME,))
+    port = bind(server, config.host, config.port)
+    await health.set_serving(False)
+    await server.start()
+    try:
+        yield _Door(servicer, health, port)
+    finally:
+        servicer.close()
+        await server.stop(WRITE_GRACE_S)
+
+
+async def _execute(
+    config: WorkerConfig,
+    runner: StepRunner,
+    identity: WorkerIdentity,
+    door: _Door,
+    stop: asyncio.Event,
+    on_event: OnEvent,
+) -> None:
+    device = DeviceThread(runner)
+    device.start()
+    door.servicer.attach(device)
+    channel = open_internal_channel(config.scheduler)
+    registry = RegistryClient(channel, internal_metadata(config.internal_token))
+    on_event("registering", {"scheduler": config.scheduler})
+
+    async def on_change(registered: bool) -> None:
+        await door.health.set_serving(registered)
+        if registered:
+            on_event("ready", _ready_facts(identity))
+
+    registration = Registration(registry, identity, steps_done=lambda: device.steps_done, on_change=on_change)
+    door.servicer.on_stream_end = registration.hurry
+    try:
+        await _until_stopped(registration, stop)
+    finally:
+        door.servicer.on_stream_end = lambda: None
+        await door.health.set_serving(False)
+        if not await device.stop(STOP_TIMEOUT_S):
+            log.error("step_abandoned", after_s=STOP_TIMEOUT_S)
+        await channel.close()
+
+
+def _ready_facts(identity: WorkerIdentity) -> dict[str, Any]:
+    names = ("address", "num_blocks", "block_size", "dtype", "device", "max_model_len", "worker")
+    return {name: getattr(identity, name) for name in names}
+
+
+async def _until_stopped(registration: Registration, stop: asyncio.Event) -> None:
+    """Returns when told to stop; raises what ended the registration."""
+    registering = asyncio.create_task(registration.run())
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({registering, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if registering.done():
+            registering.result()
+    finally:
+        registering.cancel()
+        stopping.cancel()
+        await asyncio.gather(registering, stopping, return_exceptions=True)
+
+
+async def _load_on_thread(load: Load, stop: asyncio.Event, on_event: OnEvent) -> Loaded:
+    """Loads with progress; raises LoadStopped as soon as the worker is told to stop."""
+    loop = asyncio.get_running_loop()
+    stopped = threading.Event()
+
+    def progress(done_bytes: int, total_bytes: int) -> None:
+        if stopped.is_set():
+            raise LoadStopped
+        loop.call_soon_threadsafe(on_event, "loading", {"done_bytes": done_bytes, "total_bytes": total_bytes})
+
+    loading = asyncio.ensure_future(_on_daemon_thread(lambda: load(progress)))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if loading.done():
+        return loading.result()
+    stopped.set()
+    loading.cancel()
+    raise LoadStopped
+
+
+async def _on_daemon_thread(function: Callable[[], Value]) -> Value:
+    """Unlike a thread of the executor this one does not hold up the end of the process."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[Value] = loop.create_future()
+
+    def settle(value: Value | None, error: BaseException | None) -> None:
+        if result.done():
+            return
+        if error is not None:
+            result.set_exception(error)
+        else:
+            result.set_result(value)  # type: ignore[arg-type]
+
+    def work() -> None:
+        value, error = None, None
+        try:
+            value = function()
+        except BaseException as caught:
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
+            loop.call_soon_threadsafe(settle, value, error)
+
+    threading.Thread(target=work, name="load", daemon=True).start()
+    return await result
+
+
+@contextlib.contextmanager
+def _stop_on_signals(stop: asyncio.Event) -> Iterator[None]:
+    """The first SIGTERM or SIGINT sets `stop`; the second ends the process at once."""
+    loop = asyncio.get_running_loop()
+
+    def handle(number: int) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    signals = (signal.SIGTERM, signal.SIGINT)
+    owned = threading.current_thread() is threading.main_thread()
+    for number in signals if owned else ():
+        loop.add_signal_handler(number, handle, number)
+    try:
+        yield
+    finally:
+        for number in signals if owned else ():
+            loop.remove_signal_handler(number)
