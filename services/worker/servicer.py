@@ -1,6 +1,7 @@
 """Execution.Execute: one stream per scheduler, fenced by its epoch. Computes nothing itself."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 
 import grpc
@@ -88,18 +89,16 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServicer):
         stream = self._open(begin.epoch)
         device = self._device
         assert device is not None
-        await device.begin(stream.epoch)
-        log.info("epoch_begun", epoch=stream.epoch, scheduler=begin.scheduler)
-        yield wire.ready_reply(stream.epoch)
-        reader = asyncio.create_task(_read_plans(request_iterator, stream, device))
         try:
-            while (outcome := await stream.next()) is not None:
-                if isinstance(outcome, Exception):
-                    raise outcome
-                yield wire.result_to_reply(outcome)
+            await device.begin(stream.epoch)
+            log.info("epoch_begun", epoch=stream.epoch, scheduler=begin.scheduler)
+            yield wire.ready_reply(stream.epoch)
+            async with _reading(request_iterator, stream, device):
+                while (outcome := await stream.next()) is not None:
+                    if isinstance(outcome, Exception):
+                        raise outcome
+                    yield wire.result_to_reply(outcome)
         finally:
-            reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
             if self._stream is stream:
                 self._stream = None
                 self.on_stream_end()
@@ -109,9 +108,7 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServicer):
         if self._device is None:
             raise refuse("no_worker", "this worker is still loading its model")
         if epoch <= self._epoch:
-            raise refuse(
-                "unsupported", f"epoch {epoch} is not newer than epoch {self._epoch}, which this worker serves"
-            )
+            raise refuse("unsupported", f"epoch {epoch} is not newer than {self._epoch}, the last one begun here")
         if self._stream is not None:
             self._stream.fail(refuse("unsupported", f"epoch {self._stream.epoch} gave way to epoch {epoch}"))
         self._epoch = epoch
@@ -127,6 +124,18 @@ async def _first_message(requests: AsyncIterator[pb.ExecuteRequest]) -> pb.Execu
     if message.WhichOneof("message") != "begin":
         raise refuse("invalid_argument", "the stream must begin with ExecuteBegin")
     return message.begin
+
+
+@contextlib.asynccontextmanager
+async def _reading(
+    requests: AsyncIterator[pb.ExecuteRequest], stream: _Stream, device: DeviceThread
+) -> AsyncIterator[None]:
+    reader = asyncio.create_task(_read_plans(requests, stream, device))
+    try:
+        yield
+    finally:
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
 
 
 async def _read_plans(requests: AsyncIterator[pb.ExecuteRequest], stream: _Stream, device: DeviceThread) -> None:
