@@ -2,8 +2,7 @@
 
 import msgspec
 
-PROTOCOL_VERSION = 1
-"""Of scheduling.proto and execution.proto; both ends must have the same."""
+from shared import PROTOCOL_VERSION
 
 
 class WorkerIdentity(msgspec.Struct, frozen=True, kw_only=True):
