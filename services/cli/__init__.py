@@ -1,0 +1,1 @@
+"""The `sluice` command. It may import anything, lazily; nothing imports it."""

@@ -1,0 +1,349 @@
+"""A small typed client over the generated stubs: values in, values out, no protobuf beyond this file."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+import msgspec
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from shared.rpc.sluice.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", 64 * 2**20),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+]
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One chat message."""
+
+    role: str
+    content: str
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One request; None is unset and leaves the choice to the server. Exactly one of prompt, token_ids, messages."""
+
+    prompt: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    messages: tuple[Message, ...] | None = None
+    template_kwargs_json: str = ""
+    tools_json: str = ""
+    request_id: str = ""
+    model: str = ""
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] = {}
+    n: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    include_timing: bool = False
+    priority: int = 0
+    deterministic: bool | None = None
+
+
+class TopLogprob(msgspec.Struct, frozen=True):
+    token_id: int
+    logprob: float
+    token: bytes
+
+
+class Logprobs(msgspec.Struct, frozen=True):
+    """Of one token: raw log-probability, rank (1 is best), the best alternatives."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[TopLogprob, ...] = ()
+
+
+class Accepted(msgspec.Struct, frozen=True, tag=True):
+    request_id: str
+    prompt_tokens: int
+    seed: int
+    prompt_logprobs: tuple[Logprobs, ...] = ()
+
+
+class Delta(msgspec.Struct, frozen=True, tag=True):
+    index: int
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[Logprobs, ...] = ()
+
+
+class Usage(msgspec.Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+class Timing(msgspec.Struct, frozen=True, kw_only=True):
+    """Durations in nanoseconds, as in inference.proto."""
+
+    total_ns: int
+    admit_ns: int
+    tokenize_ns: int
+    route_ns: int
+    schedule_ns: int
+    link_ns: int
+    queue_ns: int
+    prefill_ns: int
+    decode_ns: int
+    deliver_ns: int
+    time_to_first_token_ns: int
+    preemptions: int
+    queue_reason_ns: dict[str, int]
+
+
+class Finished(msgspec.Struct, frozen=True, tag=True):
+    """`reason` is stop, length, abort or error; `stop_match` the stop string or token id that ended the sample."""
+
+    index: int
+    reason: str
+    stop_match: str | int | None = None
+    usage: Usage | None = None
+    timing: Timing | None = None
+
+
+Event = Accepted | Delta | Finished
+
+
+class Model(msgspec.Struct, frozen=True):
+    name: str
+    max_model_len: int
+    vocab_size: int
+    dtype: str
+    has_chat_template: bool
+
+
+class ServerInfo(msgspec.Struct, frozen=True):
+    service: str
+    version: str
+    instance: str
+    uptime_ms: int
+    draining: bool
+    models: tuple[str, ...]
+
+
+class GroupLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker group's requests and KV blocks; free + cached + referenced = total."""
+
+    scheduler: str
+    group: str
+    requests_running: int
+    requests_waiting: int
+    kv_blocks_total: int
+    kv_blocks_free: int
+    kv_blocks_cached: int
+    kv_blocks_referenced: int
+
+
+class Load(msgspec.Struct, frozen=True):
+    groups: tuple[GroupLoad, ...]
+    requests_in_flight: int
+
+
+class CallError(Exception):
+    """A call that did not end with OK. `status` is the name of a grpc.StatusCode; `field` and `retry_after_ms` come
+    from the status' details, where it has any."""
+
+    def __init__(self, status: str, message: str, *, field: str = "", retry_after_ms: int = 0) -> None:
+        super().__init__(f"{status}: {message}" if message else status)
+        self.status = status
+        self.message = message
+        self.field = field
+        self.retry_after_ms = retry_after_ms
+
+
+class Client:
+    """One channel to one router (or, for the control calls, a scheduler). An async context manager."""
+
+    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+        self.address = address
+        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._inference = inference_pb2_grpc.InferenceStub(self._channel)
+        self._control = control_pb2_grpc.ControlStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def connect(self, timeout_s: float) -> None:
+        """Waits until the server answers. Raises CallError UNAVAILABLE."""
+        try:
+            await asyncio.wait_for(self._channel.channel_ready(), timeout_s)
+        except TimeoutError:
+            raise CallError("UNAVAILABLE", f"nothing answers at {self.address}; is `sluice up` running?") from None
+
+    async def generate(
+        self, request: Request, *, timeout_s: float | None = None, metadata: tuple[tuple[str, str], ...] = ()
+    ) -> AsyncIterator[Event]:
+        """The request's events. Leaving the iteration cancels the call, which frees what it holds on the server."""
+        call = self._inference.Generate(_to_wire(request), timeout=timeout_s, metadata=metadata)
+        try:
+            async for response in call:
+                event = _from_wire(response)
+                if event is not None:
+                    yield event
+        except grpc.aio.AioRpcError as error:
+            raise _call_error(error) from None
+        finally:
+            call.cancel()
+
+    async def list_models(self, *, timeout_s: float = 10.0) -> tuple[Model, ...]:
+        response = await self._call(self._inference.ListModels, inference_pb2.ListModelsRequest(), timeout_s)
+        return tuple(
+            Model(m.name, m.max_model_len, m.vocab_size, m.dtype, m.has_chat_template) for m in response.models
+        )
+
+    async def abort(self, request_id: str, *, timeout_s: float = 10.0) -> bool:
+        """Ends a live request; False when the server knows none of that id."""
+        request = inference_pb2.AbortRequest(request_id=request_id)
+        return bool((await self._call(self._inference.Abort, request, timeout_s)).found)
+
+    async def server_info(self, *, timeout_s: float = 10.0) -> ServerInfo:
+        r = await self._call(self._control.GetServerInfo, control_pb2.GetServerInfoRequest(), timeout_s)
+        return ServerInfo(r.service, r.version, r.instance, r.uptime_ms, r.draining, tuple(r.models))
+
+    async def load(self, *, timeout_s: float = 10.0) -> Load:
+        response = await self._call(self._control.GetLoad, control_pb2.GetLoadRequest(), timeout_s)
+        groups = tuple(
+            GroupLoad(**{name: getattr(group, name) for name in GroupLoad.__struct_fields__})
+            for group in response.groups
+        )
+        return Load(groups, response.requests_in_flight)
+
+    async def drain(self, *, drain_timeout_ms: int = 0, timeout_s: float = 10.0) -> int:
+        """Asks the service to finish and exit; returns how many requests it still holds."""
+        request = control_pb2.DrainRequest(timeout_ms=drain_timeout_ms)
+        return int((await self._call(self._control.Drain, request, timeout_s)).requests_in_flight)
+
+    async def _call(self, method: Any, request: Any, timeout_s: float) -> Any:
+        try:
+            return await method(request, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise _call_error(error) from None
+
+
+def _to_wire(request: Request) -> inference_pb2.GenerateRequest:
+    wire = inference_pb2.GenerateRequest(request_id=request.request_id, model=request.model, priority=request.priority)
+    if request.prompt is not None:
+        wire.prompt = request.prompt
+    if request.token_ids is not None:
+        wire.token_ids.SetInParent()
+        wire.token_ids.ids.extend(request.token_ids)
+    if request.messages is not None:
+        wire.chat.tools_json, wire.chat.template_kwargs_json = request.tools_json, request.template_kwargs_json
+        for message in request.messages:
+            wire.chat.messages.add(role=message.role, content=message.content)
+    _set(wire.sampling, request, SAMPLING)
+    wire.sampling.logit_bias.update(request.logit_bias)
+    _set(wire.stopping, request, STOPPING)
+    wire.stopping.stop.extend(request.stop)
+    wire.stopping.stop_token_ids.extend(request.stop_token_ids)
+    _set(wire.response, request, RESPONSE)
+    _set(wire, request, ("deterministic",))
+    return wire
+
+
+SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "n",
+)
+STOPPING = ("max_tokens", "min_tokens", "ignore_eos")
+RESPONSE = ("logprobs", "prompt_logprobs", "include_timing")
+
+
+def _set(wire: Any, request: Request, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(request, name)
+        if value is not None:
+            setattr(wire, name, value)
+
+
+def _from_wire(response: inference_pb2.GenerateResponse) -> Event | None:
+    match response.WhichOneof("event"):
+        case "accepted":
+            a = response.accepted
+            return Accepted(a.request_id, a.prompt_tokens, a.seed, _logprobs(a.prompt_logprobs))
+        case "delta":
+            d = response.delta
+            return Delta(d.index, d.text, tuple(d.token_ids), _logprobs(d.logprobs))
+        case "finished":
+            return _finished(response.finished)
+    return None
+
+
+def _logprobs(entries: Any) -> tuple[Logprobs, ...]:
+    return tuple(
+        Logprobs(e.token_id, e.logprob, e.rank, tuple(TopLogprob(t.token_id, t.logprob, t.token) for t in e.top))
+        for e in entries
+    )
+
+
+def _finished(finished: inference_pb2.Finished) -> Finished:
+    reason = inference_pb2.FinishReason.Name(finished.reason).removeprefix("FINISH_REASON_").lower()
+    match = finished.stop_match.WhichOneof("match")
+    usage = timing = None
+    if finished.HasField("usage"):
+        u = finished.usage
+        usage = Usage(u.prompt_tokens, u.completion_tokens, u.cached_tokens)
+    if finished.HasField("timing"):
+        timing = Timing(
+            **{
+                name: dict(value) if name == "queue_reason_ns" else value
+                for name in Timing.__struct_fields__
+                for value in (getattr(finished.timing, name),)
+            }
+        )
+    return Finished(finished.index, reason, getattr(finished.stop_match, match) if match else None, usage, timing)
+
+
+def _call_error(error: grpc.aio.AioRpcError) -> CallError:
+    """The status with its details unpacked. One that the channel made itself has none."""
+    field, retry_after_ms = "", 0
+    status = rpc_status.from_call(error)  # type: ignore[arg-type]
+    for detail in status.details if status else ():
+        violation, retry = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+        if detail.Unpack(violation) and violation.field_violations:
+            field = violation.field_violations[0].field
+        elif detail.Unpack(retry):
+            retry_after_ms = _milliseconds(retry.retry_delay)
+    return CallError(error.code().name, error.details() or "", field=field, retry_after_ms=retry_after_ms)
+
+
+def _milliseconds(duration: Duration) -> int:
+    return int(duration.ToMilliseconds())

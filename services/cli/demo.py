@@ -1,0 +1,80 @@
+"""`sluice demo`: a cluster on free ports, one streamed answer, its phase table; what ops/scripts/demo runs."""
+
+import asyncio
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from services.cli.cluster import Cluster, up_flags
+from services.cli.flags import with_flags
+from services.cli.generate import CONNECT_TIMEOUT_S, stream
+from services.cli.output import fail_call
+from services.cli.up import LogFile, start
+
+PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n'
+MAX_TOKENS = 96
+
+Keep = Annotated[bool, typer.Option("--keep", help="Leave the cluster up, and say how to call it.")]
+Prompt = Annotated[str, typer.Option("--prompt", help="What to ask.")]
+
+
+def add_demo(app: typer.Typer) -> None:
+    """Adds `sluice demo` with the flags of all services."""
+    app.command("demo")(with_flags(demo, up_flags()))
+
+
+def demo(
+    keep: Keep = False, prompt: Prompt = PROMPT, log_file: LogFile = "/dev/null", *, flags: dict[str, Any]
+) -> None:
+    """Start a cluster on free ports, stream one answer, show where its time went, and stop (or stay, with --keep)."""
+
+    async def show(cluster: Cluster) -> int:
+        code = await _ask(cluster, prompt)
+        if keep and code == 0:
+            print_calls(cluster.router)
+            await asyncio.Event().wait()
+        return code
+
+    raise typer.Exit(start({"grpc_port": 0, **flags}, log_file=log_file, meanwhile=show))
+
+
+async def _ask(cluster: Cluster, prompt: str) -> int:
+    from services.cli.client import CallError, Client, Request
+
+    console = Console(highlight=False)
+    console.print(f"\n[dim]{prompt.rstrip()}[/]", markup=True)
+    request = Request(prompt=prompt, max_tokens=MAX_TOKENS, temperature=0, include_timing=True)
+    async with Client(cluster.router) as client:
+        try:
+            await client.connect(CONNECT_TIMEOUT_S)
+            return await stream(client, request)
+        except CallError as error:
+            fail_call(error)
+            return 1
+
+
+def print_calls(address: str) -> None:
+    """Three ways to call a router."""
+    print(
+        f"""
+The cluster is up. Call it from another terminal:
+
+  .venv/bin/sluice generate --address {address} --timing 'def add(a, b):'
+  .venv/bin/sluice chat --address {address}
+
+  grpcurl -plaintext -d '{{"prompt": "def add(a, b):", "stopping": {{"max_tokens": 32}}}}' \\
+    {address} sluice.v1.Inference/Generate
+
+  .venv/bin/python - <<'EOF'
+  import grpc
+  from shared.rpc.sluice.v1 import inference_pb2 as pb, inference_pb2_grpc as rpc
+  with grpc.insecure_channel("{address}") as channel:
+      request = pb.GenerateRequest(prompt="def add(a, b):", stopping=pb.Stopping(max_tokens=32))
+      for response in rpc.InferenceStub(channel).Generate(request):
+          print(response.delta.text, end="", flush=True)
+  EOF
+
+Ctrl-C stops it.""",
+        flush=True,
+    )

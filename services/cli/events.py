@@ -1,0 +1,61 @@
+"""What a service tells the process that supervises it: JSON lines on an inherited pipe."""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+OnEvent = Callable[[str, dict[str, Any]], None]
+
+PR_SET_PDEATHSIG = 1
+
+
+class Event(msgspec.Struct, frozen=True):
+    """`name` is loading, ready or refused; `data` is what the service said with it."""
+
+    name: str
+    data: dict[str, Any] = {}
+
+
+def write_events(fd: int) -> OnEvent:
+    """An on_event that writes to `fd`. A supervisor that is gone is not an error here."""
+    encoder = msgspec.json.Encoder(enc_hook=str)
+
+    def on_event(name: str, data: dict[str, Any]) -> None:
+        line = encoder.encode(Event(name, data)) + b"\n"
+        try:
+            os.write(fd, line)
+        except OSError:
+            return
+
+    return on_event
+
+
+def read_event(line: bytes) -> Event | None:
+    """The event of one line; None for anything else."""
+    try:
+        return msgspec.json.decode(line, type=Event)
+    except msgspec.MsgspecError:
+        return None
+
+
+def die_with(parent_pid: int) -> None:
+    """Ends this process when its supervisor ends, even by SIGKILL. Call before anything else is started."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
+        threading.Thread(target=_watch, args=(parent_pid,), name="parent-watch", daemon=True).start()
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+
+def _watch(parent_pid: int) -> None:
+    while os.getppid() == parent_pid:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)

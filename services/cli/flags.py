@@ -1,0 +1,191 @@
+"""Command-line flags made from the configuration Structs, so that a flag, a variable and a TOML key cannot drift."""
+
+import inspect
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import msgspec
+import typer
+
+from shared.config import RouterConfig, SchedulerConfig, UpConfig, WorkerConfig, load_config
+
+Kind = type[RouterConfig] | type[SchedulerConfig] | type[WorkerConfig] | type[UpConfig]
+
+KINDS: dict[str, Kind] = {"router": RouterConfig, "scheduler": SchedulerConfig, "worker": WorkerConfig, "up": UpConfig}
+"""Section of the TOML file → what it configures."""
+
+HELP = {
+    "advertise": "Where the scheduler reaches this worker; empty: host and port.",
+    "block_size": "Tokens in one KV block.",
+    "chat_template": "A file with a Jinja chat template to use instead of the checkpoint's.",
+    "check_invariants": "Check the core's invariants after every step, not only on idle.",
+    "deterministic": "Bit-identical answers whatever the batch, in every dtype (float32 on a CPU always is).",
+    "device": "Where to compute.",
+    "dtype": "Of weights and KV; auto: what the device is fast at.",
+    "enable_prefix_caching": "Reuse the KV blocks of prompts that begin alike.",
+    "gpu_memory_utilization": "The share of a GPU's memory that weights and KV blocks may take.",
+    "grpc_port": "The public gRPC port.",
+    "heartbeat_timeout_ms": "A worker that makes no progress for so long is given up.",
+    "host": "The address to listen on.",
+    "internal_token": "A secret that all services of the cluster share; needed beyond loopback.",
+    "kv_cache_memory_bytes": "Bytes of the KV pool; 0: a share of the free memory.",
+    "lease_ttl_ms": "A worker that does not renew its lease for so long is given up.",
+    "link_stall_timeout_ms": "A router that reads nothing for so long is disconnected.",
+    "log_format": "Of the log on standard error; auto: console on a terminal.",
+    "long_prefill_token_threshold": "The most prompt tokens of one request in one step; 0: the whole budget.",
+    "max_model_len": "The longest sequence, prompt and answer together; 0: the model's own limit.",
+    "max_num_batched_tokens": "The token budget of one step.",
+    "max_num_queued_reqs": "Requests held at once; one more is refused with RESOURCE_EXHAUSTED.",
+    "max_num_seqs": "Sequences that run at once.",
+    "max_plans_in_flight": "Plans sent to a worker ahead of its results.",
+    "max_request_bytes": "The largest request message.",
+    "max_unread_bytes": "A client with more unread text than this is ended.",
+    "model": "A folder or a Hugging Face hub id; `bundled` is the model that comes with Sluice.",
+    "num_gpu_blocks_override": "The number of KV blocks, on any device; 0: sized from memory.",
+    "port": "The port to listen on.",
+    "revision": "Branch, tag or commit of a hub id.",
+    "scheduler": "HOST:PORT of the scheduler.",
+    "scheduler_port": "The scheduler's internal port; 0: a free one.",
+    "scheduling_policy": "Who goes first.",
+    "served_model_name": "The name that clients ask for; may be repeated.",
+    "shutdown_timeout": "Seconds that a drain may take.",
+    "stall_timeout_ms": "A client that reads nothing for so long while text waits for it is ended.",
+    "threads": "Compute threads; 0: the physical cores.",
+    "tokenizer": "A folder or hub id whose tokenizer to use instead of the model's.",
+    "tokenizer_threads": "Threads that tokenize.",
+    "worker_port": "The first worker's internal port, the others follow; 0: free ones.",
+    "workers": "Workers under the one scheduler, each with its own copy of the model.",
+}
+"""One line for each field of every kind. A test holds the two together."""
+
+SECRETS = frozenset({"internal_token"})
+"""Fields that travel to a child by its environment: a command line is for all to read."""
+
+
+def flag(name: str) -> str:
+    """A field's name as a flag: `max_num_seqs` is `--max-num-seqs`."""
+    return "--" + name.replace("_", "-")
+
+
+class Flag(msgspec.Struct, frozen=True):
+    """One flag: a field of one or more kinds."""
+
+    name: str
+    type: Any
+    """int, float, str, bool or list[str]: what the command line parses. load_config checks the rest."""
+    default: Any
+    choices: tuple[str, ...]
+    panel: str
+
+
+def fields_of(kind: Kind) -> dict[str, msgspec.structs.FieldInfo]:
+    return {field.name: field for field in msgspec.structs.fields(kind)}
+
+
+def make_flags(kinds: Iterable[Kind], *, without: frozenset[str] = frozenset(), panels: bool = False) -> list[Flag]:
+    """The union of the kinds' fields, the first kind's type and default winning."""
+    flags: dict[str, Flag] = {}
+    for kind in kinds:
+        panel = kind.__name__.removesuffix("Config") if panels else "Options"
+        for name, field in fields_of(kind).items():
+            if name in without:
+                continue
+            if name in flags:
+                flags[name] = msgspec.structs.replace(flags[name], panel="Shared" if panels else panel)
+                continue
+            flags[name] = _flag(name, field, panel)
+    return list(flags.values())
+
+
+def _flag(name: str, field: msgspec.structs.FieldInfo, panel: str) -> Flag:
+    bare = get_args(field.type)[0] if get_origin(field.type) is Annotated else field.type
+    choices: tuple[str, ...] = ()
+    if get_origin(bare) is Literal:
+        choices, bare = tuple(get_args(bare)), str
+    if bare == tuple[str, ...]:
+        bare = list[str]
+    if bare not in (int, float, str, bool, list[str]):
+        raise TypeError(f"{name}: no flag can be made from {field.type}")
+    return Flag(name, bare, field.default, choices, panel)
+
+
+def parameter(flag_: Flag) -> inspect.Parameter:
+    """The flag as a typer parameter. Unset is None, so that files and variables can speak."""
+    declared = flag(flag_.name)
+    if flag_.type is bool:
+        declared += "/--no-" + declared.removeprefix("--")
+    option = typer.Option(
+        declared,
+        help=_help(flag_),
+        show_default=False,
+        metavar=f"[{'|'.join(flag_.choices)}]" if flag_.choices else None,
+        callback=_one_of(flag_.choices) if flag_.choices else None,
+        rich_help_panel=flag_.panel,
+    )
+    return inspect.Parameter(
+        flag_.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[flag_.type | None, option],
+    )
+
+
+def _help(flag_: Flag) -> str:
+    default = flag_.default
+    if isinstance(default, bool):
+        shown = "on" if default else "off"
+    else:
+        shown = ", ".join(default) if isinstance(default, tuple) else str(default)
+    return f"{HELP[flag_.name]} Default: {shown}." if shown else HELP[flag_.name]
+
+
+def _one_of(choices: tuple[str, ...]) -> Callable[[str | None], str | None]:
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in choices:
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}.")
+        return value
+
+    return check
+
+
+def with_flags(function: Callable[..., None], flags: Iterable[Flag]) -> Callable[..., None]:
+    """`function(own…, flags=dict)` as a function that typer can read: its own parameters, then one per flag."""
+    own = [p for p in inspect.signature(function).parameters.values() if p.name != "flags"]
+    generated = [parameter(flag_) for flag_ in flags]
+
+    def command(**given: Any) -> None:
+        own_values = {p.name: given.pop(p.name) for p in own}
+        # An unused repeatable flag may arrive as an empty list.
+        function(**own_values, flags={name: _plain(v) for name, v in given.items() if v is not None and v != []})
+
+    parameters = [*(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own), *generated]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    command.__doc__ = function.__doc__
+    command.__name__ = function.__name__
+    return command
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def build(section: str, *, file: str, flags: Mapping[str, Any]) -> Any:
+    """One section's configuration from defaults, file, environment and flags. Raises ConfigError."""
+    return load_config(KINDS[section], section=section, file=file, environ=os.environ, flags=flags)
+
+
+def to_argv(flags: Mapping[str, Any]) -> list[str]:
+    """Flags as a child's command line: the inverse of parsing. Secrets are left out."""
+    argv: list[str] = []
+    for name, value in flags.items():
+        if name in SECRETS:
+            continue
+        if isinstance(value, bool):
+            argv.append(flag(name) if value else "--no-" + flag(name).removeprefix("--"))
+        elif isinstance(value, tuple):
+            argv.extend(f"{flag(name)}={item}" for item in value)
+        else:
+            argv.append(f"{flag(name)}={value}")
+    return argv

@@ -1,0 +1,206 @@
+"""`sluice generate`: one request, streamed to the terminal over gRPC."""
+
+import asyncio
+import json
+import sys
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+
+from services.cli.output import fail, fail_call
+
+Address = Annotated[str, typer.Option("--address", envvar="SLUICE_ADDRESS", metavar="HOST:PORT", help="The router.")]
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+CONNECT_TIMEOUT_S = 5.0
+
+SAMPLING, STOPPING, ASKED = "Sampling", "Stopping", "What to return"
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to go on from; `-` reads standard input.")] = "-",
+    address: Address = DEFAULT_ADDRESS,
+    model: Annotated[str, typer.Option(help="The served model; needed where there are several.")] = "",
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send the prompt as a user's message, through the chat template.")
+    ] = False,
+    system: Annotated[str, typer.Option(help="A system message, with --chat.")] = "",
+    token_ids: Annotated[str, typer.Option(metavar="ID,ID,…", help="A prompt of token ids instead of text.")] = "",
+    tools_json: Annotated[str, typer.Option(help="Tools for the chat template, a JSON array.")] = "",
+    template_kwargs_json: Annotated[str, typer.Option(help="Further template variables, a JSON object.")] = "",
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", rich_help_panel=SAMPLING)] = None,
+    top_p: Annotated[float | None, typer.Option(rich_help_panel=SAMPLING)] = None,
+    top_k: Annotated[int | None, typer.Option(help="0 is off.", rich_help_panel=SAMPLING)] = None,
+    min_p: Annotated[float | None, typer.Option(rich_help_panel=SAMPLING)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="The same request gives the same answer.", rich_help_panel=SAMPLING)
+    ] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(rich_help_panel=SAMPLING)] = None,
+    presence_penalty: Annotated[float | None, typer.Option(rich_help_panel=SAMPLING)] = None,
+    frequency_penalty: Annotated[float | None, typer.Option(rich_help_panel=SAMPLING)] = None,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(metavar="ID=BIAS", help="May be repeated.", rich_help_panel=SAMPLING)
+    ] = None,
+    n: Annotated[int | None, typer.Option("--n", "-n", help="Samples.", rich_help_panel=SAMPLING)] = None,
+    max_tokens: Annotated[int | None, typer.Option(rich_help_panel=STOPPING)] = None,
+    min_tokens: Annotated[int, typer.Option(rich_help_panel=STOPPING)] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.", rich_help_panel=STOPPING)
+    ] = None,
+    stop_token_ids: Annotated[
+        str, typer.Option(metavar="ID,ID,…", help="Tokens that end it.", rich_help_panel=STOPPING)
+    ] = "",
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", rich_help_panel=STOPPING)] = False,
+    logprobs: Annotated[
+        int | None, typer.Option(help="0: of each token; k: and of the k best.", rich_help_panel=ASKED)
+    ] = None,
+    prompt_logprobs: Annotated[int | None, typer.Option(rich_help_panel=ASKED)] = None,
+    timing: Annotated[bool, typer.Option("--timing", help="Print the phase table.", rich_help_panel=ASKED)] = False,
+    json_lines: Annotated[
+        bool, typer.Option("--json", help="Print each event as one line of JSON.", rich_help_panel=ASKED)
+    ] = False,
+    priority: Annotated[int, typer.Option(help="Lower runs first, under --scheduling-policy priority.")] = 0,
+    deterministic: Annotated[
+        bool | None, typer.Option("--deterministic/--no-deterministic", help="Bit-identical whatever the batch.")
+    ] = None,
+    request_id: Annotated[str, typer.Option(help="Chosen by the server when empty.")] = "",
+    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="The request's deadline.")] = None,
+) -> None:
+    """Stream an answer from a running cluster. Unset options are left to the model's generation_config.
+
+    Exit codes: 0 the answer is whole; 1 the call failed; 2 an option is wrong; 130 interrupted.
+    """
+    from services.cli.client import Request
+
+    try:
+        request = Request(
+            **_input(prompt, chat=chat, system=system, token_ids=token_ids),
+            tools_json=tools_json,
+            template_kwargs_json=template_kwargs_json,
+            model=model,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            seed=seed,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=_biases(logit_bias or []),
+            n=n,
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            stop=tuple(stop or ()),
+            stop_token_ids=_ids(stop_token_ids, "--stop-token-ids"),
+            ignore_eos=ignore_eos,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            include_timing=timing,
+            priority=priority,
+            deterministic=deterministic,
+            request_id=request_id,
+        )
+        code = asyncio.run(_run(address, request, timeout, json_lines=json_lines))
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        code = 130
+    raise typer.Exit(code)
+
+
+async def _run(address: str, request: Any, timeout_s: float | None, *, json_lines: bool) -> int:
+    from services.cli.client import CallError, Client
+
+    async with Client(address) as client:
+        try:
+            await client.connect(CONNECT_TIMEOUT_S)
+            return await stream(client, request, timeout_s=timeout_s, json_lines=json_lines)
+        except (CallError, ValueError, TypeError) as error:
+            sys.stdout.flush()
+            if isinstance(error, CallError):
+                fail_call(error)
+            else:
+                fail(f"a value does not fit its field: {error}")
+            return 1 if isinstance(error, CallError) else 2
+
+
+async def stream(client: Any, request: Any, *, timeout_s: float | None = None, json_lines: bool = False) -> int:
+    """Prints the answer as it comes, then the phase table where it was asked for. Raises CallError."""
+    from services.cli.client import Accepted, Delta, Finished
+
+    answer = Answer(request.n or 1)
+    encoder = msgspec.json.Encoder()
+    async for event in client.generate(request, timeout_s=timeout_s):
+        if json_lines:
+            print(encoder.encode(event).decode(), flush=True)
+            continue
+        match event:
+            case Accepted():
+                answer.show_prompt_logprobs(event)
+            case Delta():
+                answer.show(event)
+            case Finished():
+                answer.finish(event)
+    return 0
+
+
+class Answer:
+    """Writes samples to standard output: a single one as it comes, several one after the other as they end."""
+
+    def __init__(self, num_samples: int) -> None:
+        self._live = num_samples == 1
+        self._texts: dict[int, list[str]] = {}
+
+    def show_prompt_logprobs(self, accepted: Any) -> None:
+        for entry in accepted.prompt_logprobs:
+            print(_logprob_line(entry), file=sys.stderr)
+
+    def show(self, delta: Any) -> None:
+        if self._live:
+            print(delta.text, end="", flush=True)
+        else:
+            self._texts.setdefault(delta.index, []).append(delta.text)
+        for entry in delta.logprobs:
+            print(_logprob_line(entry), file=sys.stderr)
+
+    def finish(self, finished: Any) -> None:
+        if not self._live:
+            print(f"── sample {finished.index} ──")
+            print("".join(self._texts.pop(finished.index, [])), end="")
+        print(flush=True)
+        if finished.timing and finished.usage:
+            from services.cli.timing import phase_table
+
+            print(flush=True)
+            Console().print(phase_table(finished.timing, finished.usage))
+
+
+def _logprob_line(entry: Any) -> str:
+    best = "  ".join(f"{top.token.decode(errors='replace')!r} {top.logprob:.3f}" for top in entry.top)
+    return f"token {entry.token_id}  logprob {entry.logprob:.4f}  rank {entry.rank}  {best}".rstrip()
+
+
+def _input(prompt: str, *, chat: bool, system: str, token_ids: str) -> dict[str, Any]:
+    from services.cli.client import Message
+
+    if token_ids:
+        return {"token_ids": _ids(token_ids, "--token-ids")}
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not chat:
+        return {"prompt": text}
+    messages = [Message("system", system)] if system else []
+    return {"messages": (*messages, Message("user", text))}
+
+
+def _ids(text: str, flag: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.replace(",", " ").split())
+    except ValueError:
+        raise typer.BadParameter(f"{flag} takes token ids, as in 1,2,3; not {text!r}") from None
+
+
+def _biases(items: list[str]) -> dict[int, float]:
+    try:
+        return {int(token): float(bias) for token, _, bias in (item.partition("=") for item in items)}
+    except ValueError:
+        raise typer.BadParameter(f"--logit-bias takes ID=BIAS, as in 42=-100; not {json.dumps(items)}") from None

@@ -1,0 +1,79 @@
+"""`sluice router | scheduler | worker`: one service in this process, until SIGTERM."""
+
+import asyncio
+import importlib
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from services.cli.events import OnEvent, die_with, write_events
+from services.cli.flags import KINDS, Kind, build, make_flags, with_flags
+from services.cli.output import REFUSED, fail, user_message
+
+ConfigFile = Annotated[
+    str, typer.Option("--config", envvar="SLUICE_CONFIG", metavar="FILE", help="A TOML file with settings.")
+]
+EventFd = Annotated[int, typer.Option("--event-fd", hidden=True)]
+ParentPid = Annotated[int, typer.Option("--parent-pid", hidden=True)]
+
+ABOUT = {
+    "router": "Serve the edge: text outside, tokens inside.",
+    "scheduler": "Serve the scheduler: it plans every step of its workers.",
+    "worker": "Serve one device: it runs the scheduler's plans.",
+}
+
+
+def add_service(app: typer.Typer, section: str) -> None:
+    """Adds `sluice SECTION` with one flag per field of its configuration."""
+    kind: Kind = KINDS[section]
+
+    def command(
+        config: ConfigFile = "", event_fd: EventFd = -1, parent_pid: ParentPid = 0, *, flags: dict[str, Any]
+    ) -> None:
+        if parent_pid:
+            die_with(parent_pid)
+        on_event = write_events(event_fd) if event_fd >= 0 else _terminal_events(section)
+        raise typer.Exit(run_service(section, file=config, flags=flags, on_event=on_event))
+
+    command.__doc__ = ABOUT[section]
+    command.__name__ = section
+    app.command(section)(with_flags(command, make_flags([kind])))
+
+
+def run_service(section: str, *, file: str, flags: dict[str, Any], on_event: OnEvent) -> int:
+    """Runs the service and returns its exit code. What a user can mend is one sentence, not a traceback."""
+    try:
+        config = build(section, file=file, flags=flags)
+        app = importlib.import_module(f"services.{section}.app")
+        return _run(app.serve(config, on_event=on_event))
+    except (Exception, KeyboardInterrupt) as error:
+        message = user_message(error)
+        if message is None:
+            raise
+        on_event("refused", {"message": message})
+        fail(message)
+        return REFUSED
+
+
+def _run(serving: Any) -> int:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(serving)
+    return uvloop.run(serving)
+
+
+def _terminal_events(section: str) -> OnEvent:
+    """Progress and the ready line of a service that a person started by itself."""
+
+    def on_event(name: str, data: dict[str, Any]) -> None:
+        if name == "ready":
+            where = "  ".join(f"{key} {value}" for key, value in data.items())
+            print(f"sluice {section} is ready  {where}", file=sys.stderr, flush=True)
+        elif name == "loading" and sys.stderr.isatty() and data.get("total_bytes"):
+            percent = 100 * data["done_bytes"] // data["total_bytes"]
+            end = "\n" if percent >= 100 else ""
+            print(f"\rloading the checkpoint {percent:3d} %", end=end, file=sys.stderr, flush=True)
+
+    return on_event
