@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 
 from services.scheduler.core.request import Sample, Status
 from services.scheduler.core.scheduler import Scheduler
@@ -56,7 +57,7 @@ def _slot_violations(group: WorkerGroup) -> Iterator[str]:
     if slots != list(range(group.spec.max_num_seqs)):
         yield f"{group.id}: free and taken slots are {slots}"
     for samples, name in ((group.running.samples, "running"), (group.waiting.samples, "waiting")):
-        if any(a.order >= b.order for a, b in zip(samples, samples[1:], strict=False)):
+        if any(a.order >= b.order for a, b in pairwise(samples)):
             yield f"{group.id}: the {name} queue is out of order"
 
 

@@ -49,50 +49,50 @@ class WaitClock:
 class Ledger:
     """One request's time. `in_phase[p]` counts its live samples in phase p."""
 
-    started_ns: int
+    since_ns: int
     num_samples: int
+    clock: WaitClock
+    """Of the queue it waits in, or waited in last."""
+    started_ns: int = field(init=False)
     in_phase: list[int] = field(init=False)
     spent_ns: list[int] = field(default_factory=lambda: [0, 0, 0])
     phase: Phase = Phase.QUEUE
-    since_ns: int = field(init=False)
-    reading: dict[WaitReason, int] = field(default_factory=dict)
-    override: WaitReason | None = None
-    """Attributes the rest of this wait to one reason, whatever the queue says."""
+    reading: dict[WaitReason, int] = field(init=False)
+    worker_lost: bool = False
+    """The rest of this wait is due to a lost worker, whatever the queue says."""
     queue_reason_ns: dict[str, int] = field(default_factory=dict)
     preemptions: int = 0
     prefill_steps: int = 0
     decode_steps: int = 0
 
     def __post_init__(self) -> None:
+        self.started_ns = self.since_ns
         self.in_phase = [self.num_samples, 0, 0]
-        self.since_ns = self.started_ns
-
-    def enter_queue(self, clock: WaitClock, now_ns: int) -> None:
-        """Begins to attribute waiting time to the reasons of `clock`."""
-        self.reading = clock.read(now_ns)
+        self.reading = self.clock.read(self.since_ns)
 
     def move(self, before: Phase, after: Phase | None, clock: WaitClock, now_ns: int) -> None:
-        """One sample goes from a phase to another, or ends (None)."""
+        """One sample goes from a phase to another, or ends (None); `clock` is that of the queue it would wait in."""
         self.in_phase[before] -= 1
         if after is not None:
             self.in_phase[after] += 1
         phase = self._most_advanced()
         if phase is self.phase:
             return
-        self._close(clock, now_ns)
+        self._settle(now_ns)
         self.phase = phase
         if phase is Phase.QUEUE:
-            self.enter_queue(clock, now_ns)
+            self._enter(clock, now_ns)
 
-    def change_queue(self, before: WaitClock, after: WaitClock, now_ns: int) -> None:
-        """The request waits elsewhere now."""
+    def change_queue(self, clock: WaitClock, now_ns: int, *, worker_lost: bool = False) -> None:
+        """The request waits elsewhere from now on. Nothing to do while one of its samples runs."""
         if self.phase is Phase.QUEUE:
-            self._close(before, now_ns)
-            self.enter_queue(after, now_ns)
+            self._settle(now_ns)
+            self._enter(clock, now_ns)
+            self.worker_lost = worker_lost
 
-    def close(self, clock: WaitClock, now_ns: int) -> Durations:
+    def close(self, now_ns: int) -> Durations:
         """The final account."""
-        self._close(clock, now_ns)
+        self._settle(now_ns)
         queue, prefill, decode = self.spent_ns
         return Durations(
             total_ns=now_ns - self.started_ns,
@@ -110,18 +110,22 @@ class Ledger:
             return Phase.DECODE
         return Phase.PREFILL if self.in_phase[Phase.PREFILL] else Phase.QUEUE
 
-    def _close(self, clock: WaitClock, now_ns: int) -> None:
+    def _enter(self, clock: WaitClock, now_ns: int) -> None:
+        self.clock = clock
+        self.reading = clock.read(now_ns)
+
+    def _settle(self, now_ns: int) -> None:
         passed_ns = now_ns - self.since_ns
         self.spent_ns[self.phase] += passed_ns
         self.since_ns = now_ns
         if self.phase is not Phase.QUEUE:
             return
-        if self.override:
-            self._add_wait(self.override, passed_ns)
-            self.override = None
+        if self.worker_lost:
+            self._add_wait(WaitReason.WORKER_LOST, passed_ns)
+            self.worker_lost = False
             return
-        for reason, passed in clock.read(now_ns).items():
-            self._add_wait(reason, passed - self.reading.get(reason, 0))
+        for reason, total_ns in self.clock.read(now_ns).items():
+            self._add_wait(reason, total_ns - self.reading.get(reason, 0))
 
     def _add_wait(self, reason: WaitReason, waited_ns: int) -> None:
         if waited_ns:

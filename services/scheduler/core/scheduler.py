@@ -73,7 +73,6 @@ class Scheduler:
         for sample in [*group.running, *group.waiting]:
             if sample.status is Status.RUNNING:
                 self._count_preemption(sample, group, now_ns)
-            sample.request.ledger.override = WaitReason.WORKER_LOST
             sample.forget_progress()
             target = self._best_group(sample)
             if target is None:
@@ -84,6 +83,7 @@ class Scheduler:
             else:
                 sample.group_id = target.id
                 target.waiting.add(sample)
+                sample.request.ledger.change_queue(target.clock, now_ns, worker_lost=True)
 
     def submit(self, submission: Submission, now_ns: int) -> None:
         """Takes a request, or refuses it by name through a Released event. Raises ValueError for a live key."""
@@ -96,18 +96,12 @@ class Scheduler:
             self._events.append(Released(key=submission.key, refusal=refusal))
             return
         self._arrivals += 1
-        request = Request(
-            submission=submission,
-            order=self._policy.order(arrival=self._arrivals, priority=submission.priority, now_ns=now_ns),
-            max_len=longest_sample(submission, groups, self._limits),
-            root=root_hash(self._salt(submission), exact=submission.deterministic),
-            ledger=Ledger(now_ns, submission.n),
-        )
-        request.samples.extend(make_samples(request))
+        request = self._make_request(submission, groups, now_ns)
         self.requests[submission.key] = request
-        self._enqueue(request, now_ns)
+        for sample in request.samples:
+            self.groups[sample.group_id].waiting.add(sample)
         if submission.deadline_ns:
-            heapq.heappush(self._deadlines, (submission.deadline_ns, self._arrivals, submission.key))
+            self._watch_deadline(submission)
 
     def abort(self, key: RequestKey, index: int, cause: AbortCause, now_ns: int) -> None:
         """Ends one sample (or all, index -1), in whatever state. Idempotent: an unknown key is one already released."""
@@ -212,7 +206,7 @@ class Scheduler:
     def _try_admit(self, group: WorkerGroup, sample: Sample, step: Step, now_ns: int) -> WaitReason | None:
         if not group.free_slots:
             return WaitReason.MAX_NUM_SEQS
-        if step.prefill_budget <= 0 or sample.unknown or len(step.rows) >= group.spec.max_num_batched_tokens:
+        if step.prefill_budget <= 0 or sample.unknown:
             return WaitReason.BUDGET
         hits = group.match(sample)
         pool, block_size = group.pool, group.spec.block_size
@@ -251,10 +245,11 @@ class Scheduler:
             return None
         other = max(stuck, key=lambda candidate: len(candidate.waiting))
         sample = other.waiting.samples[0]
-        if sample.unknown or not group.fits(sample.max_len):
+        needed = -(-len(sample.tokens) // group.spec.block_size) + group.headroom_blocks
+        if sample.unknown or not group.fits(sample.max_len) or needed > group.pool.num_available:
             return None
         other.waiting.remove(sample)
-        sample.request.ledger.change_queue(other.clock, group.clock, now_ns)
+        sample.request.ledger.change_queue(group.clock, now_ns)
         sample.group_id = group.id
         group.waiting.add(sample)
         return sample
@@ -331,13 +326,21 @@ class Scheduler:
 
     # One sample's life.
 
-    def _enqueue(self, request: Request, now_ns: int) -> None:
+    def _make_request(self, submission: Submission, groups: list[WorkerGroup], now_ns: int) -> Request:
+        request = Request(
+            submission=submission,
+            order=self._policy.order(arrival=self._arrivals, priority=submission.priority, now_ns=now_ns),
+            max_len=longest_sample(submission, groups, self._limits),
+            root=root_hash(self._salt(submission), exact=submission.deterministic),
+            ledger=Ledger(now_ns, submission.n, groups[0].clock),
+        )
+        request.samples.extend(make_samples(request))
         target = self._best_group(request.samples[0])
         assert target is not None, "admission found a group that fits"
         for sample in request.samples:
             sample.group_id = target.id
-            target.waiting.add(sample)
-        request.ledger.enter_queue(target.clock, now_ns)
+        request.ledger.change_queue(target.clock, now_ns)
+        return request
 
     def _best_group(self, sample: Sample) -> WorkerGroup | None:
         """Where the least work stands before the sample's first token: its own tokens that are not warm, those of
@@ -353,7 +356,7 @@ class Scheduler:
         return min(fitting, key=work)
 
     def _preempt(self, sample: Sample, group: WorkerGroup, now_ns: int) -> None:
-        """Back to the queue, by recompute; it keeps its place in the order, so it is first in line and never starves."""
+        """Back to the queue, by recompute. It keeps its place in the order: first in line, it never starves."""
         group.running.remove(sample)
         self._release(sample, group)
         self._count_preemption(sample, group, now_ns)
@@ -403,7 +406,7 @@ class Scheduler:
                 refusal=request.refusal,
                 cached_tokens=request.cached_tokens,
                 completion_tokens=request.completion_tokens,
-                durations=request.ledger.close(group.clock, now_ns),
+                durations=request.ledger.close(now_ns),
             )
         )
 
@@ -412,10 +415,18 @@ class Scheduler:
             sample.request.ledger.move(sample.phase, phase, group.clock, now_ns)
             sample.phase = phase or Phase.QUEUE
 
+    def _watch_deadline(self, submission: Submission) -> None:
+        heapq.heappush(self._deadlines, (submission.deadline_ns, self._arrivals, submission.key))
+        if len(self._deadlines) > 2 * len(self.requests) + 64:
+            self._deadlines = [entry for entry in self._deadlines if entry[2] in self.requests]
+            heapq.heapify(self._deadlines)
+
     def _expire(self, now_ns: int) -> None:
         while self._deadlines and self._deadlines[0][0] <= now_ns:
-            _, _, key = heapq.heappop(self._deadlines)
-            self.abort(key, -1, AbortCause.DEADLINE, now_ns)
+            deadline_ns, _, key = heapq.heappop(self._deadlines)
+            request = self.requests.get(key)
+            if request and request.submission.deadline_ns == deadline_ns:
+                self.abort(key, -1, AbortCause.DEADLINE, now_ns)
 
     def _salt(self, submission: Submission) -> bytes:
         """Without prefix caching a request shares with nobody but its own samples."""

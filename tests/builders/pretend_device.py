@@ -1,0 +1,120 @@
+"""A worker without tensors, driven by plans of the core: it models slots, block tables and the content of every block.
+
+A block's slot holds a digest of the token history it was computed from. Before a row samples, the whole content that
+it would read is compared with its own history: a block reused too early, a hit on the wrong block or a hole shows at
+once. The token it "samples" depends on the whole history, so any two ways to compute the same request must agree.
+"""
+
+import hashlib
+from array import array
+from dataclasses import dataclass, field
+
+from services.scheduler.core.plan import Admission, StepPlan, StepResult
+
+POISON = b"poison"
+
+
+def digest(parent: bytes, token: int) -> bytes:
+    return hashlib.blake2b(parent + token.to_bytes(4, "little"), digest_size=8).digest()
+
+
+def history(tokens: "array | list[int]") -> list[bytes]:
+    """The digest after each token."""
+    digests, parent = [], b""
+    for token in tokens:
+        parent = digest(parent, token)
+        digests.append(parent)
+    return digests
+
+
+def sample_token(state: bytes, seed: int, index: int, vocab: int) -> int:
+    """The pretend model: a token in [0, vocab) from the history's digest."""
+    text = state + seed.to_bytes(8, "little") + index.to_bytes(2, "little")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little") % vocab
+
+
+def generate(prompt: list[int], seed: int, index: int, vocab: int, max_new: int, stop: frozenset[int]) -> list[int]:
+    """What a request must answer, undisturbed and alone."""
+    tokens, state = [], history(prompt)[-1]
+    while len(tokens) < max_new:
+        tokens.append(sample_token(state, seed, index, vocab))
+        if tokens[-1] in stop:
+            break
+        state = digest(state, tokens[-1])
+    return tokens
+
+
+@dataclass
+class Row:
+    admission: Admission
+    tokens: list[int]
+    digests: list[bytes]
+    blocks: list[int]
+    computed: int
+
+
+@dataclass
+class PretendDevice:
+    """Raises AssertionError on a plan that no worker could run, or whose content would be wrong."""
+
+    num_blocks: int
+    block_size: int
+    vocab: int = 50
+    slots: dict[int, Row] = field(default_factory=dict)
+    content: list[list[bytes]] = field(init=False)
+    last_step: int = 0
+    seen_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.content = [[POISON] * self.block_size for _ in range(self.num_blocks)]
+
+    def run(self, plan: StepPlan, *, run_ns: int = 1_000_000) -> StepResult:
+        assert plan.step > self.last_step, "steps run in order"
+        self.last_step = plan.step
+        for admission in plan.admissions:
+            self._admit(admission)
+        rows = [self.slots[slot] for slot in plan.slots]
+        assert len(set(plan.slots)) == len(rows), "a slot has one row"
+        blocks = iter(plan.blocks)
+        for row, count, new in zip(rows, plan.counts, plan.block_counts, strict=True):
+            row.blocks += [next(blocks) for _ in range(new)]
+            self._write(row, count)
+        assert next(blocks, None) is None, "every block belongs to a row"
+        tokens = []
+        for row, samples in zip(rows, plan.samples, strict=True):
+            self._check(row)
+            if samples:
+                tokens.append(self._sample(row))
+            else:
+                assert row.computed < len(row.tokens), "a row that reaches its last token samples"
+        self.seen_tokens += sum(plan.counts)
+        return StepResult(step=plan.step, tokens=tokens, run_ns=run_ns)
+
+    def _admit(self, admission: Admission) -> None:
+        tokens = list(array("I", admission.token_ids))
+        assert 0 <= admission.computed < len(tokens)
+        assert all(0 <= block < self.num_blocks for block in admission.blocks)
+        assert len(set(admission.blocks)) == len(admission.blocks)
+        self.slots[admission.slot] = Row(admission, tokens, history(tokens), list(admission.blocks), admission.computed)
+
+    def _write(self, row: Row, count: int) -> None:
+        assert count >= 1
+        end = row.computed + count
+        assert end <= len(row.tokens), "only known tokens are computed"
+        for position in range(row.computed, end):
+            block = row.blocks[position // self.block_size]
+            self.content[block][position % self.block_size] = row.digests[position]
+        row.computed = end
+
+    def _check(self, row: Row) -> None:
+        for position in range(row.computed):
+            found = self.content[row.blocks[position // self.block_size]][position % self.block_size]
+            assert found == row.digests[position], f"position {position} reads what another request wrote"
+
+    def _sample(self, row: Row) -> int:
+        assert row.computed == len(row.tokens)
+        admission = row.admission
+        token = sample_token(row.digests[-1], admission.sampling.seed, admission.sample_index, self.vocab)
+        row.tokens.append(token)
+        row.digests.append(digest(row.digests[-1], token))
+        return token

@@ -1,0 +1,13 @@
+"""How often the heavy tests repeat: one table, (quick, full). A count is a parameter, never a second test."""
+
+import os
+
+COUNTS: dict[str, tuple[int, int]] = {
+    "core_steps": (50_000, 1_000_000),
+}
+
+
+def count(name: str) -> int:
+    """The count of the tier that runs: quick, or full with SLUICE_TEST_TIER=full."""
+    quick, full = COUNTS[name]
+    return full if os.environ.get("SLUICE_TEST_TIER") == "full" else quick
