@@ -7,7 +7,12 @@ COUNTS: dict[str, tuple[int, int]] = {
 }
 
 
+ASKED: set[str] = set()
+"""The rows that tests of this process have asked for; the full tier records them with its results."""
+
+
 def count(name: str) -> int:
     """The count of the tier that runs: quick, or full with SLUICE_TEST_TIER=full."""
     quick, full = COUNTS[name]
+    ASKED.add(name)
     return full if os.environ.get("SLUICE_TEST_TIER") == "full" else quick
