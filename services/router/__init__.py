@@ -1,0 +1,1 @@
+"""The edge: text outside, tokens inside. Read session.py first."""

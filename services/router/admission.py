@@ -1,0 +1,113 @@
+"""Places at the edge: how many requests are in flight, who they are, and when a refused one may try again."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from shared.clock import NS_PER_MS, NS_PER_S, NowNs
+from shared.outcome import AbortCause, refuse
+
+RATE_WINDOW = 64
+"""Finished requests over which the service rate is measured."""
+UNKNOWN_RETRY_MS = 1_000
+LONGEST_RETRY_MS = 30_000
+SHORTEST_RETRY_MS = 50
+DRAIN_RETRY_MS = 1_000
+
+
+class Place:
+    """One request in flight. Whoever answers it says how it is aborted."""
+
+    __slots__ = ("_abort", "cause", "request_id")
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.cause: AbortCause | None = None
+        """Why it was aborted from outside, if it was."""
+        self._abort: Callable[[AbortCause], None] | None = None
+
+    def on_abort(self, abort: Callable[[AbortCause], None]) -> None:
+        """`abort` is called once, at once if the abort came first."""
+        self._abort = abort
+        if self.cause is not None:
+            abort(self.cause)
+
+    def abort(self, cause: AbortCause) -> None:
+        """Ends the request early. The first cause stays."""
+        if self.cause is None:
+            self.cause = cause
+            if self._abort is not None:
+                self._abort(cause)
+
+
+class Admission:
+    """Owns the live requests. Full means refused at once: a queue here would only hide the scheduler's."""
+
+    def __init__(self, max_in_flight: int, now: NowNs) -> None:
+        self._max = max_in_flight
+        self._now = now
+        self._live: dict[str, Place] = {}
+        self._ended_ns: deque[int] = deque(maxlen=RATE_WINDOW)
+        self._refused_since_end = 0
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self.draining = False
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    @contextmanager
+    def admit(self, request_id: str) -> Iterator[Place]:
+        """A place for the length of the block. Raises RefusedError: draining, request_id_in_use or queue_full."""
+        if self.draining:
+            raise refuse("draining", "this router is shutting down; another will answer", retry_after_ms=DRAIN_RETRY_MS)
+        if request_id in self._live:
+            raise refuse("request_id_in_use", f"request_id {request_id!r} is in use", field="request_id")
+        if len(self._live) >= self._max:
+            self._refused_since_end += 1
+            message = f"{self._max} requests are in flight at this router"
+            raise refuse("queue_full", message, retry_after_ms=self.retry_after_ms())
+        place = Place(request_id)
+        self._live[request_id] = place
+        self._empty.clear()
+        try:
+            yield place
+        finally:
+            self._leave(request_id)
+
+    def _leave(self, request_id: str) -> None:
+        del self._live[request_id]
+        self._ended_ns.append(self._now())
+        self._refused_since_end = 0
+        if not self._live:
+            self._empty.set()
+
+    def retry_after_ms(self) -> int:
+        """When a place should be free for the next refused request, at the rate measured of late."""
+        if len(self._ended_ns) < 2:
+            return UNKNOWN_RETRY_MS
+        span_ns = max(1, self._now() - self._ended_ns[0])
+        per_s = len(self._ended_ns) * NS_PER_S / span_ns
+        wait_ms = int(max(1, self._refused_since_end) / per_s * NS_PER_S / NS_PER_MS)
+        return min(LONGEST_RETRY_MS, max(SHORTEST_RETRY_MS, wait_ms))
+
+    def abort(self, request_id: str, cause: AbortCause) -> bool:
+        """Ends a live request; False if there is none of that id."""
+        place = self._live.get(request_id)
+        if place is not None:
+            place.abort(cause)
+        return place is not None
+
+    def abort_all(self, cause: AbortCause) -> None:
+        for place in list(self._live.values()):
+            place.abort(cause)
+
+    async def wait_empty(self, timeout_s: float) -> bool:
+        """True once nothing is in flight; False when `timeout_s` passed first."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._empty.wait()
+        except TimeoutError:
+            return False
+        return True

@@ -1,0 +1,207 @@
+"""Builds the router from its configuration, serves until told to stop, and drains."""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import structlog
+
+from services.router.admission import Admission
+from services.router.fleet import Expected, Fleet
+from services.router.model import ServedModel, load_model
+from services.router.servicer import RouterControl, RouterInference
+from services.router.session import Session
+from shared.clock import monotonic_ns
+from shared.config import RouterConfig
+from shared.ids import new_instance_id
+from shared.net.health import Health
+from shared.net.server import bind, create_server
+from shared.outcome import AbortCause
+from shared.rpc.sluice.v1.control_pb2_grpc import add_ControlServicer_to_server
+from shared.rpc.sluice.v1.inference_pb2_grpc import add_InferenceServicer_to_server
+from shared.telemetry.logs import configure_logs
+
+log = structlog.get_logger("router")
+
+OnEvent = Callable[[str, dict[str, Any]], None]
+SERVICES = ("sluice.v1.Inference", "sluice.v1.Control")
+SIZE_HEADROOM_BYTES = 64 * 2**10
+"""Beyond --max-request-bytes: so much more is read, so that the refusal can be ours."""
+GOODBYE_S = 2.0
+"""What aborted streams may take to write their ends."""
+
+
+async def serve(config: RouterConfig, *, on_event: OnEvent | None = None) -> int:
+    """Runs the router until SIGTERM, SIGINT or Drain; returns the exit code.
+
+    `on_event("serving", …)` once the port is open, `on_event("ready", …)` once a scheduler can answer too. Raises
+    BindError, ModelError, CheckpointError.
+    """
+    instance = new_instance_id("router")
+    configure_logs("router", instance, config.log_format)
+    model = await asyncio.to_thread(load_model, config)
+    async with asyncio.TaskGroup() as tasks:
+        router = Router(config, model, instance, on_event or (lambda name, data: None))
+        linking = tasks.create_task(router.fleet.run(), name="fleet")
+        try:
+            return await router.serve()
+        finally:
+            linking.cancel()
+
+
+class Router:
+    """Every long-lived object of one router, and how they end."""
+
+    def __init__(self, config: RouterConfig, model: ServedModel, instance: str, on_event: OnEvent) -> None:
+        self._config = config
+        self._model = model
+        self._on_event = on_event
+        self._stop = _Stop()
+        self._announced = False
+        self._address = ""
+        self.admission = Admission(config.max_num_queued_reqs, monotonic_ns)
+        self.fleet = Fleet(
+            config.scheduler,
+            router=instance,
+            token=config.internal_token,
+            expected=Expected(model_fingerprint=model.fingerprint, vocab_size=model.vocab_size),
+        )
+        self._tokenizing = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="tokenize")
+        self._server = create_server(max_receive_bytes=config.max_request_bytes + SIZE_HEADROOM_BYTES)
+        self._add_servicers(instance)
+        self._health = Health(self._server, SERVICES)
+        self._health_changed = asyncio.Event()
+
+    def _add_servicers(self, instance: str) -> None:
+        session = Session(
+            model=self._model,
+            fleet=self.fleet,
+            admission=self.admission,
+            tokenizing=self._tokenizing,
+            max_unread_bytes=self._config.max_unread_bytes,
+            now=monotonic_ns,
+        )
+        inference = RouterInference(
+            model=self._model,
+            session=session,
+            fleet=self.fleet,
+            admission=self.admission,
+            max_request_bytes=self._config.max_request_bytes,
+            stall_timeout_ms=self._config.stall_timeout_ms,
+        )
+        control = RouterControl(
+            model=self._model,
+            fleet=self.fleet,
+            admission=self.admission,
+            instance=instance,
+            drain=self._drain_asked,
+            now=monotonic_ns,
+        )
+        add_InferenceServicer_to_server(inference, self._server)
+        add_ControlServicer_to_server(control, self._server)
+
+    async def serve(self) -> int:
+        """Until told to stop. 0 after a drain, however it went; 1 when a second signal cut requests off."""
+        port = bind(self._server, self._config.host, self._config.grpc_port, flag="--grpc-port")
+        self._address = f"{self._config.host}:{port}"
+        self.fleet.on_change(self._health_changed.set)
+        await self._server.start()
+        log.info("serving", grpc=self._address, models=self._model.names, schedulers=self._config.scheduler)
+        self._on_event("serving", self._where())
+        health = asyncio.create_task(self._report_health(), name="health")
+        try:
+            with self._stop.on_signals():
+                await self._stop.wait()
+                return await self._drain()
+        finally:
+            health.cancel()
+            await self._server.stop(0)
+            self._tokenizing.shutdown(wait=False, cancel_futures=True)
+
+    def stop(self) -> None:
+        """As SIGTERM would."""
+        self._stop.request()
+
+    def _where(self) -> dict[str, Any]:
+        return {"grpc": self._address, "models": list(self._model.names)}
+
+    async def _report_health(self) -> None:
+        """Healthy is: would answer a request now."""
+        while True:
+            able = self.fleet.num_usable > 0 and not self.admission.draining
+            await self._health.set_serving(able)
+            if able and not self._announced:
+                self._announced = True
+                log.info("ready", grpc=self._address)
+                self._on_event("ready", self._where())
+            await self._health_changed.wait()
+            self._health_changed.clear()
+
+    # Ending.
+
+    async def _drain_asked(self, timeout_s: float | None) -> None:
+        self._begin_drain()
+        self._stop.request(timeout_s)
+
+    def _begin_drain(self) -> None:
+        self.admission.draining = True
+        self._health_changed.set()
+
+    async def _drain(self) -> int:
+        """Refuses what is new, lets what is in flight end, and ends it itself when the time is up."""
+        self._begin_drain()
+        timeout_s = self._config.shutdown_timeout if self._stop.timeout_s is None else self._stop.timeout_s
+        log.info("draining", requests=len(self.admission), timeout_s=timeout_s)
+        ending = asyncio.create_task(self.admission.wait_empty(timeout_s), name="drain")
+        forced = asyncio.create_task(self._stop.wait_forced(), name="second-signal")
+        try:
+            await asyncio.wait((ending, forced), return_when=asyncio.FIRST_COMPLETED)
+            cut = len(self.admission)
+            if cut:
+                self.admission.abort_all(AbortCause.DRAIN)
+                await self.admission.wait_empty(0.2 if forced.done() else GOODBYE_S)
+            log.info("drained", requests_cut=cut, forced=forced.done())
+            return 1 if cut and forced.done() else 0
+        finally:
+            ending.cancel()
+            forced.cancel()
+
+
+class _Stop:
+    """SIGTERM, SIGINT or Drain, once: drain. A second signal: at once."""
+
+    def __init__(self) -> None:
+        self._asked = asyncio.Event()
+        self._forced = asyncio.Event()
+        self.timeout_s: float | None = None
+
+    def request(self, timeout_s: float | None = None) -> None:
+        if not self._asked.is_set():
+            self.timeout_s = timeout_s
+            self._asked.set()
+
+    def _signalled(self) -> None:
+        if self._asked.is_set():
+            self._forced.set()
+        self.request()
+
+    async def wait(self) -> None:
+        await self._asked.wait()
+
+    async def wait_forced(self) -> None:
+        await self._forced.wait()
+
+    @contextlib.contextmanager
+    def on_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGTERM, signal.SIGINT)
+        for number in signals:
+            loop.add_signal_handler(number, self._signalled)
+        try:
+            yield
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)

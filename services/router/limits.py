@@ -1,0 +1,94 @@
+"""The one table of what a request may ask for. Every numeric field of a request has its row here."""
+
+import math
+import re
+
+import msgspec
+
+from shared.outcome import RefusedError, refuse
+
+
+class Range(msgspec.Struct, frozen=True):
+    """From `low` to `high`, both allowed unless `above` (then `low` itself is not)."""
+
+    low: float
+    high: float
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return math.isfinite(value) and (self.low < value if self.above else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        return f"{'above' if self.above else 'from'} {self.low:g} to {self.high:g}"
+
+
+MAX_U32 = 2**32 - 1
+RANGES: dict[str, Range] = {
+    "sampling.temperature": Range(0, 2),
+    "sampling.top_p": Range(0, 1, above=True),
+    "sampling.top_k": Range(0, 2**31 - 1),
+    "sampling.min_p": Range(0, 1),
+    "sampling.seed": Range(0, 2**64 - 1),
+    "sampling.repetition_penalty": Range(0.01, 10),
+    "sampling.presence_penalty": Range(-2, 2),
+    "sampling.frequency_penalty": Range(-2, 2),
+    "sampling.logit_bias": Range(-100, 100),
+    "sampling.n": Range(1, 16),
+    "stopping.max_tokens": Range(1, MAX_U32),
+    "stopping.min_tokens": Range(0, MAX_U32),
+    "response.logprobs": Range(0, 20),
+    "response.prompt_logprobs": Range(0, 20),
+    "priority": Range(-(2**31), 2**31 - 1),
+}
+MAX_LOGIT_BIAS_ENTRIES = 1024
+MAX_STOP_STRINGS = 16
+MAX_STOP_BYTES = 256
+MAX_STOP_TOKEN_IDS = 256
+MAX_REQUEST_ID_CHARS = 128
+MAX_MESSAGES = 4096
+MAX_TOOLS = 256
+MAX_JSON_DEPTH = 32
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]+")
+
+
+def invalid(field: str, message: str) -> RefusedError:
+    """The exception to raise for a field that cannot be served."""
+    return refuse("invalid_argument", f"{field}: {message}", field=field)
+
+
+def check_range(field: str, value: float) -> None:
+    """Refuses a value outside its row, NaN and infinities included."""
+    if value not in RANGES[field]:
+        raise invalid(field, f"{value:g} is not allowed; it goes {RANGES[field]}")
+
+
+def check_request_id(request_id: str) -> None:
+    if len(request_id) > MAX_REQUEST_ID_CHARS or not REQUEST_ID.fullmatch(request_id):
+        raise invalid("request_id", f"1 to {MAX_REQUEST_ID_CHARS} letters, digits and . _ : / + = @ - are allowed")
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """The rows that depend on the model."""
+
+    vocab_size: int
+
+    def check_token_ids(self, field: str, token_ids: tuple[int, ...] | frozenset[int]) -> None:
+        if token_ids and max(token_ids) >= self.vocab_size:
+            raise invalid(field, f"token ids are below the vocabulary's size, {self.vocab_size}")
+
+    def check_logit_bias(self, entries: tuple[tuple[int, float], ...]) -> None:
+        field = "sampling.logit_bias"
+        if len(entries) > MAX_LOGIT_BIAS_ENTRIES:
+            raise invalid(field, f"{len(entries)} entries; {MAX_LOGIT_BIAS_ENTRIES} are allowed")
+        for _, bias in entries:
+            check_range(field, bias)
+        self.check_token_ids(field, tuple(token_id for token_id, _ in entries))
+
+    def check_stop(self, stop: tuple[str, ...], stop_token_ids: frozenset[int]) -> None:
+        if len(stop) > MAX_STOP_STRINGS:
+            raise invalid("stopping.stop", f"{len(stop)} stop strings; {MAX_STOP_STRINGS} are allowed")
+        if any(not string or len(string.encode()) > MAX_STOP_BYTES for string in stop):
+            raise invalid("stopping.stop", f"a stop string has 1 to {MAX_STOP_BYTES} bytes")
+        if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise invalid("stopping.stop_token_ids", f"{MAX_STOP_TOKEN_IDS} stop token ids are allowed")
+        self.check_token_ids("stopping.stop_token_ids", stop_token_ids)

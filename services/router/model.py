@@ -1,0 +1,132 @@
+"""The model as the edge knows it: names, limits and defaults, read from a checkpoint's small files; no weights."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+
+import shared
+from services.router.limits import RANGES, Limits
+from shared.checkpoint import CheckpointError, locate, open_checkpoint, read_config
+from shared.config import RouterConfig
+from shared.config.services import BUNDLED_MODEL
+from shared.text.chat import ChatTemplate, load_chat_template
+from shared.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+
+log = structlog.get_logger("model")
+
+BUNDLED_FOLDER = Path(shared.__path__[0]).resolve().parent / "ops" / "demo_model" / "model"
+
+
+class ModelError(ValueError):
+    """A checkpoint that cannot be served; the message names the file and says what to do."""
+
+
+class Defaults(msgspec.Struct, frozen=True, kw_only=True):
+    """What the checkpoint's generation_config says; None where it is silent."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """`names` are what clients may call it, the first being its own; `fingerprint` names the checkpoint, empty where
+    the weights are not on this machine."""
+
+    names: tuple[str, ...]
+    vocab_size: int
+    max_model_len: int
+    dtype: str
+    fingerprint: str
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    defaults: Defaults
+    eos_token_ids: frozenset[int]
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(vocab_size=self.vocab_size)
+
+
+def load_model(config: RouterConfig) -> ServedModel:
+    """Blocking: reads files, and downloads a hub id. Raises ModelError or CheckpointError, naming what is wrong."""
+    folder = BUNDLED_FOLDER if config.model == BUNDLED_MODEL else None
+    folder = folder or locate(config.model, revision=config.revision or None)
+    try:
+        tokenizer = load_tokenizer(_tokenizer_folder(config, folder))
+        template = load_chat_template(folder, tokenizer, config.chat_template)
+    except TokenizerError as error:
+        raise ModelError(str(error)) from None
+    settings, generation, fingerprint = _read(folder)
+    text = settings.get("text_config", settings)
+    return ServedModel(
+        names=config.served_model_name or (_own_name(config.model),),
+        vocab_size=_positive(text, "vocab_size", folder),
+        max_model_len=_positive(text, "max_position_embeddings", folder),
+        dtype=str(settings.get("dtype") or settings.get("torch_dtype") or "float32"),
+        fingerprint=fingerprint,
+        tokenizer=tokenizer,
+        chat_template=template,
+        defaults=_defaults(generation, folder),
+        eos_token_ids=_eos(generation, settings, tokenizer),
+    )
+
+
+def _tokenizer_folder(config: RouterConfig, folder: Path) -> Path:
+    if not config.tokenizer:
+        return folder
+    given = Path(config.tokenizer).expanduser()
+    return given if given.exists() else locate(config.tokenizer)
+
+
+def _own_name(model: str) -> str:
+    """A hub id as it is, a folder by its last part."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.is_dir() else model
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
+    if any(folder.glob("*.safetensors")):
+        checkpoint = open_checkpoint(folder)
+        return checkpoint.config, checkpoint.generation_config, checkpoint.fingerprint
+    log.warning("no_weights_here", folder=str(folder), effect="a scheduler's model is compared by vocabulary only")
+    generation = folder / "generation_config.json"
+    try:
+        return read_config(folder), msgspec.json.decode(generation.read_bytes()) if generation.is_file() else {}, ""
+    except (OSError, msgspec.MsgspecError) as error:
+        raise CheckpointError(f"cannot read {generation}: {error}") from None
+
+
+def _positive(settings: dict[str, Any], key: str, folder: Path) -> int:
+    value = settings.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise ModelError(f"{folder / 'config.json'} has no positive {key}")
+    return value
+
+
+def _defaults(generation: dict[str, Any], folder: Path) -> Defaults:
+    """Values outside our limits are named and left out: a request would be refused for what it did not ask."""
+    found = {}
+    for name in Defaults.__struct_fields__:
+        value = generation.get(name)
+        if value is None or isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if value in RANGES[f"sampling.{name}"]:
+            found[name] = int(value) if name == "top_k" else float(value)
+        else:
+            log.warning("default_ignored", file=str(folder / "generation_config.json"), field=name, value=value)
+    return Defaults(**found)
+
+
+def _eos(generation: dict[str, Any], settings: dict[str, Any], tokenizer: Tokenizer) -> frozenset[int]:
+    """generation_config's, else config's, else the tokenizer's end-of-sequence tokens."""
+    for declared in (generation.get("eos_token_id"), settings.get("eos_token_id"), tokenizer.eos_token_id):
+        if isinstance(declared, int):
+            return frozenset((declared,))
+        if isinstance(declared, list) and declared:
+            return frozenset(declared)
+    return frozenset()

@@ -1,0 +1,74 @@
+"""From a prompt to token ids and block hashes, on a thread: the part of a request that costs the edge its CPU."""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from services.router.limits import invalid
+from services.router.model import ServedModel
+from services.router.request import ChatPrompt, GenerateOptions, Prompt, TextPrompt, TokenPrompt
+from shared.outcome import refuse
+from shared.prefix import BlockHash, chain, root_hash
+from shared.text.chat import ChatTemplateError
+from shared.text.stops import StopStrings
+
+SALT = b""
+"""Of the tenant; there is one tenant until requests are authenticated."""
+
+
+class Prepared(msgspec.Struct, frozen=True):
+    """What placement and the answer need. `chains` holds the block hashes by block size."""
+
+    token_ids: Sequence[int]
+    chains: dict[int, list[BlockHash]]
+    stops: StopStrings | None
+
+
+def prepare(
+    model: ServedModel, prompt: Prompt, options: GenerateOptions, max_model_len: int, block_sizes: frozenset[int]
+) -> Prepared:
+    """Raises RefusedError: invalid_argument or prompt_too_long. Pure but for the time it takes."""
+    token_ids = _token_ids(model, prompt, max_model_len)
+    if not token_ids:
+        raise invalid("prompt", "has no tokens")
+    room = max_model_len - len(token_ids)
+    if room < 1:
+        raise _too_long(f"the prompt has {len(token_ids)} tokens", max_model_len)
+    if options.stopping.min_tokens > room:
+        raise invalid("stopping.min_tokens", f"{options.stopping.min_tokens} tokens do not fit behind this prompt")
+    root = root_hash(SALT, exact=options.deterministic)
+    chains = {block_size: chain(token_ids, block_size, root) for block_size in block_sizes}
+    return Prepared(token_ids, chains, StopStrings(options.stop) if options.stop else None)
+
+
+def _token_ids(model: ServedModel, prompt: Prompt, max_model_len: int) -> Sequence[int]:
+    match prompt:
+        case TokenPrompt():
+            return prompt.token_ids
+        case TextPrompt():
+            return _encode(model, prompt.text, max_model_len, add_special_tokens=True)
+        case ChatPrompt():
+            return _encode(model, _rendered(model, prompt), max_model_len, add_special_tokens=False)
+
+
+def _rendered(model: ServedModel, prompt: ChatPrompt) -> str:
+    assert model.chat_template is not None  # wire refuses a chat without one
+    try:
+        return model.chat_template.render(prompt.messages, tools=prompt.tools, template_kwargs=prompt.template_kwargs)
+    except ChatTemplateError as error:
+        raise invalid("chat", str(error)) from None
+
+
+def _encode(model: ServedModel, text: str, max_model_len: int, *, add_special_tokens: bool) -> list[int]:
+    """Text too long for any tokenization is refused before it costs one."""
+    if len(text) > max_model_len * model.tokenizer.longest_token_bytes:
+        raise _too_long(f"the prompt has {len(text)} characters", max_model_len)
+    try:
+        return model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    except UnicodeError:
+        raise invalid("prompt", "is not valid Unicode") from None
+
+
+def _too_long(what: str, max_model_len: int) -> Exception:
+    message = f"{what}; this model takes {max_model_len} tokens with at least one of answer"
+    return refuse("prompt_too_long", message, field="input")

@@ -1,0 +1,158 @@
+"""The gRPC door: messages in, messages out, and nothing that decides."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from importlib.metadata import PackageNotFoundError, version
+
+import grpc
+
+from services.router import wire
+from services.router.admission import Admission
+from services.router.fleet import Fleet
+from services.router.model import ServedModel
+from services.router.session import Session
+from shared.clock import NS_PER_MS, NowNs
+from shared.net.deadlines import remaining_ns
+from shared.outcome import AbortCause, refuse
+from shared.rpc.sluice.v1 import control_pb2, inference_pb2
+from shared.rpc.sluice.v1.control_pb2_grpc import ControlServicer
+from shared.rpc.sluice.v1.inference_pb2_grpc import InferenceServicer
+
+REQUEST_ID_HEADER = "x-request-id"
+
+Context = grpc.aio.ServicerContext
+
+
+class RouterInference(InferenceServicer):
+    """Inference of inference.proto."""
+
+    def __init__(
+        self,
+        *,
+        model: ServedModel,
+        session: Session,
+        fleet: Fleet,
+        admission: Admission,
+        max_request_bytes: int,
+        stall_timeout_ms: int,
+    ) -> None:
+        self._model = model
+        self._session = session
+        self._fleet = fleet
+        self._admission = admission
+        self._max_request_bytes = max_request_bytes
+        self._stall_timeout_s = stall_timeout_ms / 1000
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: Context
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        """Writes through the context rather than by yielding: only so is a blocked write ours to time."""
+        deadline_ns = remaining_ns(context)
+        request_id = wire.request_id_of(request, _header(context, REQUEST_ID_HEADER))
+        if request.model and request.model not in self._model.names:
+            known = ", ".join(self._model.names)
+            raise refuse("model_not_found", f"there is no model {request.model[:128]!r} here; served: {known}")
+        prompt = wire.prompt_of(request, self._model, self._max_request_bytes)
+        options = wire.options_of(request, self._model, request_id, deadline_ns)
+        await context.send_initial_metadata(((REQUEST_ID_HEADER, request_id),))
+        async with aclosing(self._session.run(prompt, options)) as events:
+            async for event in events:
+                await self._write(context, request_id, wire.response_of(event))
+        return
+        yield  # an async generator, as grpc wants it
+
+    async def _write(self, context: Context, request_id: str, response: inference_pb2.GenerateResponse) -> None:
+        try:
+            async with asyncio.timeout(self._stall_timeout_s):
+                await context.write(response)
+        except TimeoutError:
+            self._admission.abort(request_id, AbortCause.STALLED)
+            seconds = f"{self._stall_timeout_s:g} s"
+            raise refuse("client_stalled", f"the client read nothing for {seconds}; the answer was ended") from None
+
+    async def ListModels(
+        self, request: inference_pb2.ListModelsRequest, context: Context
+    ) -> inference_pb2.ListModelsResponse:
+        model = self._model
+        length = self._fleet.max_model_len or model.max_model_len
+        dtype = self._fleet.dtype or model.dtype
+        chat = model.chat_template is not None
+        models = [
+            inference_pb2.Model(
+                name=name, max_model_len=length, vocab_size=model.vocab_size, dtype=dtype, has_chat_template=chat
+            )
+            for name in model.names
+        ]
+        return inference_pb2.ListModelsResponse(models=models)
+
+    async def Abort(self, request: inference_pb2.AbortRequest, context: Context) -> inference_pb2.AbortResponse:
+        return inference_pb2.AbortResponse(found=self._admission.abort(request.request_id, AbortCause.CLIENT))
+
+
+class RouterControl(ControlServicer):
+    """Control of control.proto."""
+
+    def __init__(
+        self,
+        *,
+        model: ServedModel,
+        fleet: Fleet,
+        admission: Admission,
+        instance: str,
+        drain: Callable[[float | None], Awaitable[None]],
+        now: NowNs,
+    ) -> None:
+        self._model = model
+        self._fleet = fleet
+        self._admission = admission
+        self._instance = instance
+        self._drain = drain
+        self._now = now
+        self._started_ns = now()
+
+    async def GetServerInfo(
+        self, request: control_pb2.GetServerInfoRequest, context: Context
+    ) -> control_pb2.GetServerInfoResponse:
+        return control_pb2.GetServerInfoResponse(
+            service="router",
+            version=_version(),
+            instance=self._instance,
+            uptime_ms=(self._now() - self._started_ns) // NS_PER_MS,
+            draining=self._admission.draining,
+            models=self._model.names,
+        )
+
+    async def GetLoad(self, request: control_pb2.GetLoadRequest, context: Context) -> control_pb2.GetLoadResponse:
+        groups = [
+            control_pb2.GroupLoad(
+                scheduler=scheduler,
+                group=load.group,
+                requests_running=load.requests_running,
+                requests_waiting=load.requests_waiting,
+                kv_blocks_total=load.kv_blocks_total,
+                kv_blocks_free=load.kv_blocks_free,
+                kv_blocks_cached=load.kv_blocks_cached,
+                kv_blocks_referenced=load.kv_blocks_referenced,
+            )
+            for scheduler, load in self._fleet.loads()
+        ]
+        return control_pb2.GetLoadResponse(groups=groups, requests_in_flight=len(self._admission))
+
+    async def Drain(self, request: control_pb2.DrainRequest, context: Context) -> control_pb2.DrainResponse:
+        await self._drain(request.timeout_ms / 1000 if request.timeout_ms else None)
+        return control_pb2.DrainResponse(requests_in_flight=len(self._admission))
+
+
+def _header(context: Context, name: str) -> str:
+    for key, value in context.invocation_metadata() or ():
+        if key == name:
+            return str(value)
+    return ""
+
+
+def _version() -> str:
+    try:
+        return version("sluice")
+    except PackageNotFoundError:
+        return "0"

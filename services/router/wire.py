@@ -1,0 +1,235 @@
+"""The public protobuf ⇄ values. Requests leave here resolved and within limits, or not at all."""
+
+from typing import Any
+
+import msgspec
+
+from services.router.limits import (
+    MAX_JSON_DEPTH,
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    check_range,
+    check_request_id,
+    invalid,
+)
+from services.router.model import ServedModel
+from services.router.request import (
+    Accepted,
+    ChatPrompt,
+    Delta,
+    Event,
+    Finished,
+    GenerateOptions,
+    Prompt,
+    TextPrompt,
+    Timing,
+    TokenLogprob,
+    TokenPrompt,
+)
+from shared.ids import new_request_id, new_seed
+from shared.outcome import FinishReason, refuse
+from shared.rpc.sluice.v1 import inference_pb2 as pb
+from shared.sampling import NO_LOGPROBS, Sampling, Stopping, Want
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below are greedy: dividing logits by them would overflow float32."""
+
+
+def request_id_of(message: pb.GenerateRequest, header: str) -> str:
+    """The body's id, else the `x-request-id` header, else a new one."""
+    request_id = message.request_id or header or new_request_id()
+    check_request_id(request_id)
+    return request_id
+
+
+def prompt_of(message: pb.GenerateRequest, model: ServedModel, max_bytes: int) -> Prompt:
+    """The input as a value; size is checked before anything is converted."""
+    if message.ByteSize() > max_bytes:
+        raise refuse("message_too_large", f"the request exceeds {max_bytes} bytes (--max-request-bytes)")
+    kind = message.WhichOneof("input")
+    if kind == "prompt":
+        if not message.prompt:
+            raise invalid("prompt", "is empty")
+        return TextPrompt(message.prompt)
+    if kind == "token_ids":
+        return _token_prompt(message.token_ids, model)
+    if kind == "chat":
+        return _chat_prompt(message.chat, model)
+    raise invalid("input", "one of prompt, token_ids and chat is needed")
+
+
+def _token_prompt(message: pb.TokenIds, model: ServedModel) -> TokenPrompt:
+    if not message.ids:
+        raise invalid("token_ids", "is empty")
+    if len(message.ids) > model.max_model_len:
+        raise prompt_too_long(len(message.ids), model.max_model_len, field="token_ids")
+    token_ids = tuple(message.ids)
+    model.limits.check_token_ids("token_ids", token_ids)
+    return TokenPrompt(token_ids)
+
+
+def prompt_too_long(num_tokens: int, max_model_len: int, *, field: str) -> Exception:
+    """The exception for a prompt that leaves no room for a token of answer."""
+    message = f"the prompt has {num_tokens} tokens; this model takes {max_model_len} with at least one of answer"
+    return refuse("prompt_too_long", message, field=field)
+
+
+def _chat_prompt(message: pb.Chat, model: ServedModel) -> ChatPrompt:
+    if model.chat_template is None:
+        raise invalid("chat", "this model has no chat template; send `prompt`, or start with --chat-template")
+    if not 1 <= len(message.messages) <= MAX_MESSAGES:
+        raise invalid("chat.messages", f"1 to {MAX_MESSAGES} messages are allowed")
+    tools = _json("chat.tools_json", message.tools_json, list) if message.tools_json else None
+    if tools is not None and (len(tools) > MAX_TOOLS or not all(isinstance(tool, dict) for tool in tools)):
+        raise invalid("chat.tools_json", f"at most {MAX_TOOLS} JSON objects are allowed")
+    kwargs = _json("chat.template_kwargs_json", message.template_kwargs_json or "{}", dict)
+    messages = tuple(
+        {"role": one.role, "content": one.content, **({"name": one.name} if one.name else {})}
+        for one in message.messages
+    )
+    return ChatPrompt(messages, tools=None if tools is None else tuple(tools), template_kwargs=kwargs)
+
+
+def _json(field: str, text: str, kind: type) -> Any:
+    try:
+        value = msgspec.json.decode(text, type=kind)
+    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+        raise invalid(field, f"is not a JSON {'array' if kind is list else 'object'}") from None
+    if _depth(value) > MAX_JSON_DEPTH:
+        raise invalid(field, f"nests deeper than {MAX_JSON_DEPTH} levels")
+    return value
+
+
+def _depth(value: Any) -> int:
+    level, depth = [value], 0
+    while level and depth <= MAX_JSON_DEPTH:
+        depth += 1
+        children = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
+        level = [child for group in children for child in group]
+    return depth
+
+
+def options_of(
+    message: pb.GenerateRequest, model: ServedModel, request_id: str, deadline_ns: int | None
+) -> GenerateOptions:
+    """Every field resolved: the request, else generation_config, else the default. Raises RefusedError."""
+    if message.structured.WhichOneof("constraint") is not None:
+        raise refuse("unsupported", "structured output is not served by this version", field="structured")
+    n = _given(message.sampling, "sampling", "n", 1)
+    stopping = _stopping(message.stopping, model)
+    stop = tuple(message.stopping.stop)
+    model.limits.check_stop(stop, frozenset(message.stopping.stop_token_ids))
+    return GenerateOptions(
+        request_id=request_id,
+        model=message.model or model.names[0],
+        sampling=_sampling(message.sampling, model),
+        stopping=stopping,
+        want=_want(message.response),
+        n=n,
+        stop=stop,
+        priority=message.priority,
+        deterministic=message.deterministic,
+        include_timing=message.response.include_timing,
+        deadline_ns=deadline_ns,
+    )
+
+
+def _given(message: Any, prefix: str, name: str, default: Any) -> Any:
+    """A field that was set, within its range, or the default."""
+    if not message.HasField(name):
+        return default
+    value = getattr(message, name)
+    check_range(f"{prefix}.{name}", value)
+    return value
+
+
+def _sampling(message: pb.Sampling, model: ServedModel) -> Sampling:
+    defaults = model.defaults
+    bias = tuple(sorted(message.logit_bias.items()))
+    model.limits.check_logit_bias(bias)
+    temperature = _given(message, "sampling", "temperature", _or(defaults.temperature, 1.0))
+    return Sampling(
+        seed=_given(message, "sampling", "seed", None) if message.HasField("seed") else new_seed(),
+        temperature=0.0 if temperature < GREEDY_BELOW else temperature,
+        top_p=_given(message, "sampling", "top_p", _or(defaults.top_p, 1.0)),
+        top_k=_given(message, "sampling", "top_k", _or(defaults.top_k, 0)),
+        min_p=_given(message, "sampling", "min_p", _or(defaults.min_p, 0.0)),
+        repetition_penalty=_given(message, "sampling", "repetition_penalty", _or(defaults.repetition_penalty, 1.0)),
+        presence_penalty=_given(message, "sampling", "presence_penalty", 0.0),
+        frequency_penalty=_given(message, "sampling", "frequency_penalty", 0.0),
+        logit_bias=bias,
+    )
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _stopping(message: pb.Stopping, model: ServedModel) -> Stopping:
+    max_tokens = _given(message, "stopping", "max_tokens", 0)
+    check_range("stopping.min_tokens", message.min_tokens)
+    if message.min_tokens > (max_tokens or model.max_model_len):
+        limit = "max_tokens" if max_tokens else "the model's maximum length"
+        raise invalid("stopping.min_tokens", f"{message.min_tokens} exceeds {limit}")
+    own = frozenset() if message.ignore_eos else model.eos_token_ids
+    ends = own | frozenset(message.stop_token_ids)
+    return Stopping(max_tokens=max_tokens, min_tokens=message.min_tokens, stop_token_ids=ends)
+
+
+def _want(message: pb.ResponseOptions) -> Want:
+    return Want(
+        logprobs=_given(message, "response", "logprobs", NO_LOGPROBS),
+        prompt_logprobs=_given(message, "response", "prompt_logprobs", NO_LOGPROBS),
+    )
+
+
+REASONS = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.ABORT: pb.FINISH_REASON_ABORT,
+    FinishReason.ERROR: pb.FINISH_REASON_ERROR,
+}
+
+
+def response_of(event: Event) -> pb.GenerateResponse:
+    """An event as the message that a client reads."""
+    match event:
+        case Delta():
+            logprobs = [_logprobs(one) for one in event.logprobs]
+            delta = pb.Delta(index=event.index, text=event.text, token_ids=event.token_ids, logprobs=logprobs)
+            return pb.GenerateResponse(delta=delta)
+        case Accepted():
+            return pb.GenerateResponse(accepted=_accepted(event))
+        case Finished():
+            return pb.GenerateResponse(finished=_finished(event))
+
+
+def _accepted(event: Accepted) -> pb.Accepted:
+    return pb.Accepted(
+        request_id=event.request_id,
+        prompt_tokens=event.prompt_tokens,
+        seed=event.seed,
+        prompt_logprobs=[_logprobs(one) for one in event.prompt_logprobs],
+    )
+
+
+def _logprobs(one: TokenLogprob) -> pb.Logprobs:
+    top = [pb.TopLogprob(token_id=token_id, logprob=logprob, token=token) for token_id, logprob, token in one.top]
+    return pb.Logprobs(token_id=one.token_id, logprob=one.logprob, rank=one.rank, top=top)
+
+
+def _finished(event: Finished) -> pb.Finished:
+    finished = pb.Finished(index=event.index, reason=REASONS[event.reason])
+    if event.stop is not None:
+        finished.stop_match.stop = event.stop
+    elif event.stop_token_id is not None:
+        finished.stop_match.token_id = event.stop_token_id
+    if event.usage is not None:
+        finished.usage.CopyFrom(pb.Usage(**msgspec.structs.asdict(event.usage)))
+    if event.timing is not None:
+        finished.timing.CopyFrom(_timing(event.timing))
+    return finished
+
+
+def _timing(timing: Timing) -> pb.Timing:
+    return pb.Timing(**msgspec.structs.asdict(timing))

@@ -1,0 +1,1 @@
+"""Text outside, tokens inside: tokenizer, incremental detokenizer, stop strings, chat templates."""
