@@ -55,12 +55,15 @@ def _from_file(path: Path, section: str, known: set[str]) -> dict[str, Any]:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
-    own = data.get(section, {})
+    # `scheduler` is a field of two services and a section too: a table is always a section.
+    sections = {key: value for key, value in data.items() if key in SECTIONS and isinstance(value, dict)}
+    top = {key: value for key, value in data.items() if key not in sections}
+    own = sections.get(section, {})
     unknown = [f"[{section}] {key}" for key in own if key not in known]
-    unknown += [key for key in data if key not in SECTIONS and key not in _all_fields()]
+    unknown += [key for key in top if key not in _all_fields()]
     if unknown:
         raise ConfigError(f"{path}: unknown key {', '.join(unknown)}")
-    shared = {key: value for key, value in data.items() if key in known}
+    shared = {key: value for key, value in top.items() if key in known}
     return {**shared, **own}
 
 

@@ -1,0 +1,45 @@
+"""`sluice doctor` says what is there and what is missing."""
+
+import json
+import socket
+
+import pytest
+
+from services.cli import doctor
+from tests.cli.test_flags import sluice
+
+
+def test_this_machine_is_described_and_can_serve() -> None:
+    done = sluice("doctor", "--json")
+    findings = {finding["subject"]: finding for finding in json.loads(done.stdout)}
+    assert {"python", "cores", "bfloat16", "memory", "torch", "port 50051", "bundled model"} <= set(findings)
+    assert (done.returncode == 0) == all(finding["level"] != "missing" for finding in findings.values())
+    assert "Traceback" not in done.stderr
+
+
+def test_the_summary_for_people_ends_with_what_this_machine_can_run() -> None:
+    assert "This machine can" in sluice("doctor").stdout
+
+
+def test_a_missing_torch_means_that_nothing_can_be_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "torch" else real(name))
+    assert [f.level for f in doctor.look_at_packages() if f.subject == "torch"] == ["missing"]
+
+
+def test_a_taken_port_is_noted_with_the_flag_that_moves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        monkeypatch.setattr(doctor, "PORTS", {port: "--grpc-port"})
+        (finding,) = doctor.look_at_ports()
+    assert finding.level == "note"
+    assert "--grpc-port" in finding.do
+
+
+def test_little_memory_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Memory:
+        available, total = 2**28, 2**30
+
+    monkeypatch.setattr(doctor.psutil, "virtual_memory", Memory)
+    (finding,) = doctor.look_at_memory()
+    assert (finding.level, finding.what) == ("note", "0.2 GiB available of 1.0")
