@@ -3,13 +3,13 @@
 import sys
 from typing import TYPE_CHECKING
 
-from shared.config import ConfigError
-
 if TYPE_CHECKING:
     from services.cli.client import CallError
 
 REFUSED = 2
 """The exit code for something that the user can mend: flags, ports, models, memory."""
+
+OURS = ("shared", "services", "kernels")
 
 
 def fail(message: str) -> None:
@@ -21,20 +21,15 @@ def fail(message: str) -> None:
 def user_message(error: BaseException) -> str | None:
     """What to tell the user; None when the error is a bug and deserves its traceback.
 
-    Errors that users cause are known by their type: configuration, binding, refusals, checkpoints, memory.
+    An exception type of ours is a sentence for the user (a port, a checkpoint, a setting); so is the end of memory.
     """
-    if isinstance(error, ConfigError):
-        return str(error)
+    if isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        return user_message(error.exceptions[0])
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, MemoryError):
         return f"not enough memory: {error or 'take a smaller model, or give it less with --kv-cache-memory-bytes'}"
-    return str(error) if type(error).__name__ in _user_errors() else None
-
-
-def _user_errors() -> frozenset[str]:
-    """By name, so that asking costs no import of grpc or torch."""
-    return frozenset({"BindError", "RefusedError", "CheckpointError", "ModelError", "WorkerError"})
+    return str(error) if type(error).__module__.partition(".")[0] in OURS else None
 
 
 def fail_call(error: "CallError") -> None:
