@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 REFUSED = 2
 """The exit code for something that the user can mend: flags, ports, models, memory."""
 
+LESS_MEMORY = "take a smaller model or dtype, or bound the KV pool with --kv-cache-memory-bytes"
 OURS = ("shared", "services", "kernels")
 
 
@@ -27,8 +28,8 @@ def user_message(error: BaseException) -> str | None:
         return user_message(error.exceptions[0])
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    if isinstance(error, MemoryError):
-        return f"not enough memory: {error or 'take a smaller model, or give it less with --kv-cache-memory-bytes'}"
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # the latter is torch's RuntimeError
+        return f"not enough memory: {str(error) or 'the allocation failed'}; {LESS_MEMORY}"
     return str(error) if type(error).__module__.partition(".")[0] in OURS else None
 
 
