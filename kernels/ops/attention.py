@@ -1,0 +1,52 @@
+"""Attention over a paged cache, for prompt chunks and decode rows in one call.
+
+The pool is one tensor [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim], contiguous. A step consists
+of rows; row r owns tokens `query_starts[r]:query_starts[r + 1]`, its last token at position `context_lens[r] - 1`.
+Position p of row r lives in block `block_tables[r, p // block_size]` at slot `p % block_size`; entries of the table
+beyond the context are never read. Rows may share blocks: call `write_kv` for all tokens of a layer before
+`paged_attention` of that layer. What unused slots hold, NaNs included, has no influence.
+
+With `exact`, a token's result has the same bits however its sequence was cut into chunks and whatever the other rows
+are: scores and products are computed on whole tiles of 128 absolute positions and 16 rows, masked to zero.
+"""
+
+from typing import TypeAlias
+
+from torch import Tensor
+
+from kernels.cpu import attention as cpu
+from kernels.reference import attention as reference
+
+AttentionPlan: TypeAlias = cpu.AttentionPlan | reference.AttentionPlan
+
+
+def plan_attention(
+    pool: Tensor,
+    query_starts: list[int],
+    context_lens: list[int],
+    block_tables: Tensor,
+    slots: Tensor,
+    *,
+    num_heads: int,
+    window: int | None = None,
+    exact: bool = False,
+) -> AttentionPlan:
+    """What all layers of a step share: gather indices, groups, masks. Good for this step only.
+
+    `block_tables` is [rows, max_blocks] int32; `slots` [tokens] int64, block_id * block_size + offset; `window` is
+    the number of positions that a token sees, itself included (None: all). The pool is looked at for its shape.
+    """
+    body = cpu if pool.device.type == "cpu" else reference
+    return body.plan_attention(
+        pool, query_starts, context_lens, block_tables, slots, num_heads=num_heads, window=window, exact=exact
+    )
+
+
+def write_kv(kv: Tensor, pool: Tensor, layer_id: int, plan: AttentionPlan) -> None:
+    """Write K and V, `kv` being [tokens, 2, num_kv_heads, head_dim], into the pages of `layer_id`."""
+    (cpu if pool.device.type == "cpu" else reference).write_kv(kv, pool, layer_id, plan)
+
+
+def paged_attention(q: Tensor, pool: Tensor, layer_id: int, plan: AttentionPlan, scale: float) -> Tensor:
+    """softmax(q · Kᵀ * scale) · V for each query over what it may see; q and result [tokens, num_heads, head_dim]."""
+    return (cpu if pool.device.type == "cpu" else reference).paged_attention(q, pool, layer_id, plan, scale)

@@ -1,0 +1,72 @@
+"""Attention over a paged cache, one row and one query at a time, in float32: slow, and meant to be read.
+
+A page is `pool[block]`, laid out [layer][K/V][head][slot][dim]. Row r of a step owns the tokens
+`query_starts[r]:query_starts[r + 1]`, the last of which sits at position `context_lens[r] - 1`; position p of
+row r lives in block `block_tables[r, p // block_size]` at slot `p % block_size`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """What a step looks like to every layer."""
+
+    query_starts: list[int]
+    context_lens: list[int]
+    block_tables: Tensor
+    slots: Tensor
+    window: int | None
+
+
+def plan_attention(
+    pool: Tensor,
+    query_starts: list[int],
+    context_lens: list[int],
+    block_tables: Tensor,
+    slots: Tensor,
+    *,
+    num_heads: int,
+    window: int | None = None,
+    exact: bool = False,
+) -> AttentionPlan:
+    return AttentionPlan(query_starts, context_lens, block_tables, slots, window)
+
+
+def write_kv(kv: Tensor, pool: Tensor, layer_id: int, plan: AttentionPlan) -> None:
+    """pool[block, layer, k or v, head, slot] = kv[token, k or v, head] for every token with a slot."""
+    block_size = pool.shape[4]
+    for token_id, slot in enumerate(plan.slots.tolist()):
+        pool[slot // block_size, layer_id, :, :, slot % block_size] = kv[token_id]
+
+
+def paged_attention(q: Tensor, pool: Tensor, layer_id: int, plan: AttentionPlan, scale: float) -> Tensor:
+    """softmax(q · Kᵀ * scale) · V over the positions that each query may see."""
+    out = torch.empty_like(q)
+    for row, context_len in enumerate(plan.context_lens):
+        start, end = plan.query_starts[row], plan.query_starts[row + 1]
+        keys, values = _gather_row(pool, layer_id, plan.block_tables[row], context_len)
+        for token_id in range(start, end):
+            position = context_len - (end - token_id)
+            first = 0 if plan.window is None else max(0, position - plan.window + 1)
+            out[token_id] = _attend(q[token_id], keys[:, first : position + 1], values[:, first : position + 1], scale)
+    return out
+
+
+def _gather_row(pool: Tensor, layer_id: int, block_table: Tensor, context_len: int) -> tuple[Tensor, Tensor]:
+    """K and V of one row, each [num_kv_heads, context_len, head_dim]."""
+    block_size = pool.shape[4]
+    positions = torch.arange(context_len)
+    pages = pool[block_table.long()[positions // block_size], layer_id, :, :, positions % block_size]
+    keys, values = pages.permute(1, 2, 0, 3).float()
+    return keys, values
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    num_heads, num_kv_heads = query.shape[0], keys.shape[0]
+    folded = query.float().view(num_kv_heads, num_heads // num_kv_heads, -1)
+    weights = torch.softmax(folded @ keys.transpose(1, 2) * scale, dim=-1)
+    return (weights @ values).view(num_heads, -1).to(query.dtype)

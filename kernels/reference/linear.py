@@ -1,0 +1,39 @@
+"""A matrix product with a constant weight, and the two fusions that a decoder layer wants from it."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """A weight as it came: [out_features, in_features], and its bias [out_features] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+
+def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+    return PackedLinear(weight, bias)
+
+
+def linear(x: Tensor, packed: PackedLinear, *, exact: bool = False) -> Tensor:
+    """y = x · Wᵀ + b."""
+    return F.linear(x, packed.weight, packed.bias)
+
+
+def linear_add(x: Tensor, packed: PackedLinear, residual: Tensor, *, exact: bool = False) -> Tensor:
+    """y = x · Wᵀ + b + residual."""
+    return F.linear(x, packed.weight, packed.bias) + residual
+
+
+def gated_linear(x: Tensor, gate: PackedLinear, up: PackedLinear, *, exact: bool = False) -> Tensor:
+    """y = silu(x · Wgᵀ + bg) * (x · Wuᵀ + bu)."""
+    gated = F.linear(x, gate.weight, gate.bias)
+    return gated * torch.sigmoid(gated) * F.linear(x, up.weight, up.bias)

@@ -1,0 +1,64 @@
+"""Self-attention over the paged cache."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kernels.ops.attention import AttentionPlan, paged_attention, write_kv
+from kernels.ops.rope import apply_rope_
+from services.worker.layers.linear import Linear
+from services.worker.layers.norm import RmsNorm
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionStep:
+    """What every attention layer of a step shares. `plans` are by window; cos and sin are [tokens, head_dim]."""
+
+    pool: Tensor
+    plans: dict[int | None, AttentionPlan]
+    cos: Tensor
+    sin: Tensor
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """Query heads, KV heads and the width of each."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class Attention:
+    """q, k, v in one projection; per-head norms where the model has them; rope; pages; output projection."""
+
+    __slots__ = ("heads", "k_norm", "layer_id", "out", "q_norm", "qkv", "scale", "window")
+
+    def __init__(
+        self,
+        layer_id: int,
+        heads: HeadShape,
+        qkv: Linear,
+        out: Linear,
+        *,
+        window: int | None,
+        q_norm: RmsNorm | None = None,
+        k_norm: RmsNorm | None = None,
+    ) -> None:
+        self.layer_id, self.heads, self.window = layer_id, heads, window
+        self.qkv, self.out, self.q_norm, self.k_norm = qkv, out, q_norm, k_norm
+        self.scale = heads.head_dim**-0.5
+
+    def add(self, x: Tensor, residual: Tensor, step: AttentionStep) -> Tensor:
+        """residual + attention(x); K and V of all tokens are in their pages before any is read."""
+        num_heads, num_kv_heads = self.heads.num_heads, self.heads.num_kv_heads
+        heads = self.qkv(x, exact=step.exact).view(-1, num_heads + 2 * num_kv_heads, self.heads.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            heads[:, :num_heads] = self.q_norm(heads[:, :num_heads])
+            heads[:, num_heads : num_heads + num_kv_heads] = self.k_norm(heads[:, num_heads : num_heads + num_kv_heads])
+        apply_rope_(heads[:, : num_heads + num_kv_heads], step.cos, step.sin)
+        plan = step.plans[self.window]
+        write_kv(heads[:, num_heads:], step.pool, self.layer_id, plan)
+        attended = paged_attention(heads[:, :num_heads], step.pool, self.layer_id, plan, self.scale)
+        return self.out.add(attended.view(x.shape[0], -1), residual, exact=step.exact)

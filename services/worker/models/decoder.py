@@ -1,0 +1,157 @@
+"""The one decoder, built from a spec: embed, for each layer attend and feed forward, norm, project to logits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.ops.attention import plan_attention
+from services.worker.layers.attention import Attention, AttentionStep
+from services.worker.layers.linear import Linear
+from services.worker.layers.mlp import GatedMlp
+from services.worker.layers.norm import RmsNorm
+from services.worker.layers.positions import RopeTable
+from services.worker.models.registry import translate
+from services.worker.models.spec import Family, ModelSpec
+from services.worker.models.weights import CheckpointWeights, Progress, RandomWeights, WeightSource
+from shared.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """One step's tokens, T of them in R rows; built once, used by all layers, changed by none.
+
+    token_ids      [T] int64
+    positions      [T] int64, absolute
+    slots          [T] int64, block_id * block_size + offset: where K and V of each token go
+    query_starts   R + 1 numbers: row r owns tokens query_starts[r]:query_starts[r + 1], in order of position
+    context_lens   R numbers: tokens of the row in the cache after this step's write; the row's last token sits at
+                   position context_lens[r] - 1
+    block_tables   [R, max_blocks] int32; entries beyond a row's context are never read
+    logit_rows     [S] int64: which of the T tokens want logits
+    exact          a token's logits then have the same bits whatever it shares its steps with
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    query_starts: Sequence[int]
+    context_lens: Sequence[int]
+    block_tables: Tensor
+    logit_rows: Tensor
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """One pre-norm block."""
+
+    attention_norm: RmsNorm
+    attention: Attention
+    mlp_norm: RmsNorm
+    mlp: GatedMlp
+
+    def forward(self, hidden: Tensor, step: AttentionStep) -> Tensor:
+        hidden = self.attention.add(self.attention_norm(hidden), hidden, step)
+        return self.mlp.add(self.mlp_norm(hidden), hidden, exact=step.exact)
+
+
+class Decoder:
+    """A loaded model. Not safe for threads: one device thread calls `forward`."""
+
+    def __init__(self, family: Family, weights: WeightSource, dtype: torch.dtype, device: str = "cpu") -> None:
+        self.spec: ModelSpec = family.spec
+        self.dtype, self.device = dtype, torch.device(device)
+        names = family.names
+        head_name = names.head if weights.has(names.head) else names.embedding
+        embedding_name = names.embedding if weights.has(names.embedding) else names.head
+        self._embedding = weights.take(embedding_name).to(device)
+        self._layers = [_build_layer(family, layer_id, weights, device) for layer_id in range(self.spec.num_layers)]
+        self._norm = RmsNorm(weights.take(names.final_norm).to(device), self.spec.norm_eps)
+        head = self._embedding if head_name == embedding_name else weights.take(head_name).to(device)
+        self._head = Linear(head)
+        self._rope = RopeTable(self.spec.rope, self.spec.head_dim, dtype, device)
+
+    @torch.inference_mode()
+    def forward(self, batch: StepBatch, pool: Tensor) -> Tensor:
+        """float32 logits [S, vocab_size] of `logit_rows`, after writing K and V of all tokens into `pool`.
+
+        `pool` is [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim] in this decoder's dtype and changes
+        in the batch's slots only. Every layer writes all rows before any row reads.
+        """
+        exact = batch.exact or self.dtype == torch.float32
+        step = self._plan(batch, pool, exact)
+        hidden = self._embedding.index_select(0, _padded(batch.token_ids, exact))
+        for layer in self._layers:
+            hidden = layer.forward(hidden, step)
+        wanted = hidden.index_select(0, batch.logit_rows)
+        return self._head(self._norm(wanted), exact=exact).float()
+
+    def _plan(self, batch: StepBatch, pool: Tensor, exact: bool) -> AttentionStep:
+        starts, contexts = list(batch.query_starts), list(batch.context_lens)
+        cos, sin = self._rope.gather(_padded(batch.positions, exact), max(contexts))
+        plans = {
+            window: plan_attention(
+                pool,
+                starts,
+                contexts,
+                batch.block_tables,
+                batch.slots,
+                num_heads=self.spec.num_heads,
+                window=window,
+                exact=exact,
+            )
+            for window in dict.fromkeys(self.spec.windows)
+        }
+        return AttentionStep(pool, plans, cos, sin, exact)
+
+
+def load_decoder(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: str = "cpu", progress: Progress | None = None
+) -> Decoder:
+    """Build the decoder of an opened checkpoint; raises CheckpointError naming file and tensor or setting."""
+    family = translate(checkpoint.config)
+    with CheckpointWeights(checkpoint, family, dtype, progress) as weights:
+        return Decoder(family, weights, dtype, device)
+
+
+def random_decoder(config: dict[str, Any], dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> Decoder:
+    """The decoder of a config.json with random weights, the same for the same seed."""
+    family = translate(config)
+    return Decoder(family, RandomWeights(family, dtype, seed), dtype, device)
+
+
+def _padded(per_token: Tensor, exact: bool) -> Tensor:
+    """In an exact step a lone token gets a twin: oneDNN multiplies a single row differently from two."""
+    return per_token.repeat(2) if exact and per_token.shape[0] == 1 else per_token
+
+
+def _build_layer(family: Family, layer_id: int, weights: WeightSource, device: str) -> DecoderLayer:
+    spec, names = family.spec, family.names.layer_names
+    prefix = family.names.layer.format(layer_id)
+
+    def norm(name: str) -> RmsNorm:
+        return RmsNorm(weights.take(f"{prefix}{name}.weight").to(device), spec.norm_eps)
+
+    def linear(*parts: str, biased: bool) -> Linear:
+        weight = weights.take(*(f"{prefix}{part}.weight" for part in parts)).to(device)
+        bias = weights.take(*(f"{prefix}{part}.bias" for part in parts)).to(device) if biased else None
+        return Linear(weight, bias)
+
+    attention = Attention(
+        layer_id,
+        spec.heads,
+        linear(names.query, names.key, names.value, biased=spec.qkv_bias),
+        linear(names.out, biased=spec.out_bias),
+        window=spec.windows[layer_id],
+        q_norm=norm(names.query_norm) if spec.qk_norm else None,
+        k_norm=norm(names.key_norm) if spec.qk_norm else None,
+    )
+    mlp = GatedMlp(
+        linear(names.gate, biased=spec.mlp_bias),
+        linear(names.up, biased=spec.mlp_bias),
+        linear(names.down, biased=spec.mlp_bias),
+    )
+    return DecoderLayer(norm(names.attention_norm), attention, norm(names.mlp_norm), mlp)

@@ -1,0 +1,198 @@
+"""Reading config.json: typed, with the family's defaults, refusing by name what is not implemented."""
+
+import math
+from typing import Any
+
+from services.worker.layers.positions import (
+    DefaultRope,
+    DynamicRope,
+    LinearRope,
+    Llama3Rope,
+    LongRope,
+    Rope,
+    YarnRope,
+)
+from shared.checkpoint import CheckpointError
+
+DEFAULT_THETA = 10_000.0
+
+
+class Settings:
+    """A configuration and the defaults that its family assumes for keys left out."""
+
+    def __init__(self, config: dict[str, Any], defaults: dict[str, Any]) -> None:
+        self._config, self._defaults = config, defaults
+        self.family = config.get("model_type") or (config.get("architectures") or ["this model"])[0]
+
+    def get(self, key: str) -> Any:
+        value = self._config.get(key)
+        return self._defaults.get(key) if value is None else value
+
+    def integer(self, key: str, *, at_least: int = 1) -> int:
+        value = self.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+            raise self.refusal(key, f"must be a whole number of at least {at_least}")
+        return value
+
+    def number(self, key: str) -> float:
+        value = self.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.refusal(key, "must be a number")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        value = self.get(key)
+        if not isinstance(value, bool | None):
+            raise self.refusal(key, "must be true or false")
+        return bool(value)
+
+    def refusal(self, key: str, reason: str) -> CheckpointError:
+        return CheckpointError(f"config.json: {key} = {self.get(key)!r}: {reason} ({self.family})")
+
+    def require(self, key: str, *allowed: Any) -> None:
+        """Refuse any other value of a setting whose alternatives are not implemented."""
+        if self.get(key) not in allowed:
+            raise self.refusal(key, f"is not implemented, only {' or '.join(map(repr, allowed))} is")
+
+    def head_dim(self) -> int:
+        hidden_size, num_heads = self.integer("hidden_size"), self.integer("num_attention_heads")
+        if self.get("head_dim") is None and hidden_size % num_heads:
+            raise self.refusal("num_attention_heads", f"does not divide hidden_size = {hidden_size}")
+        head_dim = hidden_size // num_heads if self.get("head_dim") is None else self.integer("head_dim")
+        if head_dim % 2:
+            raise self.refusal("head_dim", "must be even for rotary positions")
+        return head_dim
+
+    def num_kv_heads(self) -> int:
+        num_heads = self.integer("num_attention_heads")
+        if self.get("num_key_value_heads") is None:
+            return num_heads
+        num_kv_heads = self.integer("num_key_value_heads")
+        if num_heads % num_kv_heads:
+            raise self.refusal("num_key_value_heads", f"does not divide num_attention_heads = {num_heads}")
+        return num_kv_heads
+
+    def rope(self) -> Rope:
+        """The rotary scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
+        return _Rotary(self, self._rope_parameters()).choice()
+
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """Per-layer windows of the Qwen families: `layer_types`, else the layers from `max_window_layers` on."""
+        num_layers = self.integer("num_hidden_layers")
+        window = (
+            self.integer("sliding_window") if self.flag("use_sliding_window") and self.get("sliding_window") else None
+        )
+        types = self.get("layer_types")
+        if types is None:
+            first = self.integer("max_window_layers", at_least=0)
+            return tuple(window if layer_id >= first else None for layer_id in range(num_layers))
+        known = {"full_attention": None, "sliding_attention": window}
+        if not isinstance(types, list) or len(types) != num_layers or not all(kind in known for kind in types):
+            raise self.refusal("layer_types", f"must be {num_layers} times full_attention or sliding_attention")
+        return tuple(known[kind] for kind in types)
+
+    def _rope_parameters(self) -> dict[str, Any]:
+        # transformers lets rope_scaling win where both are given
+        stated = self.get("rope_scaling") or self.get("rope_parameters") or {}
+        if not isinstance(stated, dict) or any(isinstance(value, dict) for value in stated.values()):
+            raise self.refusal("rope_parameters", "is not implemented per layer type, only for the whole model")
+        parameters = {key: value for key, value in stated.items() if value is not None}
+        parameters.setdefault("rope_theta", self.get("rope_theta") or DEFAULT_THETA)
+        if self.get("original_max_position_embeddings") is not None:
+            parameters["original_max_position_embeddings"] = self.get("original_max_position_embeddings")
+        partial = parameters.get("partial_rotary_factor", self.get("partial_rotary_factor"))
+        if partial not in (None, 1, 1.0):
+            raise CheckpointError(
+                f"config.json: partial_rotary_factor = {partial!r} is not implemented ({self.family})"
+            )
+        return parameters
+
+
+class _Rotary:
+    """Translates one set of rope parameters."""
+
+    def __init__(self, settings: Settings, parameters: dict[str, Any]) -> None:
+        self._settings, self._parameters = settings, parameters
+        self._theta = self._number("rope_theta")
+
+    def choice(self) -> Rope:
+        kind = self._parameters.get("rope_type", self._parameters.get("type", "default"))
+        makers = {
+            "default": lambda: DefaultRope(self._theta),
+            "linear": lambda: LinearRope(self._theta, self._number("factor")),
+            "dynamic": self._dynamic,
+            "yarn": self._yarn,
+            "longrope": self._longrope,
+            "llama3": self._llama3,
+        }
+        if kind not in makers:
+            raise CheckpointError(
+                f"config.json: rope_type = {kind!r} is not implemented, only {', '.join(makers)} "
+                f"({self._settings.family})"
+            )
+        return makers[kind]()
+
+    def _dynamic(self) -> Rope:
+        return DynamicRope(self._theta, self._number("factor"), self._settings.integer("max_position_embeddings"))
+
+    def _yarn(self) -> Rope:
+        factor = self._factor()
+        return YarnRope(
+            theta=self._theta,
+            factor=factor,
+            trained_positions=self._trained(),
+            attention_factor=self._yarn_attention_factor(factor),
+            beta_fast=self._number("beta_fast", 32.0) or 32.0,
+            beta_slow=self._number("beta_slow", 1.0) or 1.0,
+            truncate=bool(self._parameters.get("truncate", True)),
+        )
+
+    def _yarn_attention_factor(self, factor: float) -> float:
+        def mscale(weight: float = 1.0) -> float:
+            return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+        if "attention_factor" in self._parameters:
+            return self._number("attention_factor")
+        weight, weight_all = self._number("mscale", 0.0), self._number("mscale_all_dim", 0.0)
+        return mscale(weight) / mscale(weight_all) if weight and weight_all else mscale()
+
+    def _longrope(self) -> Rope:
+        factor, trained = self._factor(), self._trained()
+        default = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
+        return LongRope(
+            theta=self._theta,
+            short_factor=self._numbers("short_factor"),
+            long_factor=self._numbers("long_factor"),
+            trained_positions=trained,
+            attention_factor=self._number("attention_factor", default),
+        )
+
+    def _llama3(self) -> Rope:
+        low, high = self._number("low_freq_factor"), self._number("high_freq_factor")
+        if high <= low:
+            raise self._refusal("high_freq_factor", f"must be greater than low_freq_factor = {low}")
+        return Llama3Rope(self._theta, self._number("factor"), low, high, self._trained())
+
+    def _factor(self) -> float:
+        """Stated, or the ratio of the context now to the context in training."""
+        return self._number("factor", self._settings.integer("max_position_embeddings") / self._trained())
+
+    def _trained(self) -> int:
+        default = self._settings.integer("max_position_embeddings")
+        return int(self._number("original_max_position_embeddings", default))
+
+    def _number(self, key: str, default: float | None = None) -> float:
+        value = self._parameters.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self._refusal(key, "must be a number")
+        return float(value)
+
+    def _numbers(self, key: str) -> tuple[float, ...]:
+        values, size = self._parameters.get(key), self._settings.head_dim() // 2
+        if not isinstance(values, list) or len(values) != size:
+            raise self._refusal(key, f"must be a list of {size} numbers")
+        return tuple(float(value) for value in values)
+
+    def _refusal(self, key: str, reason: str) -> CheckpointError:
+        value = self._parameters.get(key)
+        return CheckpointError(f"config.json: rope {key} = {value!r}: {reason} ({self._settings.family})")
