@@ -1,0 +1,1 @@
+"""How each slot samples, and the sampling of a step's rows."""

@@ -1,0 +1,221 @@
+"""How each slot samples, as arrays by slot, and the sampling of one step's rows.
+
+The order: raw logprobs, logit bias, penalties, min_tokens, then kernels.ops.sampling.sample (temperature, top-k, top-p,
+min-p, noise). Rows that ask for nothing pay for nothing: a plain greedy step is one argmax.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.ops import sampling as ops
+from services.worker.execute.plan import Admit, PlanError, RowLogprobs, RowPromptLogprobs, StepError
+from services.worker.sampling.history import TokenCounts
+from shared.sampling import NO_LOGPROBS, Sampling
+
+Array = np.ndarray
+
+PROMPT_CHUNK_ELEMENTS = 2**22
+"""Logits looked at together for prompt logprobs."""
+
+
+@dataclass(slots=True, frozen=True)
+class _Adjustments:
+    """What changes the logits of one slot before temperature."""
+
+    bias_ids: Array
+    bias: Array
+    stop_token_ids: Array
+    counts: TokenCounts | None
+    repetition: float
+    presence: float
+    frequency: float
+
+
+class Sampler:
+    """Owned by the runner; used on the device thread only. Rebuilt for a slot at each admission, from known tokens."""
+
+    def __init__(self, *, max_num_seqs: int, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self._temperature = np.zeros(max_num_seqs, np.float32)
+        self._top_k = np.zeros(max_num_seqs, np.int64)
+        self._top_p = np.ones(max_num_seqs, np.float32)
+        self._min_p = np.zeros(max_num_seqs, np.float32)
+        self._seed = np.zeros(max_num_seqs, np.uint64)
+        self._sample_index = np.zeros(max_num_seqs, np.int64)
+        self._num_logprobs = np.full(max_num_seqs, NO_LOGPROBS, np.int64)
+        self._num_prompt_logprobs = np.full(max_num_seqs, NO_LOGPROBS, np.int64)
+        self._first_stop = np.zeros(max_num_seqs, np.int64)  # the first position at which a stop token may stand
+        self._adjusted = np.zeros(max_num_seqs, np.bool_)
+        self._plain = np.ones(max_num_seqs, np.bool_)  # greedy, nothing else
+        self._adjustments: dict[int, _Adjustments] = {}
+
+    def admit(self, admit: Admit) -> None:
+        """Takes over how the slot samples. Raises PlanError for values that no sampler can use."""
+        sampling, slot = admit.sampling, admit.slot
+        _check(sampling, admit)
+        self._temperature[slot] = sampling.temperature
+        self._top_k[slot] = sampling.top_k if 0 < sampling.top_k < self.vocab_size else 0
+        self._top_p[slot] = sampling.top_p
+        self._min_p[slot] = sampling.min_p
+        self._seed[slot] = sampling.seed
+        self._sample_index[slot] = admit.sample_index
+        self._num_logprobs[slot] = min(admit.logprobs, self.vocab_size)
+        self._num_prompt_logprobs[slot] = min(admit.prompt_logprobs, self.vocab_size)
+        adjustments = self._adjustments_of(admit)
+        self._adjusted[slot] = adjustments is not None
+        if adjustments is not None:
+            self._adjustments[slot] = adjustments
+        else:
+            self._adjustments.pop(slot, None)
+        self._first_stop[slot] = admit.prompt_len + admit.min_tokens
+        self._plain[slot] = sampling.temperature == 0 and adjustments is None and admit.logprobs == NO_LOGPROBS
+
+    def _adjustments_of(self, admit: Admit) -> _Adjustments | None:
+        sampling, vocab_size = admit.sampling, self.vocab_size
+        stops = np.unique(admit.stop_token_ids[admit.stop_token_ids < vocab_size]) if admit.min_tokens else _NO_IDS
+        if len(stops) == vocab_size:  # min_tokens cannot be kept where every token stops
+            stops = _NO_IDS
+        bias = [(token_id, value) for token_id, value in sampling.logit_bias if token_id < vocab_size]
+        counts = None
+        if (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0):
+            prompt, output = np.split(admit.token_ids, [admit.prompt_len])
+            counts = TokenCounts(prompt, output, vocab_size, with_prompt=sampling.repetition_penalty != 1.0)
+        if counts is None and not bias and len(stops) == 0:
+            return None
+        return _Adjustments(
+            bias_ids=np.asarray([token_id for token_id, _ in bias], np.int64),
+            bias=np.asarray([value for _, value in bias], np.float32),
+            stop_token_ids=stops,
+            counts=counts,
+            repetition=sampling.repetition_penalty,
+            presence=sampling.presence_penalty,
+            frequency=sampling.frequency_penalty,
+        )
+
+    def wants_prompt_logprobs(self, slots: Array) -> Array:
+        """Which of the slots do, bool."""
+        return self._num_prompt_logprobs[slots] != NO_LOGPROBS
+
+    def sample(
+        self, logits: Tensor, slots: Array, positions: Array, rows: Array
+    ) -> tuple[Array, tuple[RowLogprobs, ...]]:
+        """One token (int64) per row of `logits` [n, vocab], which it may overwrite, and the logprobs asked for.
+
+        `slots`, `positions` (where the tokens will stand) and `rows` (their numbers in the plan) are int64 [n]. Raises
+        StepError where a row holds NaN or infinities.
+        """
+        if self._plain[slots].all():
+            token_ids, values = ops.best(logits)
+            _check_finite(values.numpy())
+            return token_ids.numpy(), ()
+        asking = np.flatnonzero(self._num_logprobs[slots] != NO_LOGPROBS)
+        adjusted = np.flatnonzero(self._adjusted[slots])
+        raw = logits
+        if len(asking):
+            raw = logits[torch.from_numpy(asking)] if len(asking) < len(slots) or len(adjusted) else logits
+        self._adjust(logits, slots[adjusted], positions[adjusted], adjusted)
+        keys = ops.noise_keys(*(torch.from_numpy(each) for each in self._noise_counters(slots, positions)))
+        parameters = (self._temperature, self._top_k, self._top_p, self._min_p)
+        sampled, values = ops.sample(logits, keys, *(torch.from_numpy(each[slots]) for each in parameters))
+        _check_finite(values.numpy())
+        token_ids = sampled.numpy()
+        for slot, token_id in zip(slots[adjusted].tolist(), token_ids[adjusted].tolist(), strict=True):
+            counts = self._adjustments[slot].counts
+            if counts is not None:
+                counts.add(token_id)
+        return token_ids, self._logprobs(raw, slots[asking], token_ids[asking], rows[asking])
+
+    def _noise_counters(self, slots: Array, positions: Array) -> tuple[Array, Array, Array]:
+        return self._seed[slots].view(np.int64), self._sample_index[slots], positions
+
+    def _adjust(self, logits: Tensor, slots: Array, positions: Array, at: Array) -> None:
+        """Bias, penalties and min_tokens for the rows `at` of `logits`, each kind in one operation."""
+        if len(slots) == 0:
+            return
+        chosen = [self._adjustments[slot] for slot in slots.tolist()]
+        bias = [(row, each.bias_ids, each.bias) for row, each in zip(at, chosen, strict=True) if len(each.bias)]
+        if bias:
+            ops.add_bias(logits, *_entries(bias), _joined([values for _, _, values in bias]))
+        penalized = [(row, each) for row, each in zip(at, chosen, strict=True) if each.counts is not None]
+        if penalized:
+            _penalize(logits, penalized)
+        early = positions < self._first_stop[slots]
+        stops = [
+            (row, each.stop_token_ids)
+            for row, each, masked in zip(at, chosen, early, strict=True)
+            if masked and len(each.stop_token_ids)
+        ]
+        if stops:
+            ops.forbid(logits, *_entries(stops))
+
+    def _logprobs(self, raw: Tensor, slots: Array, token_ids: Array, rows: Array) -> tuple[RowLogprobs, ...]:
+        if len(slots) == 0:
+            return ()
+        num_top = self._num_logprobs[slots]
+        found = ops.token_logprobs(raw, torch.from_numpy(token_ids), int(num_top.max()))
+        logprobs, ranks, top_ids, top_logprobs = (each.numpy() for each in found)
+        columns = (rows.tolist(), logprobs.tolist(), ranks.tolist(), num_top.tolist())
+        return tuple(
+            RowLogprobs(row, logprob, rank, top_ids[i, :top].astype(np.uint32), top_logprobs[i, :top])
+            for i, (row, logprob, rank, top) in enumerate(zip(*columns, strict=True))
+        )
+
+    def prompt_logprobs(self, logits: Tensor, slot: int, row: int, start: int, token_ids: Array) -> RowPromptLogprobs:
+        """Of the prompt tokens `token_ids` int32 [n] at positions `start`, …, whose logits are `logits` [n, vocab]."""
+        num_top = int(self._num_prompt_logprobs[slot])
+        targets = torch.from_numpy(token_ids.astype(np.int64))
+        chunk = max(1, PROMPT_CHUNK_ELEMENTS // self.vocab_size)
+        parts = [
+            ops.token_logprobs(logits[at : at + chunk], targets[at : at + chunk], num_top)
+            for at in range(0, len(token_ids), chunk)
+        ]
+        logprobs, ranks, top_ids, top_logprobs = (torch.cat(each).numpy() for each in zip(*parts, strict=True))
+        _check_finite(logprobs)
+        return RowPromptLogprobs(row, start, logprobs, ranks.astype(np.uint32), top_ids.astype(np.uint32), top_logprobs)
+
+
+_NO_IDS: Array = np.empty(0, np.int64)
+
+
+def _check(sampling: Sampling, admit: Admit) -> None:
+    floats = (
+        sampling.temperature,
+        sampling.top_p,
+        sampling.min_p,
+        sampling.repetition_penalty,
+        sampling.presence_penalty,
+        sampling.frequency_penalty,
+        *(value for _, value in sampling.logit_bias),
+    )
+    fits = sampling.temperature >= 0 and sampling.top_p > 0 and 0 <= sampling.min_p <= 1
+    if not (np.isfinite(floats).all() and fits and sampling.repetition_penalty > 0):
+        raise PlanError("sampling_out_of_range", f"slot {admit.slot}: {sampling}")
+
+
+def _check_finite(values: Array) -> None:
+    bad = len(values) - np.count_nonzero(np.isfinite(values))
+    if bad:
+        raise StepError(f"{bad} of {len(values)} rows have NaN or infinite logits")
+
+
+def _penalize(logits: Tensor, penalized: list[tuple[int, _Adjustments]]) -> None:
+    counted = [(row, each, each.counts) for row, each in penalized if each.counts is not None]
+    sizes = [len(counts.token_ids) for _, _, counts in counted]
+    per_row = np.asarray([(each.repetition, each.presence, each.frequency) for _, each, _ in counted], np.float32)
+    factors = (torch.from_numpy(np.repeat(column, sizes)) for column in per_row.T)
+    rows, token_ids = _entries([(row, counts.token_ids) for row, _, counts in counted])
+    ops.penalize(logits, rows, token_ids, _joined([counts.output_counts for _, _, counts in counted]), *factors)
+
+
+def _entries(per_row: list[tuple]) -> tuple[Tensor, Tensor]:
+    """Row numbers and ids, one entry after another."""
+    ids = [entry[1] for entry in per_row]
+    rows = np.repeat(np.asarray([entry[0] for entry in per_row], np.int64), [len(each) for each in ids])
+    return torch.from_numpy(rows), _joined(ids)
+
+
+def _joined(arrays: list[Array]) -> Tensor:
+    return torch.from_numpy(np.concatenate(arrays))
