@@ -22,7 +22,7 @@ RESULTS = TESTS / "results"
 
 SECTIONS: dict[str, tuple[str, ...]] = {
     "core": ("scheduler",),
-    "router": ("router", "shared"),
+    "router": ("router", "text", "net"),
     "worker": ("worker", "kernels"),
     "models": ("models", "checkpoint", "demo_model"),
     "house": ("cli", "contracts", "config", "ops", "bench"),

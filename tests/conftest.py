@@ -1,0 +1,104 @@
+"""What all tests have in common: a clean environment, and clusters of real processes."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.builders.cluster import RunningCluster, RunningService, running
+
+# Triton's interpreter runs kernels on a CPU when this is set before a kernel's module is imported (lessons 22).
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# No test may depend on what the person who runs it has set, nor look for a hub.
+KEPT = {"SLUICE_TEST_TIER", "SLUICE_TORCH_INDEX"}
+for name in [name for name in os.environ if name.startswith("SLUICE_") and name not in KEPT]:
+    del os.environ[name]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+StartShared = Callable[..., RunningCluster]
+StartOwn = Callable[..., AbstractContextManager[RunningCluster]]
+StartService = Callable[..., RunningService]
+
+CLUSTERS = pytest.StashKey[list[RunningCluster]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[CLUSTERS] = []
+
+
+@pytest.fixture(scope="session")
+def shared_clusters(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[StartShared]:
+    """One running cluster per configuration for the whole session. Prefer `cluster`."""
+    by_flags: dict[str, RunningCluster] = {}
+
+    def get(**flags: Any) -> RunningCluster:
+        key = repr(sorted(flags.items()))
+        found = by_flags.get(key)
+        if found is None or found.process.poll() is not None:
+            found = by_flags[key] = RunningCluster(tmp_path_factory.mktemp("cluster"), flags)
+            pytestconfig.stash[CLUSTERS].append(found)
+        return found
+
+    yield get
+    for cluster in by_flags.values():
+        assert cluster.stop() == 0, cluster.tail()
+
+
+@pytest.fixture
+def cluster(shared_clusters: StartShared) -> Iterator[StartShared]:
+    """`cluster(max_num_seqs=4)`: a running cluster with these flags, shared by the tests that ask for the same.
+
+    Every test leaves it as it found it: all blocks back, no request left, every process alive.
+    """
+    used: dict[int, RunningCluster] = {}
+
+    def get(**flags: Any) -> RunningCluster:
+        found = shared_clusters(**flags)
+        used[id(found)] = found
+        return found
+
+    yield get
+    for found in used.values():
+        assert found.process.poll() is None, found.tail()
+        found.assert_idle()
+
+
+@pytest.fixture
+def own_cluster(tmp_path: Path, pytestconfig: pytest.Config) -> StartOwn:
+    """`with own_cluster(workers=2) as c:`: a cluster to be broken; nothing of it is left afterwards."""
+
+    def start(**flags: Any) -> AbstractContextManager[RunningCluster]:
+        folder = tmp_path / f"cluster-{len(list(tmp_path.iterdir()))}"
+        return running(folder, flags)
+
+    return start
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[StartService]:
+    """`service("scheduler", port=0)`: one service by itself; ended with the test."""
+    started: list[RunningService] = []
+
+    def start(name: str, **flags: Any) -> RunningService:
+        started.append(RunningService(name, tmp_path, flags))
+        return started[-1]
+
+    yield start
+    for running_service in reversed(started):
+        if running_service.process.poll() is None:
+            running_service.process.kill()
+        running_service.process.wait()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """A failure brings the words of the clusters that run."""
+    report: pytest.TestReport = yield
+    if report.failed:
+        for running_cluster in item.config.stash[CLUSTERS]:
+            report.sections.append(("cluster", running_cluster.tail()))
+    return report
