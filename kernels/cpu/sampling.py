@@ -122,19 +122,19 @@ def sample(
     token_ids = x.argmax(axis=-1)
     values = _at(x, token_ids)
     warm, k, p, floor = (each.numpy() for each in (temperature, top_k, top_p, min_p))
-    filtered = (warm > 0) & ((k > 0) | (p < 1) | (floor > 0))
+    sampling = (warm > 0) & np.isfinite(values)  # a broken row shows in its value, and is for the caller
+    filtered = sampling & ((k > 0) | (p < 1) | (floor > 0))
     key_words = _key_words(keys)
-    with np.errstate(invalid="ignore"):  # a row of NaN or infinities shows in its value, and is for the caller
-        for row in np.flatnonzero(filtered):
-            scaled = (x[row] - values[row]) / warm[row]
-            candidates = _kept(scaled, int(k[row]), float(p[row]), float(floor[row]))
-            scores = scaled[candidates] + _gumbel(key_words[row : row + 1, :, None], candidates)[0]
-            token_ids[row] = candidates[scores.argmax()]
-        whole = np.flatnonzero((warm > 0) & ~filtered)
-        step = max(1, CHUNK_ELEMENTS // x.shape[-1])
-        for start in range(0, len(whole), step):
-            rows = whole[start : start + step]
-            token_ids[rows] = _sample_whole(x[rows], values[rows], warm[rows], key_words[rows])
+    for row in np.flatnonzero(filtered):
+        scaled = (x[row] - values[row]) / warm[row]
+        candidates = _kept(scaled, int(k[row]), float(p[row]), float(floor[row]))
+        scores = scaled[candidates] + _gumbel(key_words[row : row + 1, :, None], candidates)[0]
+        token_ids[row] = candidates[scores.argmax()]
+    whole = np.flatnonzero(sampling & ~filtered)
+    step = max(1, CHUNK_ELEMENTS // x.shape[-1])
+    for start in range(0, len(whole), step):
+        rows = whole[start : start + step]
+        token_ids[rows] = _sample_whole(x[rows], values[rows], warm[rows], key_words[rows])
     return torch.from_numpy(token_ids), torch.from_numpy(values)
 
 
