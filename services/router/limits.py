@@ -56,6 +56,12 @@ def invalid(field: str, message: str) -> RefusedError:
     return refuse("invalid_argument", f"{field}: {message}", field=field)
 
 
+def too_long(field: str, size: str, max_model_len: int) -> RefusedError:
+    """The exception for a prompt that leaves no room for a token of answer; `size` says how large it is."""
+    message = f"{field}: {size}; this model takes {max_model_len} tokens with at least one of answer"
+    return refuse("prompt_too_long", message, field=field)
+
+
 def check_range(field: str, value: float) -> None:
     """Refuses a value outside its row, NaN and infinities included."""
     if value not in RANGES[field]:

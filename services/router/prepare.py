@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 import msgspec
 
-from services.router.limits import invalid
+from services.router.limits import invalid, too_long
 from services.router.model import ServedModel
 from services.router.request import ChatPrompt, GenerateOptions, Prompt, TextPrompt, TokenPrompt
-from shared.outcome import refuse
 from shared.prefix import BlockHash, chain, root_hash
 from shared.text.chat import ChatTemplateError
 from shared.text.stops import StopStrings
@@ -28,12 +27,12 @@ def prepare(
     model: ServedModel, prompt: Prompt, options: GenerateOptions, max_model_len: int, block_sizes: frozenset[int]
 ) -> Prepared:
     """Raises RefusedError: invalid_argument or prompt_too_long. Pure but for the time it takes."""
-    token_ids = _token_ids(model, prompt, max_model_len)
+    field, token_ids = _token_ids(model, prompt, max_model_len)
     if not token_ids:
-        raise invalid("prompt", "has no tokens")
+        raise invalid(field, "has no tokens")
     room = max_model_len - len(token_ids)
     if room < 1:
-        raise _too_long(f"the prompt has {len(token_ids)} tokens", max_model_len)
+        raise too_long(field, f"{len(token_ids)} tokens", max_model_len)
     if options.stopping.min_tokens > room:
         raise invalid("stopping.min_tokens", f"{options.stopping.min_tokens} tokens do not fit behind this prompt")
     root = root_hash(SALT, exact=options.deterministic)
@@ -41,14 +40,15 @@ def prepare(
     return Prepared(token_ids, chains, StopStrings(options.stop) if options.stop else None)
 
 
-def _token_ids(model: ServedModel, prompt: Prompt, max_model_len: int) -> Sequence[int]:
+def _token_ids(model: ServedModel, prompt: Prompt, max_model_len: int) -> tuple[str, Sequence[int]]:
+    """The field that the prompt came in, for refusals, and its tokens."""
     match prompt:
         case TokenPrompt():
-            return prompt.token_ids
+            return "token_ids", prompt.token_ids
         case TextPrompt():
-            return _encode(model, prompt.text, max_model_len, add_special_tokens=True)
+            return "prompt", _encode(model, "prompt", prompt.text, max_model_len)
         case ChatPrompt():
-            return _encode(model, _rendered(model, prompt), max_model_len, add_special_tokens=False)
+            return "chat", _encode(model, "chat", _rendered(model, prompt), max_model_len)
 
 
 def _rendered(model: ServedModel, prompt: ChatPrompt) -> str:
@@ -59,16 +59,11 @@ def _rendered(model: ServedModel, prompt: ChatPrompt) -> str:
         raise invalid("chat", str(error)) from None
 
 
-def _encode(model: ServedModel, text: str, max_model_len: int, *, add_special_tokens: bool) -> list[int]:
-    """Text too long for any tokenization is refused before it costs one."""
+def _encode(model: ServedModel, field: str, text: str, max_model_len: int) -> list[int]:
+    """Text too long for any tokenization is refused before it costs one. A template brings its own special tokens."""
     if len(text) > max_model_len * model.tokenizer.longest_token_bytes:
-        raise _too_long(f"the prompt has {len(text)} characters", max_model_len)
+        raise too_long(field, f"{len(text)} characters", max_model_len)
     try:
-        return model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return model.tokenizer.encode(text, add_special_tokens=field != "chat")
     except UnicodeError:
-        raise invalid("prompt", "is not valid Unicode") from None
-
-
-def _too_long(what: str, max_model_len: int) -> Exception:
-    message = f"{what}; this model takes {max_model_len} tokens with at least one of answer"
-    return refuse("prompt_too_long", message, field="input")
+        raise invalid(field, "is not valid Unicode") from None

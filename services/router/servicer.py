@@ -53,7 +53,8 @@ class RouterInference(InferenceServicer):
         if request.model and request.model not in self._model.names:
             known = ", ".join(self._model.names)
             raise refuse("model_not_found", f"there is no model {request.model[:128]!r} here; served: {known}")
-        prompt = wire.prompt_of(request, self._model, self._max_request_bytes)
+        length = self._fleet.max_model_len or self._model.max_model_len
+        prompt = wire.prompt_of(request, self._model, max_bytes=self._max_request_bytes, max_model_len=length)
         options = wire.options_of(request, self._model, request_id, deadline_ns)
         await context.send_initial_metadata(((REQUEST_ID_HEADER, request_id),))
         async with aclosing(self._session.run(prompt, options)) as events:

@@ -11,6 +11,7 @@ from services.router.limits import (
     check_range,
     check_request_id,
     invalid,
+    too_long,
 )
 from services.router.model import ServedModel
 from services.router.request import (
@@ -42,7 +43,7 @@ def request_id_of(message: pb.GenerateRequest, header: str) -> str:
     return request_id
 
 
-def prompt_of(message: pb.GenerateRequest, model: ServedModel, max_bytes: int) -> Prompt:
+def prompt_of(message: pb.GenerateRequest, model: ServedModel, *, max_bytes: int, max_model_len: int) -> Prompt:
     """The input as a value; size is checked before anything is converted."""
     if message.ByteSize() > max_bytes:
         raise refuse("message_too_large", f"the request exceeds {max_bytes} bytes (--max-request-bytes)")
@@ -52,26 +53,20 @@ def prompt_of(message: pb.GenerateRequest, model: ServedModel, max_bytes: int) -
             raise invalid("prompt", "is empty")
         return TextPrompt(message.prompt)
     if kind == "token_ids":
-        return _token_prompt(message.token_ids, model)
+        return _token_prompt(message.token_ids, model, max_model_len)
     if kind == "chat":
         return _chat_prompt(message.chat, model)
     raise invalid("input", "one of prompt, token_ids and chat is needed")
 
 
-def _token_prompt(message: pb.TokenIds, model: ServedModel) -> TokenPrompt:
+def _token_prompt(message: pb.TokenIds, model: ServedModel, max_model_len: int) -> TokenPrompt:
     if not message.ids:
         raise invalid("token_ids", "is empty")
-    if len(message.ids) > model.max_model_len:
-        raise prompt_too_long(len(message.ids), model.max_model_len, field="token_ids")
+    if len(message.ids) >= max_model_len:
+        raise too_long("token_ids", f"{len(message.ids)} tokens", max_model_len)
     token_ids = tuple(message.ids)
     model.limits.check_token_ids("token_ids", token_ids)
     return TokenPrompt(token_ids)
-
-
-def prompt_too_long(num_tokens: int, max_model_len: int, *, field: str) -> Exception:
-    """The exception for a prompt that leaves no room for a token of answer."""
-    message = f"the prompt has {num_tokens} tokens; this model takes {max_model_len} with at least one of answer"
-    return refuse("prompt_too_long", message, field=field)
 
 
 def _chat_prompt(message: pb.Chat, model: ServedModel) -> ChatPrompt:
@@ -168,9 +163,8 @@ def _or(value: Any, default: Any) -> Any:
 def _stopping(message: pb.Stopping, model: ServedModel) -> Stopping:
     max_tokens = _given(message, "stopping", "max_tokens", 0)
     check_range("stopping.min_tokens", message.min_tokens)
-    if message.min_tokens > (max_tokens or model.max_model_len):
-        limit = "max_tokens" if max_tokens else "the model's maximum length"
-        raise invalid("stopping.min_tokens", f"{message.min_tokens} exceeds {limit}")
+    if max_tokens and message.min_tokens > max_tokens:
+        raise invalid("stopping.min_tokens", f"{message.min_tokens} exceeds max_tokens, {max_tokens}")
     own = frozenset() if message.ignore_eos else model.eos_token_ids
     ends = own | frozenset(message.stop_token_ids)
     return Stopping(max_tokens=max_tokens, min_tokens=message.min_tokens, stop_token_ids=ends)

@@ -1,13 +1,15 @@
 """A router in this process, on a port of its own, in front of fake schedulers."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
 
 from services.router.app import Router
 from services.router.model import load_model
@@ -53,15 +55,32 @@ class RunningRouter:
 
     async def usable(self, number: int = 1) -> None:
         """Waits until so many schedulers may be used."""
-        async with asyncio.timeout(5):
-            while self.router.fleet.num_usable != number:
-                await asyncio.sleep(0.005)
+        await until(lambda: self.router.fleet.num_usable == number)
 
     async def idle(self) -> None:
-        """Waits until no link holds a request."""
-        async with asyncio.timeout(5):
-            while any(link.num_entries for link in self.router.fleet.links) or len(self.router.admission):
-                await asyncio.sleep(0.005)
+        """Waits until nothing is in flight and every scheduler has released every request."""
+        fleet, admission = self.router.fleet, self.router.admission
+        await until(lambda: not len(admission) and not any(link.num_entries for link in fleet.links))
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 5) -> None:
+    """Waits for a condition that nobody announces."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
+
+
+def refusal(error: grpc.aio.AioRpcError) -> tuple[str, str, float]:
+    """(status name, field named in BadRequest, seconds of RetryInfo) of a failed call."""
+    field, retry_s = "", 0.0
+    status = rpc_status.from_call(error)
+    for detail in status.details if status else ():
+        bad, retry = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+        if detail.Unpack(bad):
+            field = bad.field_violations[0].field
+        if detail.Unpack(retry):
+            retry_s = retry.retry_delay.ToTimedelta().total_seconds()
+    return error.code().name, field, retry_s
 
 
 @asynccontextmanager

@@ -8,6 +8,7 @@ import structlog
 from services.router.fleet.addresses import resolve
 from services.router.fleet.link import Link
 from services.router.fleet.values import Expected, Load, Sink, Submission, Ticket
+from services.router.limits import too_long
 from services.router.placement import Candidate, choose
 from shared.outcome import refuse
 from shared.prefix import BlockHash
@@ -74,10 +75,7 @@ class Fleet:
         candidates = [_candidate(link, chains) for link in fitting]
         choice = choose(candidates, num_tokens)
         if choice is None:
-            message = (
-                f"the prompt has {num_tokens} tokens; the longest sequence here is {self.max_model_len} with answer"
-            )
-            raise refuse("prompt_too_long", message, field="input")
+            raise too_long("prompt", f"{num_tokens} tokens", self.max_model_len)
         return fitting[choice.index]
 
     def submit(self, link: Link, submission: Submission, sink: Sink) -> Ticket:
