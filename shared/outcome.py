@@ -44,6 +44,7 @@ REFUSALS: dict[str, RefusalKind] = {
         RefusalKind("exceeds_kv_pool", "INVALID_ARGUMENT", 400, False),
         RefusalKind("unsupported", "FAILED_PRECONDITION", 400, False),
         RefusalKind("model_not_found", "NOT_FOUND", 404, False),
+        RefusalKind("lease_not_found", "NOT_FOUND", 404, True),
         RefusalKind("request_id_in_use", "ALREADY_EXISTS", 409, False),
         RefusalKind("unauthenticated", "UNAUTHENTICATED", 401, False),
         RefusalKind("queue_full", "RESOURCE_EXHAUSTED", 429, True),

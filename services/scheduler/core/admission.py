@@ -13,10 +13,15 @@ NO_WORKER_RETRY_MS = 1_000
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """Of the scheduler."""
+    """Of the scheduler. `max_model_len` 0 leaves it to the workers."""
 
     max_num_queued_reqs: int = 2048
-    max_model_len: int
+    max_model_len: int = 0
+
+    def model_len(self, groups: list[WorkerGroup]) -> int:
+        """The most known tokens of a sample on these groups."""
+        longest = max(group.spec.max_model_len for group in groups)
+        return min(self.max_model_len, longest) if self.max_model_len else longest
 
 
 def refuse_submission(
@@ -39,7 +44,7 @@ def refuse_submission(
 def longest_sample(submission: Submission, groups: list[WorkerGroup], limits: Limits) -> int:
     """Known tokens at which a sample must end: by its own limit, the model's, and the largest pool's."""
     largest = max(group.spec.num_blocks * group.spec.block_size + 1 for group in groups)
-    longest = min(limits.max_model_len, largest)
+    longest = min(limits.model_len(groups), largest)
     max_tokens = submission.stopping.max_tokens
     return min(longest, len(submission.token_ids) + max_tokens) if max_tokens else longest
 
@@ -54,14 +59,15 @@ def retry_after_ms(groups: list[WorkerGroup]) -> int:
 def _refuse_length(submission: Submission, groups: list[WorkerGroup], limits: Limits) -> Refusal | None:
     prompt, output = len(submission.token_ids), submission.stopping.max_tokens
     wanted = prompt + max(output, 1)
+    max_model_len = limits.model_len(groups)
     if prompt == 0:
         return Refusal(name="invalid_argument", message="the prompt has no tokens", field="input")
-    if wanted > limits.max_model_len:
+    if wanted > max_model_len:
         return Refusal(
             name="prompt_too_long",
             message=f"{prompt} prompt tokens and {max(output, 1)} to generate exceed the model's maximum of "
-            f"{limits.max_model_len}; shorten the prompt or lower max_tokens",
-            field="stopping.max_tokens" if prompt < limits.max_model_len else "input",
+            f"{max_model_len}; shorten the prompt or lower max_tokens",
+            field="stopping.max_tokens" if prompt < max_model_len else "input",
         )
     if not any(group.fits(wanted) for group in groups):
         largest = max(group.spec.num_blocks * group.spec.block_size for group in groups)

@@ -22,9 +22,10 @@ from shared.sampling import TokenLogprobs
 
 
 class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What the core can be told. `long_prefill_token_threshold` 0 means the whole budget."""
+    """What the core can be told. `long_prefill_token_threshold` 0 means the whole budget, `max_model_len` 0 what the
+    workers can do."""
 
-    max_model_len: int
+    max_model_len: int = 0
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     long_prefill_token_threshold: int = 0
@@ -119,7 +120,7 @@ class Scheduler:
 
     def schedule(self, group_id: str, now_ns: int) -> StepPlan | None:
         """The group's next step, or None where there is nothing to do. The plan is in flight from now on."""
-        self._expire(now_ns)
+        self.expire(now_ns)
         group = self.groups[group_id]
         budget = group.spec.max_num_batched_tokens
         step = Step(prefill_budget=max(1, budget - len(group.running)))
@@ -141,6 +142,14 @@ class Scheduler:
         for row, sample in enumerate(flight.rows):
             token = next(tokens) if flight.plan.samples[row] else None
             self._apply_row(group, flight, row, sample, token, result, now_ns)
+
+    def expire(self, now_ns: int) -> None:
+        """Ends the requests whose deadline has passed; `schedule` does so too."""
+        while self._deadlines and self._deadlines[0][0] <= now_ns:
+            deadline_ns, _, key = heapq.heappop(self._deadlines)
+            request = self.requests.get(key)
+            if request and request.submission.deadline_ns == deadline_ns:
+                self.abort(key, -1, AbortCause.DEADLINE, now_ns)
 
     def take_events(self) -> list[Event]:
         """What happened since the last call, in order."""
@@ -420,13 +429,6 @@ class Scheduler:
         if len(self._deadlines) > 2 * len(self.requests) + 64:
             self._deadlines = [entry for entry in self._deadlines if entry[2] in self.requests]
             heapq.heapify(self._deadlines)
-
-    def _expire(self, now_ns: int) -> None:
-        while self._deadlines and self._deadlines[0][0] <= now_ns:
-            deadline_ns, _, key = heapq.heappop(self._deadlines)
-            request = self.requests.get(key)
-            if request and request.submission.deadline_ns == deadline_ns:
-                self.abort(key, -1, AbortCause.DEADLINE, now_ns)
 
     def _salt(self, submission: Submission) -> bytes:
         """Without prefix caching a request shares with nobody but its own samples."""

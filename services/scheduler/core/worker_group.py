@@ -21,6 +21,7 @@ class GroupSpec(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_model_len: int = 2**31 - 1
 
 
 class GroupLoad(msgspec.Struct, frozen=True, kw_only=True):

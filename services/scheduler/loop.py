@@ -1,0 +1,187 @@
+"""plan → send → await → absorb → publish. Only this loop touches the core, so the core needs no locks.
+
+It has no task of its own: commands, results and timers call in, and one turn per batch of them plans as far as the
+plans in flight allow.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from services.scheduler.core.events import Event, Released
+from services.scheduler.core.invariants import violations
+from services.scheduler.core.plan import StepResult
+from services.scheduler.core.request import Submission
+from services.scheduler.core.scheduler import Scheduler
+from services.scheduler.core.worker_group import GroupLoad, GroupSpec
+from services.scheduler.publish import Publisher, RouterLink
+from services.scheduler.workers import Workers
+from shared.clock import NowNs
+from shared.outcome import AbortCause, Refusal
+from shared.prefix import short
+
+log = structlog.get_logger("loop")
+
+
+class Loop:
+    """Owns the core. `fatal` is called with an exception that leaves the core in doubt: the process must end."""
+
+    def __init__(
+        self,
+        core: Scheduler,
+        workers: Workers,
+        publisher: Publisher,
+        *,
+        max_plans_in_flight: int,
+        now_ns: NowNs,
+        fatal: Callable[[BaseException], None],
+        check_every_step: bool = False,
+    ) -> None:
+        self._core = core
+        self._workers = workers
+        self._publisher = publisher
+        self._max_plans_in_flight = max_plans_in_flight
+        self._now_ns = now_ns
+        self._fatal = fatal
+        self._check_every_step = check_every_step
+        self._turn_due = False
+        self._deadline: asyncio.TimerHandle | None = None
+        self._was_idle = True
+        self.draining = False
+        self.num_violations = 0
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+    # Commands.
+
+    def submit(self, submission: Submission) -> None:
+        if self.draining:
+            refusal = Refusal(name="draining", message="the scheduler is shutting down", retry_after_ms=1000)
+            self._publish([Released(key=submission.key, refusal=refusal)])
+            return
+        self.idle.clear()
+        self._core.submit(submission, self._now_ns())
+        self._request_turn()
+
+    def abort(self, link: int, key: int, index: int, cause: AbortCause) -> None:
+        self._core.abort((link, key), index, cause, self._now_ns())
+        self._request_turn()
+
+    def abort_link(self, link: RouterLink) -> None:
+        """The router is gone, and nobody waits for its answers."""
+        self._publisher.close(link)
+        for key in [key for key in self._core.requests if key[0] == link.number]:  # type: ignore[index]
+            self._core.abort(key, -1, AbortCause.CLIENT, self._now_ns())
+        self._request_turn()
+
+    def abort_all(self, cause: AbortCause) -> None:
+        for key in list(self._core.requests):
+            self._core.abort(key, -1, cause, self._now_ns())
+        self._request_turn()
+
+    # From the workers.
+
+    def on_ready(self, spec: GroupSpec) -> None:
+        self._core.add_group(spec, self._now_ns())
+        self._publisher.publish_state()
+        self._request_turn()
+
+    def on_result(self, group: str, result: StepResult) -> None:
+        if group not in self._core.groups:
+            return
+        try:
+            self._core.apply(group, result, self._now_ns())
+        except Exception as error:
+            self._fatal(error)
+            return
+        if result.error:
+            self._workers.begin_again(group)
+        self._request_turn()
+
+    def on_lost(self, group: str, reason: str) -> None:
+        if group not in self._core.groups:
+            return
+        self._publish_blocks()
+        warm = [short(block_hash) for block_hash in self._core.groups[group].pool.index.by_hash]
+        self._publisher.publish_blocks([], warm)
+        self._core.lose_group(group, self._now_ns())
+        self._publisher.publish_state()
+        self._request_turn()
+
+    # Views.
+
+    @property
+    def ready(self) -> bool:
+        return bool(self._core.groups) and not self.draining
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._core.requests)
+
+    def loads(self) -> list[GroupLoad]:
+        return [group.load() for group in self._core.groups.values()]
+
+    # The turn.
+
+    def _request_turn(self) -> None:
+        if not self._turn_due:
+            self._turn_due = True
+            asyncio.get_running_loop().call_soon(self._turn)
+
+    def _turn(self) -> None:
+        self._turn_due = False
+        try:
+            self._plan()
+            self._publish(self._core.take_events())
+            self._check()
+        except Exception as error:
+            self._fatal(error)
+            return
+        self._arm_deadline()
+
+    def _plan(self) -> None:
+        for group in list(self._core.groups.values()):
+            while len(group.in_flight) < self._max_plans_in_flight:
+                plan = self._core.schedule(group.id, self._now_ns())
+                if plan is None:
+                    break
+                self._workers.send(group.id, plan)
+
+    def _publish(self, events: list[Event]) -> None:
+        self._publish_blocks()
+        self._publisher.publish(events, self.loads)
+
+    def _publish_blocks(self) -> None:
+        for group in self._core.groups.values():
+            stored, removed = group.pool.index.drain_changes()
+            if stored or removed:
+                self._publisher.publish_blocks(stored, removed)
+
+    def _check(self) -> None:
+        """Integrity whenever the scheduler falls idle; after every step where configured."""
+        idle = not self._core.requests
+        if self._check_every_step or (idle and not self._was_idle):
+            for text in violations(self._core):
+                self.num_violations += 1
+                log.error("invariant_violated", what=text)
+        self._was_idle = idle
+        if idle:
+            self.idle.set()
+        else:
+            self.idle.clear()
+
+    def _arm_deadline(self) -> None:
+        """A deadline passes even while no step runs."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+        next_ns = self._core.next_deadline_ns()
+        if next_ns is not None:
+            delay_s = max(0.0, (next_ns - self._now_ns()) / 1e9)
+            self._deadline = asyncio.get_running_loop().call_later(delay_s, self._expire)
+
+    def _expire(self) -> None:
+        self._deadline = None
+        self._core.expire(self._now_ns())
+        self._request_turn()

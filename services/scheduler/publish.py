@@ -1,0 +1,156 @@
+"""Frames to routers: one per step and link, merged while a router does not read, bounded."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass, field
+
+from services.scheduler import wire
+from services.scheduler.core.events import Event
+from services.scheduler.core.worker_group import GroupLoad
+from shared.clock import NS_PER_MS, NowNs
+from shared.rpc.sluice.v1 import scheduling_pb2
+
+MAX_UNSENT_EVENTS = 200_000
+"""A link with more is closed: its router is gone in all but name."""
+LOAD_INTERVAL_NS = 20 * NS_PER_MS
+
+
+@dataclass(slots=True, eq=False)
+class RouterLink:
+    """One router's stream: what is not sent yet, in one frame that grows until the writer takes it."""
+
+    number: int
+    router: str
+    frame: scheduling_pb2.SchedulerFrame = field(default_factory=scheduling_pb2.SchedulerFrame)
+    num_unsent: int = 0
+    taken_ns: int = 0
+    """When the writer last took a frame, or found none."""
+    closed: bool = False
+    _ready: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def notify(self) -> None:
+        self._ready.set()
+
+    def close(self) -> None:
+        self.closed = True
+        self._ready.set()
+
+    async def frames(self, now_ns: NowNs) -> AsyncIterator[scheduling_pb2.SchedulerFrame]:
+        """Frames as they come, until the link is closed."""
+        while not self.closed:
+            self.taken_ns = now_ns()
+            await self._ready.wait()
+            self._ready.clear()
+            frame, self.frame, self.num_unsent = self.frame, scheduling_pb2.SchedulerFrame(), 0
+            self.taken_ns = now_ns()
+            for part in wire.split(frame):
+                yield part
+
+
+class Publisher:
+    """Owns the router links. Never awaits one."""
+
+    def __init__(self, now_ns: NowNs, stall_timeout_ns: int) -> None:
+        self._now_ns = now_ns
+        self._stall_timeout_ns = stall_timeout_ns
+        self._links: dict[int, RouterLink] = {}
+        self._next_link = 1
+        self._warm: Counter[bytes] = Counter()
+        self._loads: list[GroupLoad] = []
+        self._loads_sent_ns = 0
+        self._loads_timer: asyncio.TimerHandle | None = None
+        self.state: Callable[[], scheduling_pb2.SchedulerState] = scheduling_pb2.SchedulerState
+
+    @property
+    def links(self) -> list[RouterLink]:
+        return list(self._links.values())
+
+    def open(self, router: str) -> RouterLink:
+        """A new link; its first frame tells the state, the loads and every warm block."""
+        link = RouterLink(self._next_link, router)
+        self._next_link += 1
+        self._links[link.number] = link
+        link.frame.state.CopyFrom(self.state())
+        link.frame.loads.extend(map(wire.load_message, self._loads))
+        link.frame.blocks_stored = b"".join(self._warm)
+        link.notify()
+        return link
+
+    def close(self, link: RouterLink) -> None:
+        self._links.pop(link.number, None)
+        link.close()
+
+    def publish(self, events: Iterable[Event], loads: Callable[[], list[GroupLoad]]) -> None:
+        """Adds events to the frames of their links; events of a closed link are dropped. `loads` is read now, or a
+        little later where they were sent just before."""
+        for event in events:
+            link = self._links.get(event.key[0])  # type: ignore[index]
+            if link is not None:
+                wire.add_event(link.frame, event)
+                link.num_unsent += 1
+                link.notify()
+        self._publish_loads(loads)
+
+    def publish_state(self) -> None:
+        """To every router: the scheduler's state changed."""
+        for link in self._links.values():
+            link.frame.state.CopyFrom(self.state())
+            link.notify()
+
+    def publish_blocks(self, stored: Iterable[bytes], removed: Iterable[bytes]) -> None:
+        """Blocks that came and went in one group: routers hear of the first copy and of the last."""
+        came = {block for block in stored if self._count(block, 1) == 1}
+        gone = {block for block in removed if self._count(block, -1) == 0}
+        came, gone = {block for block in came if self._warm[block]}, {block for block in gone if not self._warm[block]}
+        if not came and not gone:
+            return
+        for link in self._links.values():
+            link.frame.blocks_stored = _without(link.frame.blocks_stored, gone) + b"".join(came)
+            link.frame.blocks_removed = _without(link.frame.blocks_removed, came) + b"".join(gone)
+
+    def stalled(self) -> list[RouterLink]:
+        """Links whose writer took nothing for too long, or that hold too much."""
+        oldest = self._now_ns() - self._stall_timeout_ns
+        return [
+            link
+            for link in self._links.values()
+            if link.num_unsent > MAX_UNSENT_EVENTS or (link.num_unsent and link.taken_ns < oldest)
+        ]
+
+    def _count(self, block: bytes, change: int) -> int:
+        count = self._warm[block] + change
+        if count > 0:
+            self._warm[block] = count
+        else:
+            self._warm.pop(block, None)
+        return count
+
+    def _publish_loads(self, loads: Callable[[], list[GroupLoad]]) -> None:
+        if self._loads_timer is not None or not self._links:
+            return
+        wait_ns = self._loads_sent_ns + LOAD_INTERVAL_NS - self._now_ns()
+        if wait_ns > 0:
+            loop = asyncio.get_running_loop()
+            self._loads_timer = loop.call_later(wait_ns / 1e9, self._send_loads, loads)
+        else:
+            self._send_loads(loads)
+
+    def _send_loads(self, loads: Callable[[], list[GroupLoad]]) -> None:
+        self._loads_timer = None
+        current = loads()
+        if current == self._loads:
+            return
+        self._loads, self._loads_sent_ns = current, self._now_ns()
+        for link in self._links.values():
+            del link.frame.loads[:]
+            link.frame.loads.extend(map(wire.load_message, current))
+            link.notify()
+
+
+def _without(packed: bytes, blocks: set[bytes]) -> bytes:
+    if not packed or not blocks:
+        return packed
+    size = len(next(iter(blocks)))
+    parts = (packed[i : i + size] for i in range(0, len(packed), size))
+    return b"".join(part for part in parts if part not in blocks)

@@ -1,0 +1,254 @@
+"""protobuf ⇄ the core's values: the scheduler's only conversions."""
+
+import sys
+from array import array
+from collections.abc import Iterable, Iterator
+
+from services.scheduler.core.events import Durations, Event, Released, SampleEnded, Tokens
+from services.scheduler.core.plan import Admission, StepPlan, StepResult
+from services.scheduler.core.request import Submission
+from services.scheduler.core.worker_group import GroupLoad, GroupSpec
+from shared.net.options import SPLIT_BYTES
+from shared.outcome import AbortCause
+from shared.rpc.sluice.v1 import control_pb2, execution_pb2, scheduling_pb2
+from shared.sampling import Sampling, Stopping, TokenLogprobs, Want
+
+_CAUSES = {
+    scheduling_pb2.ABORT_CAUSE_CLIENT: AbortCause.CLIENT,
+    scheduling_pb2.ABORT_CAUSE_STOP_STRING: AbortCause.STOP_STRING,
+    scheduling_pb2.ABORT_CAUSE_DEADLINE: AbortCause.DEADLINE,
+    scheduling_pb2.ABORT_CAUSE_STALLED: AbortCause.STALLED,
+    scheduling_pb2.ABORT_CAUSE_DRAIN: AbortCause.DRAIN,
+}
+
+
+def unpack_u32(packed: bytes) -> array:
+    """uint32 little-endian. Raises ValueError for a length that is not a multiple of 4."""
+    values = array("I")
+    values.frombytes(packed)
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values
+
+
+def pack_u32(values: Iterable[int]) -> bytes:
+    return _little(array("I", values)).tobytes()
+
+
+def _little(values: array) -> array:
+    if sys.byteorder == "big":
+        values = array(values.typecode, values)
+        values.byteswap()
+    return values
+
+
+# Router → scheduler.
+
+
+def submission_of(submit: scheduling_pb2.Submit, token_ids: array, link: int, now_ns: int) -> Submission:
+    """`token_ids` are those of all parts; the key is made unique across links."""
+    return Submission(
+        key=(link, submit.key),
+        token_ids=token_ids,
+        sampling=_sampling_of(submit.sampling),
+        stopping=Stopping(
+            max_tokens=submit.max_tokens,
+            min_tokens=submit.min_tokens,
+            stop_token_ids=frozenset(unpack_u32(submit.stop_token_ids)),
+        ),
+        want=Want(logprobs=submit.logprobs, prompt_logprobs=submit.prompt_logprobs),
+        n=submit.n,
+        priority=submit.priority,
+        deterministic=submit.deterministic,
+        deadline_ns=now_ns + submit.deadline_in_ns if submit.deadline_in_ns else 0,
+        salt=submit.salt,
+    )
+
+
+def cause_of(abort: scheduling_pb2.LinkAbort) -> AbortCause:
+    return _CAUSES.get(abort.cause, AbortCause.CLIENT)
+
+
+def _sampling_of(message: scheduling_pb2.RowSampling) -> Sampling:
+    return Sampling(
+        seed=message.seed,
+        temperature=message.temperature,
+        top_p=message.top_p,
+        top_k=message.top_k,
+        min_p=message.min_p,
+        repetition_penalty=message.repetition_penalty,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        logit_bias=tuple(sorted(message.logit_bias.items())),
+    )
+
+
+# Scheduler → router.
+
+PROMPT_LOGPROBS_PER_EVENT = 1024
+
+
+def tokens_messages(event: Tokens) -> Iterator[scheduling_pb2.TokensEvent]:
+    """One message, or several where the logprobs of a long prompt come first, in parts."""
+    key, prompt = event.key[1], event.prompt_logprobs  # type: ignore[index]
+    for start in range(0, len(prompt) - PROMPT_LOGPROBS_PER_EVENT, PROMPT_LOGPROBS_PER_EVENT):
+        part = prompt[start : start + PROMPT_LOGPROBS_PER_EVENT]
+        yield scheduling_pb2.TokensEvent(key=key, index=event.index, prompt_logprobs=map(_logprobs_message, part))
+    rest = len(prompt) % PROMPT_LOGPROBS_PER_EVENT or min(len(prompt), PROMPT_LOGPROBS_PER_EVENT)
+    message = scheduling_pb2.TokensEvent(key=key, index=event.index, token_ids=pack_u32(event.token_ids))
+    if event.logprobs:
+        message.logprobs.extend(map(_logprobs_message, event.logprobs))
+    if prompt:
+        message.prompt_logprobs.extend(map(_logprobs_message, prompt[len(prompt) - rest :]))
+    return (yield message)
+
+
+def add_event(frame: scheduling_pb2.SchedulerFrame, event: Event) -> None:
+    """Appends an event of one link to its frame."""
+    match event:
+        case Tokens():
+            frame.tokens.extend(tokens_messages(event))
+        case SampleEnded():
+            frame.ends.add(
+                key=event.key[1],  # type: ignore[index]
+                index=event.index,
+                reason=event.reason.value,
+                stop_token_id=event.stop_token_id,
+            )
+        case Released():
+            frame.released.append(_released_message(event))
+
+
+def split(frame: scheduling_pb2.SchedulerFrame) -> Iterator[scheduling_pb2.SchedulerFrame]:
+    """The frame itself or, over SPLIT_BYTES, several of at most about that size, in order: a sample's tokens come
+    before its end, and its end before its request's release."""
+    if frame.ByteSize() <= SPLIT_BYTES:
+        yield frame
+        return
+    part, size = scheduling_pb2.SchedulerFrame(), 0
+    for message in frame.tokens:
+        part.tokens.append(message)
+        size += message.ByteSize()
+        if size > SPLIT_BYTES:
+            yield part
+            part, size = scheduling_pb2.SchedulerFrame(), 0
+    frame.ClearField("tokens")
+    part.MergeFrom(frame)
+    yield part
+
+
+def load_message(load: GroupLoad) -> scheduling_pb2.LinkLoad:
+    return scheduling_pb2.LinkLoad(**_load_fields(load))
+
+
+def public_load(load: GroupLoad) -> control_pb2.GroupLoad:
+    return control_pb2.GroupLoad(**_load_fields(load))
+
+
+def _load_fields(load: GroupLoad) -> dict[str, str | int]:
+    return {name: getattr(load, name) for name in load.__struct_fields__}
+
+
+def _logprobs_message(value: TokenLogprobs) -> scheduling_pb2.TokenLogprobs:
+    return scheduling_pb2.TokenLogprobs(
+        logprob=value.logprob,
+        rank=value.rank,
+        top_ids=pack_u32(value.top_ids),
+        top_logprobs=_little(array("f", value.top_logprobs)).tobytes(),
+    )
+
+
+def _released_message(event: Released) -> scheduling_pb2.Released:
+    refusal = event.refusal
+    return scheduling_pb2.Released(
+        key=event.key[1],  # type: ignore[index]
+        refusal=refusal.name if refusal else "",
+        message=refusal.message if refusal else "",
+        retry_after_ms=refusal.retry_after_ms if refusal else 0,
+        cached_tokens=event.cached_tokens,
+        completion_tokens=event.completion_tokens,
+        durations=_durations_message(event.durations),
+    )
+
+
+def _durations_message(durations: Durations) -> scheduling_pb2.PhaseDurations:
+    return scheduling_pb2.PhaseDurations(**{name: getattr(durations, name) for name in durations.__struct_fields__})
+
+
+# Scheduler ⇄ worker.
+
+
+def group_spec_of(request: execution_pb2.RegisterRequest) -> GroupSpec:
+    return GroupSpec(
+        id=request.worker,
+        num_blocks=request.num_blocks,
+        block_size=request.block_size,
+        max_num_seqs=request.max_num_seqs,
+        max_num_batched_tokens=request.max_num_batched_tokens,
+        max_model_len=request.max_model_len,
+    )
+
+
+def plan_message(plan: StepPlan) -> execution_pb2.ExecuteRequest:
+    return execution_pb2.ExecuteRequest(
+        plan=execution_pb2.StepPlan(
+            step=plan.step,
+            exact=plan.exact,
+            admits=map(_admit_message, plan.admissions),
+            slots=_little(plan.slots).tobytes(),
+            counts=_little(plan.counts).tobytes(),
+            block_counts=_little(plan.block_counts).tobytes(),
+            samples=plan.samples,
+            blocks=_little(plan.blocks).tobytes(),
+        )
+    )
+
+
+def _admit_message(admission: Admission) -> execution_pb2.Admit:
+    sampling = admission.sampling
+    row_sampling = scheduling_pb2.RowSampling(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=dict(sampling.logit_bias),
+    )
+    return execution_pb2.Admit(
+        slot=admission.slot,
+        token_ids=admission.token_ids,
+        prompt_len=admission.prompt_len,
+        computed=admission.computed,
+        blocks=pack_u32(admission.blocks),
+        sample_index=admission.sample_index,
+        sampling=row_sampling,
+        min_tokens=admission.min_tokens,
+        stop_token_ids=pack_u32(sorted(admission.stop_token_ids)),
+        logprobs=admission.logprobs,
+        prompt_logprobs=admission.prompt_logprobs,
+    )
+
+
+def result_of(message: execution_pb2.StepResult) -> StepResult:
+    return StepResult(
+        step=message.step,
+        tokens=unpack_u32(message.tokens),
+        logprobs={row.row: _logprobs_of(row.logprobs) for row in message.logprobs},
+        prompt_logprobs={
+            row.row: (row.start, tuple(map(_logprobs_of, row.logprobs))) for row in message.prompt_logprobs
+        },
+        wait_ns=message.wait_ns,
+        run_ns=message.run_ns,
+        error=message.error,
+    )
+
+
+def _logprobs_of(message: scheduling_pb2.TokenLogprobs) -> TokenLogprobs:
+    floats = array("f")
+    floats.frombytes(message.top_logprobs)
+    if sys.byteorder == "big":
+        floats.byteswap()
+    return TokenLogprobs(message.logprob, message.rank, tuple(unpack_u32(message.top_ids)), tuple(floats))
