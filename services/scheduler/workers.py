@@ -33,6 +33,8 @@ class Worker:
     progress_ns: int = 0
     """When `steps_done` last moved, or a plan was sent to an idle worker."""
     in_flight: int = 0
+    begin_again: bool = False
+    """A step failed: the stream is to be opened again, under a newer epoch."""
     outbox: asyncio.Queue[execution_pb2.ExecuteRequest] = field(default_factory=asyncio.Queue)
     task: asyncio.Task[None] | None = None
 
@@ -107,10 +109,12 @@ class Workers:
         worker.outbox.put_nowait(wire.plan_message(plan))
 
     def begin_again(self, group: str) -> None:
-        """A step failed: a new epoch makes the worker drop its slots and take plans again."""
+        """A step failed, and its result is being absorbed: a new stream with a newer epoch makes the worker drop its
+        slots and take plans again. Plans handed over from now on go there."""
         worker = self._workers[group]
         worker.in_flight = 0
-        worker.outbox.put_nowait(self._begin())
+        worker.outbox = asyncio.Queue()
+        worker.begin_again = True
 
     def watch(self) -> None:
         """Gives up workers whose lease ran out or whose step makes no progress. Called a few times a second."""
@@ -155,38 +159,53 @@ class Workers:
         )
 
     async def _serve(self, worker: Worker) -> None:
-        """The stream, from its begin to its loss."""
-        channel = open_internal_channel(worker.request.address)
-        call = None
+        """A worker's streams, one epoch each, until it is lost."""
         reason = "its stream ended"
+        channel = open_internal_channel(worker.request.address)
         try:
-            stub = execution_pb2_grpc.ExecutionStub(channel)
-            call = stub.Execute(self._outgoing(worker), metadata=self._metadata)
-            async with asyncio.timeout(READY_TIMEOUT_S):
-                await call.read()
-            assert self.events is not None
-            self.events.ready(worker.spec)
-            async for reply in call:
-                if reply.WhichOneof("message") == "result":
-                    self._on_result(worker, wire.result_of(reply.result))
+            while await self._run_epoch(worker, execution_pb2_grpc.ExecutionStub(channel)):
+                pass
         except TimeoutError:
             reason = f"it did not answer at {worker.request.address} within {READY_TIMEOUT_S:.0f} s"
         except grpc.aio.AioRpcError as error:
             reason = f"its stream broke ({error.code().name}: {error.details()})"
+        except Exception as error:
+            reason = "this scheduler failed"
+            log.error("worker_link_failed", worker=worker.id, exc_info=error)
         finally:
-            if call is not None:
-                call.cancel()
             self._lose(worker, reason)
             await asyncio.shield(channel.close())
 
+    async def _run_epoch(self, worker: Worker, stub: execution_pb2_grpc.ExecutionStub) -> bool:
+        """One stream. True when the next epoch is to begin, False when the worker ended it."""
+        again = worker.begin_again
+        worker.begin_again = False
+        call = stub.Execute(self._outgoing(worker), metadata=self._metadata)
+        try:
+            replies = aiter(call)
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                await anext(replies)
+            assert self.events is not None
+            if not again:
+                self.events.ready(worker.spec)
+            async for reply in replies:
+                if reply.WhichOneof("message") == "result":
+                    self._on_result(worker, wire.result_of(reply.result))
+                if worker.begin_again:
+                    return True
+            return False
+        except StopAsyncIteration:
+            return False
+        finally:
+            call.cancel()
+
     async def _outgoing(self, worker: Worker) -> AsyncIterator[execution_pb2.ExecuteRequest]:
+        outbox = worker.outbox
         yield self._begin()
         while True:
-            yield await worker.outbox.get()
+            yield await outbox.get()
 
     def _on_result(self, worker: Worker, result: StepResult) -> None:
-        if worker.in_flight == 0:
-            return  # of an epoch that is over
         worker.in_flight -= 1
         worker.progress_ns = self._now_ns()
         if result.error:
