@@ -322,20 +322,15 @@ def _finished(finished: inference_pb2.Finished) -> Finished:
         u = finished.usage
         usage = Usage(u.prompt_tokens, u.completion_tokens, u.cached_tokens)
     if finished.HasField("timing"):
-        timing = Timing(
-            **{
-                name: dict(value) if name == "queue_reason_ns" else value
-                for name in Timing.__struct_fields__
-                for value in (getattr(finished.timing, name),)
-            }
-        )
+        durations = {name: getattr(finished.timing, name) for name in Timing.__struct_fields__}
+        timing = Timing(**durations | {"queue_reason_ns": dict(finished.timing.queue_reason_ns)})
     return Finished(finished.index, reason, getattr(finished.stop_match, match) if match else None, usage, timing)
 
 
 def _call_error(error: grpc.aio.AioRpcError) -> CallError:
     """The status with its details unpacked. One that the channel made itself has none."""
     field, retry_after_ms = "", 0
-    status = rpc_status.from_call(error)  # type: ignore[arg-type]
+    status = rpc_status.from_call(error)
     for detail in status.details if status else ():
         violation, retry = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
         if detail.Unpack(violation) and violation.field_violations:
