@@ -1,11 +1,11 @@
-"""Sampling on a CPU: NumPy where it beats torch, row by row where only some rows ask. kernels.ops.sampling has the
-contracts; bits equal kernels.reference.sampling except for the last digit of logprobs and the rounding of probability
-masses at the very edge of a nucleus.
+"""Sampling on a CPU, in NumPy: one thread, a few rows at a time. kernels.ops.sampling has the contracts; bits equal
+kernels.reference.sampling but for the last digits of logprobs and of probability masses at the very edge of a nucleus.
 
 Every result depends on its own row alone, to the bit: reductions run over one row at a time, and the rest is single
 correctly rounded operations. numpy.log and numpy.exp give a value the same bits at any offset (tests say so).
 
-Measured, 16 × 32,000 on two cores: numpy.argmax 0.04 ms, torch.argmax 0.45 (and torch.max 0.41).
+Measured at 32,000 ids: an integer operation on a row takes 3 µs, numpy.argmax 2, torch.argmax 28. Parallel torch is no
+faster where it matters: beside a busy neighbour each of its operations took 4 ms (16 rows), the barrier's wait.
 """
 
 import functools
@@ -16,18 +16,22 @@ from torch import Tensor
 
 Array = np.ndarray
 
-MASK_32 = np.uint32(0xFFFFFFFF)
 GOLDEN = np.uint32(0x9E3779B9)
 FIRST_KEY = 0x243F6A88
 SECOND_KEY = 0x85A308D3
 FIRST_FACTOR = np.uint32(0x7FEB352D)
 SECOND_FACTOR = np.uint32(0x846CA68B)
 
-CHUNK_ELEMENTS = 2**19
-"""Of noise bounds at once, so that intermediates stay in the cache."""
+CHUNK_ELEMENTS = 2**16
+"""Worked on at once, so that intermediates stay in a core's own cache."""
 LN_2 = float(np.log(2.0))
 BOUND_SLACK = 1e-3
 """Covers the roundings of a bound: of bits to float32 (1e-5), of the last mixing step that it leaves out (3e-5)."""
+NUM_GROUPED = 64
+"""Logits per group whose maxima bound the k-th highest logit from below."""
+SORTED_AT_ONCE = 2048
+NUM_BINS = 512
+BINS_PER_NAT = 16.0
 
 
 def best(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,58 +132,95 @@ def sample(
     for row in np.flatnonzero(filtered):
         scaled = (x[row] - values[row]) / warm[row]
         candidates = _kept(scaled, int(k[row]), float(p[row]), float(floor[row]))
-        scores = scaled[candidates] + _gumbel(key_words[row : row + 1, :, None], candidates)[0]
-        token_ids[row] = candidates[scores.argmax()]
+        token_ids[row] = _draw_among(scaled, candidates, key_words[row : row + 1])
     whole = np.flatnonzero(sampling & ~filtered)
     step = max(1, CHUNK_ELEMENTS // x.shape[-1])
     for start in range(0, len(whole), step):
         rows = whole[start : start + step]
-        token_ids[rows] = _sample_whole(x[rows], values[rows], warm[rows], key_words[rows])
+        scaled = x[rows] - values[rows, None]
+        scaled /= warm[rows, None]
+        token_ids[rows] = _draw(scaled, key_words[rows])
     return torch.from_numpy(token_ids), torch.from_numpy(values)
 
 
 def _kept(scaled: Array, top_k: int, top_p: float, min_p: float) -> Array:
     """The ids that top-k, top-p and min-p leave, ascending. `scaled` float32 [vocab], its maximum 0."""
     if 0 < top_k < len(scaled):
-        kth_value = np.partition(scaled, len(scaled) - top_k)[-top_k]
-        candidates = np.flatnonzero(scaled >= kth_value)
+        candidates = _highest(scaled, top_k)
     else:
         candidates = np.arange(len(scaled))
-    mass = np.exp(scaled[candidates].astype(np.float64))
+    if top_p >= 1 and min_p <= 0:
+        return candidates
+    chosen = scaled[candidates]
+    mass = np.exp(chosen.astype(np.float64))
     kept = mass >= min_p
     if top_p < 1:
-        kept &= _nucleus(mass, top_p)
+        kept &= _nucleus(chosen, mass, top_p)
     return candidates[kept]
 
 
-def _nucleus(mass: Array, top_p: float) -> Array:
+def _highest(x: Array, k: int) -> Array:
+    """The ids of the k highest values, ascending, and of all equal to the k-th.
+
+    The k-th highest of the maxima of disjoint groups is a lower bound that few values reach; they are then looked at
+    closely. 20 of 32,000 in 25 µs, where numpy.partition takes 141.
+    """
+    num_groups = len(x) // NUM_GROUPED
+    if k <= num_groups // 2:
+        maxima = x[: num_groups * NUM_GROUPED].reshape(NUM_GROUPED, num_groups).max(axis=0)
+        candidates = np.flatnonzero(x >= _kth(maxima, k))
+        values = x[candidates]
+        return candidates[values >= _kth(values, k)]
+    return np.flatnonzero(x >= _kth(x, k))
+
+
+def _kth(values: Array, k: int) -> np.floating:
+    return np.partition(values, len(values) - k)[-k]
+
+
+def _nucleus(scaled: Array, mass: Array, top_p: float) -> Array:
     """Marks the fewest largest masses that make up `top_p` of the sum; among equals the first go in first.
 
-    Masses below (1 - top_p) / n of the sum cannot belong to it, so only the others are sorted.
+    Many values are first counted by bins, so that only those of the bin where the sum is reached are sorted.
     """
     goal = top_p * mass.sum()
-    eligible = np.flatnonzero(mass >= 0.5 * (mass.sum() - goal) / len(mass))
-    order = eligible[np.argsort(-mass[eligible], kind="stable")]
+    if len(mass) <= SORTED_AT_ONCE:
+        marked, undecided = np.zeros(len(mass), np.bool_), np.arange(len(mass))
+    else:
+        bins = np.minimum(scaled * np.float32(-BINS_PER_NAT), NUM_BINS - 1).astype(np.int32)
+        below = np.bincount(bins, weights=mass, minlength=NUM_BINS).cumsum()
+        critical = min(int(np.searchsorted(below, goal)), NUM_BINS - 1)
+        marked, undecided = bins < critical, np.flatnonzero(bins == critical)
+        goal -= below[critical - 1] if critical else 0
+    order = undecided[np.argsort(-mass[undecided], kind="stable")]
     sorted_mass = mass[order]
     before = sorted_mass.cumsum() - sorted_mass
-    marked = np.zeros(len(mass), np.bool_)
     marked[order[: max(1, np.count_nonzero(before < goal))]] = True
     return marked
 
 
-def _sample_whole(logits: Array, values: Array, temperature: Array, keys: Array) -> Array:
-    """argmax of scaled logit plus Gumbel noise over the whole vocabulary, exactly, by bounds.
+def _draw_among(scaled: Array, candidates: Array, keys: Array) -> int:
+    """The draw from one row's `candidates`."""
+    if len(candidates) > SORTED_AT_ONCE:
+        alone = np.full((1, len(scaled)), -np.inf, np.float32)
+        alone[0, candidates] = scaled[candidates]
+        return int(_draw(alone, keys)[0])
+    scores = scaled[candidates] + _gumbel(keys[:, :, None], candidates)[0]
+    return int(candidates[scores.argmax()])
+
+
+def _draw(scaled: Array, keys: Array) -> Array:
+    """argmax of `scaled` [rows, vocab] plus Gumbel noise over the whole vocabulary, exactly, by bounds.
 
     Since -ln(1 - v) >= v, noise is at most -ln v, and log2 v is at least what v's bits as a float32 say when read as
     an integer. So a few integer operations bound every token's score; the exact noise, two logarithms in float64, is
     computed for the few tokens whose bound reaches the exact score of the one with the highest bound.
     """
-    scaled = (logits - values[:, None]) / temperature[:, None]
     bounds = _score_bounds(scaled, keys)
     leaders = bounds.argmax(axis=-1)
     leading = _at(scaled, leaders) + _gumbel(keys, leaders)
-    slack = BOUND_SLACK + 1e-6 * np.abs(leading)
-    rows, candidates = np.nonzero(bounds >= (leading - slack)[:, None])
+    threshold = leading - (BOUND_SLACK + 1e-6 * np.abs(leading))
+    rows, candidates = np.divmod(np.flatnonzero(bounds >= threshold[:, None]), bounds.shape[-1])
     scores = scaled[rows, candidates] + _gumbel(keys[rows], candidates)
     order = np.lexsort((candidates, -scores, rows))
     firsts = np.flatnonzero(np.diff(rows, prepend=-1))
@@ -189,44 +230,51 @@ def _sample_whole(logits: Array, values: Array, temperature: Array, keys: Array)
 
 def _score_bounds(scaled: Array, keys: Array) -> Array:
     """An upper bound of scaled + noise, float32 [rows, vocab], up to BOUND_SLACK."""
-    signed = torch.from_numpy(keys.view(np.int32))
-    x = torch.bitwise_xor(_mixed_ids(scaled.shape[-1]), signed[:, :1])
-    shifted = torch.bitwise_right_shift(x, 16).bitwise_and_(0xFFFF)
-    x.bitwise_xor_(shifted).mul_(FIRST_FACTOR.view(np.int32).item()).add_(signed[:, 1:])
-    torch.bitwise_right_shift(x, 15, out=shifted).bitwise_and_(0x1FFFF)
-    x.bitwise_xor_(shifted).mul_(SECOND_FACTOR.view(np.int32).item())
-    # The last `x ^ (x >> 16)` moves x by less than 2**-15 of itself.
-    uniform = x.bitwise_right_shift_(1).bitwise_and_(0x7FFFFFFF).float()
-    log_2 = uniform.view(torch.int32).float()  # (log2 v + 158) * 2**23, or less
-    bound = torch.from_numpy(scaled).add(log_2, alpha=-LN_2 * 2**-23).add_((127 + 31) * LN_2)
-    return bound.numpy()
+    x = np.bitwise_xor(_mixed_ids(scaled.shape[-1]), keys[:, :1])
+    shifted = np.right_shift(x, np.uint32(16))
+    x ^= shifted
+    x *= FIRST_FACTOR
+    x += keys[:, 1:]
+    np.right_shift(x, np.uint32(15), out=shifted)
+    x ^= shifted
+    x *= SECOND_FACTOR
+    x >>= np.uint32(1)  # without the last `x ^ (x >> 16)`, which moves x by less than 2**-15 of itself
+    bound = shifted.view(np.float32)
+    np.copyto(bound, x.view(np.int32), casting="unsafe")
+    log_2 = x.view(np.float32)
+    np.copyto(log_2, bound.view(np.int32), casting="unsafe")  # (log2 v + 158) * 2**23, or less
+    np.multiply(log_2, np.float32(-LN_2 * 2**-23), out=bound)
+    bound += np.float32((127 + 31) * LN_2)
+    bound += scaled
+    return bound
 
 
 @functools.lru_cache(maxsize=4)
-def _mixed_ids(vocab_size: int) -> Tensor:
-    return torch.from_numpy(_mix(np.arange(vocab_size, dtype=np.uint32)).view(np.int32))
+def _mixed_ids(vocab_size: int) -> Array:
+    return _mix(np.arange(vocab_size, dtype=np.uint32))
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = _array(logits)
-    highest = x.max(axis=-1)
-    log_sums = np.log(np.exp(x - highest[:, None]).sum(axis=-1)) + highest
     values = _at(x, token_ids.numpy())
-    ranks = 1 + np.count_nonzero(x > values[:, None], axis=-1)
-    top_ids = _top_ids(x, num_top)
-    top_logprobs = np.take_along_axis(x, top_ids, axis=-1) - log_sums[:, None]
-    arrays = (values - log_sums, ranks, top_ids, top_logprobs)
-    return tuple(torch.from_numpy(each) for each in arrays)  # type: ignore[return-value]
+    logprobs, ranks = np.empty_like(values), np.empty(len(x), np.int64)
+    top_ids, top_logprobs = np.empty((len(x), num_top), np.int64), np.empty((len(x), num_top), np.float32)
+    for row, row_logits in enumerate(x):
+        log_sum = _log_sum(row_logits)
+        logprobs[row] = values[row] - log_sum
+        ranks[row] = 1 + np.count_nonzero(row_logits > values[row])
+        if num_top:
+            candidates = _highest(row_logits, num_top)
+            order = np.argsort(-row_logits[candidates], kind="stable")[:num_top]
+            top_ids[row] = candidates[order]
+            top_logprobs[row] = row_logits[top_ids[row]] - log_sum
+    return tuple(torch.from_numpy(each) for each in (logprobs, ranks, top_ids, top_logprobs))  # type: ignore[return-value]
 
 
-def _top_ids(x: Array, num_top: int) -> Array:
-    """The ids of the highest logits, best first, among equals the lowest first; int64 [rows, num_top]."""
-    top_ids = np.empty((len(x), num_top), np.int64)
-    for row, logits in enumerate(x if num_top else ()):
-        kth_value = np.partition(logits, len(logits) - num_top)[-num_top]
-        candidates = np.flatnonzero(logits >= kth_value)
-        top_ids[row] = candidates[np.argsort(-logits[candidates], kind="stable")[:num_top]]
-    return top_ids
+def _log_sum(logits: Array) -> np.float32:
+    highest = logits.max()
+    shifted = logits - highest
+    return highest + np.log(np.exp(shifted, out=shifted).sum())
 
 
 def _array(logits: Tensor) -> Array:

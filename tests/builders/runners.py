@@ -1,0 +1,129 @@
+"""Runners on real decoders, and a careless little scheduler that plans their steps at random."""
+
+import random
+from dataclasses import dataclass, field
+
+import torch
+
+from services.worker.execute.plan import RowLogprobs, RowPromptLogprobs, StepRunner
+from services.worker.execute.runner import Runner
+from services.worker.execute.slots import Slots
+from services.worker.memory.layout import layout_of
+from services.worker.memory.pool import allocate_pool
+from services.worker.models.decoder import Decoder
+from services.worker.sampling.sampler import Sampler
+from tests.builders.plans import GREEDY, make_admit, make_plan
+
+
+def make_runner(
+    decoder: Decoder,
+    *,
+    num_blocks: int = 64,
+    block_size: int = 8,
+    max_num_seqs: int = 16,
+    max_model_len: int = 256,
+    poison: bool = True,
+    **fields,
+) -> Runner:
+    """A runner with its own pool, whose pages begin as NaN, so that reading what was never written shows."""
+    pool = allocate_pool(layout_of(decoder.spec, decoder.dtype, block_size), num_blocks)
+    if poison:
+        pool.pages.fill_(torch.nan)
+    vocab_size = decoder.spec.vocab_size
+    slots = Slots(
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        block_size=block_size,
+        num_pool_blocks=num_blocks,
+        vocab_size=vocab_size,
+    )
+    return Runner(decoder, pool.pages, slots, Sampler(max_num_seqs=max_num_seqs, vocab_size=vocab_size), **fields)
+
+
+@dataclass(slots=True)
+class Asked:
+    """One request and what came of it. `sampling` and further fields are those of an Admit."""
+
+    prompt: list[int]
+    max_tokens: int
+    fields: dict = field(default_factory=dict)
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[RowLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[RowPromptLogprobs] = field(default_factory=list)
+    slot: int = -1
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+
+    @property
+    def known(self) -> list[int]:
+        return self.prompt + self.tokens
+
+    @property
+    def done(self) -> bool:
+        return len(self.tokens) >= self.max_tokens
+
+
+def answer_alone(runner: StepRunner, asked: Asked) -> Asked:
+    """The whole prompt in one step, then token by token."""
+    return answer_all(runner, [asked], random.Random(0), chunk=10**6, preempt=0.0)[0]
+
+
+def answer_all(
+    runner: StepRunner,
+    requests: list[Asked],
+    rng: random.Random,
+    *,
+    chunk: int = 9,
+    preempt: float = 0.1,
+    block_size: int = 8,
+    num_blocks: int = 64,
+    max_num_seqs: int = 16,
+) -> list[Asked]:
+    """Runs all requests to their ends in random batches and chunks of at most `chunk` tokens, taking some out of their
+    slots on the way; their blocks then go to others."""
+    free_blocks, free_slots = list(range(num_blocks)), list(range(max_num_seqs))
+    rng.shuffle(free_blocks)
+    rng.shuffle(free_slots)
+    runner.reset()
+    step = 0
+    while open_requests := [each for each in requests if not each.done]:
+        step += 1
+        for each in requests:
+            if each.slot >= 0 and (each.done or rng.random() < preempt):
+                free_slots.append(each.slot)
+                free_blocks += each.blocks
+                each.slot, each.computed, each.blocks = -1, 0, []
+        rows, admits, planned = [], [], []
+        for each in rng.sample(open_requests, rng.randint(1, len(open_requests))):
+            room = len(free_blocks) * block_size
+            left = len(each.known) - each.computed
+            count = min(left, rng.randint(1, chunk) if chunk < left else left)
+            if room < count or (each.slot < 0 and not free_slots):
+                continue
+            if each.slot < 0:
+                each.slot = free_slots.pop(0)
+                admits.append(make_admit(each.slot, each.known, prompt_len=len(each.prompt), **each.fields))
+            needed = -(-(each.computed + count) // block_size) - len(each.blocks)
+            further = [free_blocks.pop(0) for _ in range(needed)]
+            each.blocks += further
+            each.computed += count
+            rows.append((each.slot, count, each.computed == len(each.known), further))
+            planned.append(each)
+        _absorb(runner.run(make_plan(step, rows, admits)), rows, planned)
+    return requests
+
+
+def _absorb(output, rows, planned) -> None:
+    tokens = iter(output.tokens.tolist())
+    for each, (_, _, samples, _) in zip(planned, rows, strict=True):
+        if samples:
+            each.tokens.append(next(tokens))
+    for entry in output.logprobs:
+        planned[entry.row].logprobs.append(entry)
+    for entry in output.prompt_logprobs:
+        planned[entry.row].prompt_logprobs.append(entry)
+
+
+def make_asked(prompt: list[int], max_tokens: int, **fields) -> Asked:
+    fields.setdefault("sampling", GREEDY)
+    return Asked(prompt, max_tokens, fields)
