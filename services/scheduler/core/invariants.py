@@ -56,8 +56,10 @@ def _slot_violations(group: WorkerGroup) -> Iterator[str]:
     slots = sorted([*group.free_slots, *(sample.slot for sample in group.running)])
     if slots != list(range(group.spec.max_num_seqs)):
         yield f"{group.id}: free and taken slots are {slots}"
-    for samples, name in ((group.running.samples, "running"), (group.waiting.samples, "waiting")):
-        if any(a.order >= b.order for a, b in pairwise(samples)):
+    for queue, name in ((group.running, "running"), (group.waiting, "waiting")):
+        if queue.tokens != sum(sample.backlog for sample in queue):
+            yield f"{group.id}: the {name} queue counts {queue.tokens} tokens"
+        if any(a.order >= b.order for a, b in pairwise(queue.samples)):
             yield f"{group.id}: the {name} queue is out of order"
 
 

@@ -13,11 +13,10 @@ def _order(sample: Sample) -> tuple[float, int, int]:
 
 @dataclass(slots=True)
 class OrderedSamples:
-    """A sorted list; `tokens` is the sum of what its samples have yet to compute, when they entered."""
+    """A sorted list; `tokens` sums what its samples had to compute when they entered (`backlog`)."""
 
     samples: list[Sample] = field(default_factory=list)
     tokens: int = 0
-    _weights: dict[Sample, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -26,9 +25,7 @@ class OrderedSamples:
         return iter(self.samples)
 
     def add(self, sample: Sample) -> None:
-        weight = len(sample.tokens) - sample.computed
-        self._weights[sample] = weight
-        self.tokens += weight
+        self.tokens += sample.backlog
         if self.samples and self.samples[-1].order > sample.order:
             insort(self.samples, sample, key=_order)
         else:
@@ -36,14 +33,12 @@ class OrderedSamples:
 
     def remove(self, sample: Sample) -> None:
         """Raises KeyError for a sample that is not here."""
-        self.tokens -= self._weights.pop(sample)
         place = bisect_left(self.samples, sample.order, key=_order)
+        if place == len(self.samples) or self.samples[place] is not sample:
+            raise KeyError(sample)
         del self.samples[place]
+        self.tokens -= sample.backlog
 
     @property
     def first(self) -> Sample | None:
         return self.samples[0] if self.samples else None
-
-    @property
-    def last(self) -> Sample | None:
-        return self.samples[-1] if self.samples else None

@@ -88,8 +88,13 @@ class Sample:
     prompt_len: int
     max_len: int
     stop_token_ids: frozenset[int]
+    exact: bool
+    wants_prompt_logprobs: bool
+    """They were asked for, and are not sent yet."""
     status: Status = Status.WAITING
     group_id: str = ""
+    backlog: int = 0
+    """Tokens that were neither computed nor warm when it last entered a queue; fixed while it stays there."""
     slot: int = -1
     blocks: list[int] = field(default_factory=list)
     hashes: list[BlockHash] = field(default_factory=list)
@@ -104,17 +109,10 @@ class Sample:
     """Counts admissions that were undone; tells rows of a plan in flight that they are of an earlier life."""
     failures: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs_sent: bool = False
 
     @property
     def known(self) -> int:
         return len(self.tokens) + self.unknown
-
-    @property
-    def remaining(self) -> int:
-        """Tokens that a plan may still grant. A sample whose last token is being sampled has none."""
-        known = len(self.tokens) + self.unknown
-        return 0 if known >= self.max_len else known - self.planned
 
     @property
     def num_generated(self) -> int:
@@ -123,10 +121,6 @@ class Sample:
     @property
     def order(self) -> tuple[float, int, int]:
         return (*self.request.order, self.index)
-
-    @property
-    def wants_prompt_logprobs(self) -> bool:
-        return self.index == 0 and self.request.submission.want.prompt_logprobs >= 0 and not self.prompt_logprobs_sent
 
     def move(self, status: Status) -> None:
         """Raises ValueError on a transition that TRANSITIONS does not list."""
@@ -142,8 +136,7 @@ class Sample:
         self.num_indexed = 0
         self.planned = 0
         self.computed = 0
-        if not self.prompt_logprobs_sent:
-            self.prompt_logprobs = []
+        self.prompt_logprobs = []
 
 
 def make_samples(request: Request) -> Iterable[Sample]:
@@ -158,4 +151,6 @@ def make_samples(request: Request) -> Iterable[Sample]:
             prompt_len=len(tokens),
             max_len=request.max_len,
             stop_token_ids=submission.stopping.stop_token_ids,
+            exact=submission.deterministic,
+            wants_prompt_logprobs=index == 0 and submission.want.prompt_logprobs >= 0,
         )

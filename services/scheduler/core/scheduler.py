@@ -82,8 +82,7 @@ class Scheduler:
                 )
                 self._end(sample, FinishReason.ERROR, group, now_ns, refusal=refusal)
             else:
-                sample.group_id = target.id
-                target.waiting.add(sample)
+                self._enqueue(sample, target)
                 sample.request.ledger.change_queue(target.clock, now_ns, worker_lost=True)
 
     def submit(self, submission: Submission, now_ns: int) -> None:
@@ -97,10 +96,10 @@ class Scheduler:
             self._events.append(Released(key=submission.key, refusal=refusal))
             return
         self._arrivals += 1
-        request = self._make_request(submission, groups, now_ns)
+        request, target = self._make_request(submission, groups, now_ns)
         self.requests[submission.key] = request
         for sample in request.samples:
-            self.groups[sample.group_id].waiting.add(sample)
+            self._enqueue(sample, target)
         if submission.deadline_ns:
             self._watch_deadline(submission)
 
@@ -169,20 +168,22 @@ class Scheduler:
         while row < len(running):
             sample = running[row]
             row += 1
-            count = sample.remaining
+            known = len(sample.tokens) + sample.unknown  # at max_len the last token is known or on its way
+            count = known - sample.planned if known < sample.max_len else 0
             if count > 1:
                 count = self._prefill_grant(step, count)
             if count <= 0:
                 continue
             end = sample.planned + count
             missing = -(-end // block_size) - len(sample.blocks)
-            new_blocks: list[int] | tuple[()] = ()
-            if missing > 0:
-                if not self._make_room(group, sample, missing, now_ns):
-                    break
+            if missing <= 0:
+                step.grant(sample, count)
+            elif self._make_room(group, sample, missing, now_ns):
                 new_blocks = [group.pool.take() for _ in range(missing)]
                 sample.blocks += new_blocks
-            step.grant(sample, count, new_blocks)
+                step.grant(sample, count, new_blocks)
+            else:
+                break
             if end // block_size > sample.num_indexed:
                 step.pending += group.index_full_blocks(sample, min(end, len(sample.tokens)))
 
@@ -239,8 +240,8 @@ class Scheduler:
             sample.request.cached_tokens = sample.planned
         group.running.add(sample)
         step.admit(sample)
-        count = self._prefill_grant(step, sample.remaining)
-        step.grant(sample, count, ())
+        count = self._prefill_grant(step, len(sample.tokens) - sample.planned)
+        step.grant(sample, count)
         step.pending += group.index_full_blocks(sample, sample.planned)
 
     def _steal(self, group: WorkerGroup, now_ns: int) -> Sample | None:
@@ -259,8 +260,7 @@ class Scheduler:
             return None
         other.waiting.remove(sample)
         sample.request.ledger.change_queue(group.clock, now_ns)
-        sample.group_id = group.id
-        group.waiting.add(sample)
+        self._enqueue(sample, group)
         return sample
 
     # After a step.
@@ -282,10 +282,14 @@ class Scheduler:
             sample.tokens.append(token)
         if sample.incarnation == flight.incarnations[row]:
             sample.computed += flight.plan.counts[row]
-            self._count_step(sample)
+            ledger = sample.request.ledger
+            if sample.phase is Phase.DECODE:
+                ledger.decode_steps += 1
+            else:
+                ledger.prefill_steps += 1
             if sample.computed // group.spec.block_size > sample.num_indexed:
                 group.index_full_blocks(sample, sample.computed)
-            if row in result.prompt_logprobs:
+            if result.prompt_logprobs and row in result.prompt_logprobs:
                 sample.prompt_logprobs += result.prompt_logprobs[row][1]
         if token is not None:
             self._emit_token(sample, token, result.logprobs.get(row), group, now_ns)
@@ -296,7 +300,7 @@ class Scheduler:
         prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         if sample.wants_prompt_logprobs:
             prompt_logprobs = tuple(sample.prompt_logprobs)
-            sample.prompt_logprobs_sent = True
+            sample.wants_prompt_logprobs = False
             sample.prompt_logprobs = []
         if sample.phase is Phase.PREFILL:
             self._move_phase(sample, Phase.DECODE, group, now_ns)
@@ -307,13 +311,6 @@ class Scheduler:
             self._end(sample, FinishReason.STOP, group, now_ns, stop_token_id=token)
         elif len(sample.tokens) >= sample.max_len:
             self._end(sample, FinishReason.LENGTH, group, now_ns)
-
-    def _count_step(self, sample: Sample) -> None:
-        ledger = sample.request.ledger
-        if sample.phase is Phase.DECODE:
-            ledger.decode_steps += 1
-        else:
-            ledger.prefill_steps += 1
 
     def _fail_step(self, group: WorkerGroup, now_ns: int) -> None:
         """The oldest plan failed and the worker skips what follows it: what was pending is withdrawn, and every
@@ -335,7 +332,9 @@ class Scheduler:
 
     # One sample's life.
 
-    def _make_request(self, submission: Submission, groups: list[WorkerGroup], now_ns: int) -> Request:
+    def _make_request(
+        self, submission: Submission, groups: list[WorkerGroup], now_ns: int
+    ) -> tuple[Request, WorkerGroup]:
         request = Request(
             submission=submission,
             order=self._policy.order(arrival=self._arrivals, priority=submission.priority, now_ns=now_ns),
@@ -346,10 +345,13 @@ class Scheduler:
         request.samples.extend(make_samples(request))
         target = self._best_group(request.samples[0])
         assert target is not None, "admission found a group that fits"
-        for sample in request.samples:
-            sample.group_id = target.id
         request.ledger.change_queue(target.clock, now_ns)
-        return request
+        return request, target
+
+    def _enqueue(self, sample: Sample, group: WorkerGroup) -> None:
+        sample.group_id = group.id
+        sample.backlog = len(sample.tokens) - len(group.match(sample)) * group.spec.block_size
+        group.waiting.add(sample)
 
     def _best_group(self, sample: Sample) -> WorkerGroup | None:
         """Where the least work stands before the sample's first token: its own tokens that are not warm, those of
@@ -369,7 +371,7 @@ class Scheduler:
         group.running.remove(sample)
         self._release(sample, group)
         self._count_preemption(sample, group, now_ns)
-        group.waiting.add(sample)
+        self._enqueue(sample, group)
 
     def _count_preemption(self, sample: Sample, group: WorkerGroup, now_ns: int) -> None:
         sample.request.ledger.preemptions += 1

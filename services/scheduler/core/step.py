@@ -18,27 +18,24 @@ class Step:
     rows: list[Sample] = field(default_factory=list)
     admissions: list[Admission] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)
-    slots: array = field(default_factory=lambda: array("H"))
-    counts: array = field(default_factory=lambda: array("H"))
-    block_counts: array = field(default_factory=lambda: array("H"))
+    counts: list[int] = field(default_factory=list)
+    block_counts: list[int] = field(default_factory=list)
     samples: bytearray = field(default_factory=bytearray)
-    blocks: array = field(default_factory=lambda: array("I"))
+    blocks: list[int] = field(default_factory=list)
     exact: bool = False
 
-    def grant(self, sample: Sample, count: int, new_blocks: list[int] | tuple[()]) -> None:
+    def grant(self, sample: Sample, count: int, new_blocks: list[int] | tuple[()] = ()) -> None:
         """Adds a row: the sample's next `count` tokens, after `new_blocks` were appended to its table."""
         sample.planned += count
         samples = sample.planned == len(sample.tokens) + sample.unknown
-        if samples:
-            sample.unknown += 1
+        sample.unknown += samples
         self.rows.append(sample)
-        self.slots.append(sample.slot)
         self.counts.append(count)
         self.block_counts.append(len(new_blocks))
         self.samples.append(samples)
         if new_blocks:
-            self.blocks.extend(new_blocks)
-        if sample.request.submission.deterministic:
+            self.blocks += new_blocks
+        if sample.exact:
             self.exact = True
 
     def admit(self, sample: Sample) -> None:
@@ -67,11 +64,11 @@ class Step:
             step=group.next_step,
             exact=self.exact,
             admissions=tuple(self.admissions),
-            slots=self.slots,
-            counts=self.counts,
-            block_counts=self.block_counts,
+            slots=array("H", [sample.slot for sample in self.rows]),
+            counts=array("H", self.counts),
+            block_counts=array("H", self.block_counts),
             samples=bytes(self.samples),
-            blocks=self.blocks,
+            blocks=array("I", self.blocks),
         )
         group.next_step += 1
         incarnations = [sample.incarnation for sample in self.rows]

@@ -62,7 +62,9 @@ def operate(driver: CoreDriver, kind: int, number: int) -> None:
     elif kind == 29 and len(groups) > (number % 4 > 0):
         driver.lose_group(group)
     elif kind == 30 and len(groups) < 3:
-        driver.add_group(f"g{len(driver.devices)}-{driver.now_ns}", num_blocks=4 + number % 40, max_num_seqs=1 + number % 9)
+        driver.add_group(
+            f"g{len(driver.devices)}-{driver.now_ns}", num_blocks=4 + number % 40, max_num_seqs=1 + number % 9
+        )
     elif kind < 65:
         driver.schedule(group)
     else:
