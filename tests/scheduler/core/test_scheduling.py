@@ -37,7 +37,7 @@ def test_a_long_prompt_is_cut_into_chunks_of_the_budget():
     while (plan := d.schedule()) is not None:
         counts.append((list(plan.counts), list(plan.samples)))
         d.deliver()
-    assert counts == [([8], [0]), ([7], [0]), ([5], [1])] or [c for c, _ in counts] == [[8], [8], [4]]
+    assert counts == [([8], [0]), ([7], [0]), ([5], [1])]
     assert d.answer("a") == d.expected("a")
 
 
