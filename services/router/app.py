@@ -12,7 +12,7 @@ import structlog
 from services.router.admission import Admission
 from services.router.fleet import Expected, Fleet
 from services.router.model import ServedModel, load_model
-from services.router.servicer import RouterControl, RouterInference
+from services.router.servicer import RouterControl, RouterInference, add_servicers
 from services.router.session import Session
 from shared.clock import monotonic_ns
 from shared.config import RouterConfig
@@ -20,8 +20,6 @@ from shared.ids import new_instance_id
 from shared.net.health import Health
 from shared.net.server import bind, create_server
 from shared.outcome import AbortCause
-from shared.rpc.sluice.v1.control_pb2_grpc import add_ControlServicer_to_server
-from shared.rpc.sluice.v1.inference_pb2_grpc import add_InferenceServicer_to_server
 from shared.telemetry.logs import configure_logs
 
 log = structlog.get_logger("router")
@@ -43,13 +41,7 @@ async def serve(config: RouterConfig, *, on_event: OnEvent | None = None) -> int
     instance = new_instance_id("router")
     configure_logs("router", instance, config.log_format)
     model = await asyncio.to_thread(load_model, config)
-    async with asyncio.TaskGroup() as tasks:
-        router = Router(config, model, instance, on_event or (lambda name, data: None))
-        linking = tasks.create_task(router.fleet.run(), name="fleet")
-        try:
-            return await router.serve()
-        finally:
-            linking.cancel()
+    return await Router(config, model, instance, on_event or (lambda name, data: None)).serve()
 
 
 class Router:
@@ -100,8 +92,7 @@ class Router:
             drain=self._drain_asked,
             now=monotonic_ns,
         )
-        add_InferenceServicer_to_server(inference, self._server)
-        add_ControlServicer_to_server(control, self._server)
+        add_servicers(self._server, inference, control)
 
     async def serve(self) -> int:
         """Until told to stop. 0 after a drain, however it went; 1 when a second signal cut requests off."""
@@ -111,14 +102,21 @@ class Router:
         await self._server.start()
         log.info("serving", grpc=self._address, models=self._model.names, schedulers=self._config.scheduler)
         self._on_event("serving", self._where())
+        linking = asyncio.create_task(self.fleet.run(), name="fleet")
         health = asyncio.create_task(self._report_health(), name="health")
+        stopped = asyncio.create_task(self._stop.wait(), name="stop")
         try:
             with self._stop.on_signals():
-                await self._stop.wait()
+                await asyncio.wait((linking, health, stopped), return_when=asyncio.FIRST_COMPLETED)
+                for task in (linking, health):
+                    if task.done():  # neither ends by itself: a bug, and the process says so rather than limp on
+                        task.result()
                 return await self._drain()
         finally:
-            health.cancel()
             await self._server.stop(0)
+            for task in (linking, health, stopped):
+                task.cancel()
+            await asyncio.gather(linking, health, stopped, return_exceptions=True)
             self._tokenizing.shutdown(wait=False, cancel_futures=True)
 
     def stop(self) -> None:

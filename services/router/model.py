@@ -110,7 +110,7 @@ def _positive(settings: dict[str, Any], key: str, folder: Path) -> int:
 
 def _defaults(generation: dict[str, Any], folder: Path) -> Defaults:
     """Values outside our limits are named and left out: a request would be refused for what it did not ask."""
-    found = {}
+    found: dict[str, Any] = {}
     for name in Defaults.__struct_fields__:
         value = generation.get(name)
         if value is None or isinstance(value, bool) or not isinstance(value, int | float):

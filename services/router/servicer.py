@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from importlib.metadata import PackageNotFoundError, version
+from typing import TypeAlias
 
 import grpc
 
@@ -16,12 +17,12 @@ from shared.clock import NS_PER_MS, NowNs
 from shared.net.deadlines import remaining_ns
 from shared.outcome import AbortCause, refuse
 from shared.rpc.sluice.v1 import control_pb2, inference_pb2
-from shared.rpc.sluice.v1.control_pb2_grpc import ControlServicer
-from shared.rpc.sluice.v1.inference_pb2_grpc import InferenceServicer
+from shared.rpc.sluice.v1.control_pb2_grpc import ControlServicer, add_ControlServicer_to_server
+from shared.rpc.sluice.v1.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
 
 REQUEST_ID_HEADER = "x-request-id"
 
-Context = grpc.aio.ServicerContext
+Context: TypeAlias = grpc.aio.ServicerContext
 
 
 class RouterInference(InferenceServicer):
@@ -143,6 +144,12 @@ class RouterControl(ControlServicer):
     async def Drain(self, request: control_pb2.DrainRequest, context: Context) -> control_pb2.DrainResponse:
         await self._drain(request.timeout_ms / 1000 if request.timeout_ms else None)
         return control_pb2.DrainResponse(requests_in_flight=len(self._admission))
+
+
+def add_servicers(server: grpc.aio.Server, inference: RouterInference, control: RouterControl) -> None:
+    """Puts both on a server that is not started yet."""
+    add_InferenceServicer_to_server(inference, server)
+    add_ControlServicer_to_server(control, server)
 
 
 def _header(context: Context, name: str) -> str:

@@ -11,7 +11,7 @@ reads; while the client does not, unread deltas merge in the Answer.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import Executor
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -85,7 +85,7 @@ class Session:
         self._max_unread_bytes = max_unread_bytes
         self._now = now
 
-    async def run(self, prompt: Prompt, options: GenerateOptions) -> AsyncIterator[Event]:
+    async def run(self, prompt: Prompt, options: GenerateOptions) -> AsyncGenerator[Event, None]:
         """Accepted, Deltas, one Finished per sample. Raises RefusedError, after ending the samples that had begun.
 
         Close it (`aclosing`) when the client goes: that is what tells the scheduler.
@@ -142,7 +142,7 @@ class Session:
 
     async def _stream(
         self, answer: Answer, prepared: Prepared, options: GenerateOptions, clock: _Clock
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event, None]:
         accepted = Accepted(
             request_id=options.request_id, prompt_tokens=len(prepared.token_ids), seed=options.sampling.seed
         )

@@ -87,7 +87,7 @@ def _chat_prompt(message: pb.Chat, model: ServedModel) -> ChatPrompt:
 
 def _json(field: str, text: str, kind: type) -> Any:
     try:
-        value = msgspec.json.decode(text, type=kind)
+        value: Any = msgspec.json.decode(text, type=kind)
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
         raise invalid(field, f"is not a JSON {'array' if kind is list else 'object'}") from None
     if _depth(value) > MAX_JSON_DEPTH:

@@ -92,7 +92,7 @@ class _Generation(jinja2.ext.Extension):
     def parse(self, parser: jinja2.parser.Parser) -> nodes.CallBlock:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_support"), [], [], body).set_lineno(line)
+        return nodes.CallBlock(self.call_method("_support"), [], [], body, lineno=line)
 
     def _support(self, caller: Any) -> str:
         return caller()

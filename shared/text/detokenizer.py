@@ -268,8 +268,8 @@ class TokenTexts:
         for token, token_id in vocabulary.items():
             self._tokens[token_id] = token
         added = backend.get_added_tokens_decoder()
-        for token_id, token in added.items():
-            self._tokens[token_id] = token.content
+        for token_id, entry in added.items():
+            self._tokens[token_id] = entry.content
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         specials = {token.content for token in added.values() if token.special}
         self._visible = [None if token in specials else token for token in self._tokens]

@@ -223,7 +223,8 @@ def _rebuilt(file: Path, layout: Layout, settings: _Settings) -> Backend:
     model = data.get("model", {})
     if model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
         return _from_file(file)
-    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model.get("merges", [])]
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
+    merges = [(left, right) for left, right in pairs]
     added = sorted(data.get("added_tokens", []), key=lambda token: token["id"])
     backend = layout(dict(model["vocab"]), merges, settings)
     if not settings.added:

@@ -70,6 +70,25 @@ async def until(condition: Callable[[], bool], timeout_s: float = 5) -> None:
             await asyncio.sleep(0.002)
 
 
+async def rest(call: Any) -> list[pb.GenerateResponse]:
+    """What is left of a call that was read from; raises AioRpcError."""
+    responses = []
+    while (response := await call.read()) is not grpc.aio.EOF:
+        responses.append(response)
+    return responses
+
+
+async def drained(call: Any) -> tuple[list[pb.GenerateResponse], grpc.aio.AioRpcError]:
+    """What is left of a call that ends badly, and how it ends."""
+    responses = []
+    try:
+        while (response := await call.read()) is not grpc.aio.EOF:
+            responses.append(response)
+    except grpc.aio.AioRpcError as error:
+        return responses, error
+    raise AssertionError("the call ended well")
+
+
 def refusal(error: grpc.aio.AioRpcError) -> tuple[str, str, float]:
     """(status name, field named in BadRequest, seconds of RetryInfo) of a failed call."""
     field, retry_s = "", 0.0
@@ -100,7 +119,6 @@ async def running_router(
         served.set()
 
     router = Router(config, load_model(config), "router-test", on_event)
-    linking = asyncio.create_task(router.fleet.run())
     serving = asyncio.create_task(router.serve())
     await served.wait()
     address = events[0][1]["grpc"]
@@ -113,8 +131,6 @@ async def running_router(
         await channel.close()
         router.stop()
         await serving
-        linking.cancel()
-        await asyncio.gather(linking, return_exceptions=True)
         for scheduler in schedulers:
             await scheduler.stop()
 

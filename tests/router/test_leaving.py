@@ -1,0 +1,229 @@
+"""Requests that end early: cancelled, abandoned, stalled, late, aborted by name."""
+
+import asyncio
+import random
+
+import grpc
+import pytest
+
+from shared.rpc.sluice.v1 import inference_pb2 as pb
+from shared.rpc.sluice.v1 import scheduling_pb2
+from tests.builders.fake_scheduler import FakeScheduler
+from tests.builders.router import drained, ends, ids, refusal, rest, run, running_router, until
+from tests.counts import count
+
+EVERY = -1
+
+
+def ask(**fields):
+    return pb.GenerateRequest(prompt="the quick fox", **fields)
+
+
+def endless(request, index):
+    return [request.token_ids[0] or 5] * 100_000
+
+
+def test_a_cancelled_call_reaches_the_scheduler_at_once(tiny_model):
+    async def test():
+        scheduler = FakeScheduler(answer=None)
+        async with running_router(tiny_model, scheduler) as router:
+            call = router.inference.Generate(ask(), timeout=5)
+            await call.read()
+            request = await scheduler.request()
+            request.tokens([9])
+            await call.read()
+            call.cancel()
+            async with asyncio.timeout(0.5):
+                await request.aborted.wait()
+            assert request.aborts == [(EVERY, scheduling_pb2.ABORT_CAUSE_CLIENT)]
+            await router.idle()
+
+    run(test())
+
+
+def test_cancels_at_random_points_leave_nothing_behind(tiny_model):
+    async def test():
+        rng = random.Random(3)
+        scheduler = FakeScheduler(answer=endless, step_s=0.002)
+        async with running_router(tiny_model, scheduler) as router:
+
+            async def one():
+                call = router.inference.Generate(ask(), timeout=10)
+                await asyncio.sleep(rng.random() * 0.02)
+                call.cancel()
+
+            for _ in range(count("router_cancels") // 10):
+                await asyncio.gather(*(one() for _ in range(10)))
+            await router.idle()
+            assert all(request.aborts for request in scheduler.requests)
+
+    run(test(), timeout_s=120)
+
+
+def test_a_client_that_vanishes_is_an_abort(tiny_model):
+    async def test():
+        scheduler = FakeScheduler(answer=endless, step_s=0.001)
+        async with running_router(tiny_model, scheduler) as router:
+            channel = grpc.aio.insecure_channel(router.address, options=[("grpc.use_local_subchannel_pool", 1)])
+            stream = channel.unary_stream("/sluice.v1.Inference/Generate")
+            call = stream(ask().SerializeToString())
+            await call.read()
+            request = await scheduler.request()
+            await channel.close()
+            async with asyncio.timeout(1):
+                await request.aborted.wait()
+            await router.idle()
+
+    run(test())
+
+
+def test_a_deadline_travels_and_ends_the_request(tiny_model):
+    async def test():
+        scheduler = FakeScheduler(answer=None)
+        async with running_router(tiny_model, scheduler) as router:
+            call = router.inference.Generate(ask(), timeout=0.3)
+            request = await scheduler.request()
+            assert 0.1e9 < request.submit.deadline_in_ns <= 0.31e9
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                [one async for one in call]
+            assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            async with asyncio.timeout(0.5):
+                await request.aborted.wait()
+            (index, cause) = request.aborts[0]
+            assert index == EVERY
+            assert cause in (scheduling_pb2.ABORT_CAUSE_DEADLINE, scheduling_pb2.ABORT_CAUSE_CLIENT)
+            await router.idle()
+
+    run(test())
+
+
+def test_a_deadline_that_the_scheduler_cannot_keep_is_refused_by_name(tiny_model):
+    async def test():
+        scheduler = FakeScheduler(answer=None)
+        async with running_router(tiny_model, scheduler) as router:
+            call = router.inference.Generate(ask(), timeout=5)
+            request = await scheduler.request()
+            request.release("deadline_unreachable", message="needs 9 s")
+            assert (await call.read()).HasField("accepted")
+            assert (await call.read()).finished.reason == pb.FINISH_REASON_ERROR
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call.read()
+            assert refusal(caught.value) == ("DEADLINE_EXCEEDED", "", 0)
+            assert caught.value.details() == "needs 9 s"
+
+    run(test())
+
+
+def test_abort_by_request_id_ends_every_sample_and_is_idempotent(tiny_model):
+    async def test():
+        scheduler = FakeScheduler(answer=None)
+        async with running_router(tiny_model, scheduler) as router:
+            call = router.inference.Generate(ask(request_id="mine", sampling=pb.Sampling(n=2)), timeout=5)
+            request = await scheduler.request()
+            request.tokens([9], index=1)
+            request.end(index=1)
+            await call.read()
+            await until(lambda: len(router.router.admission) == 1)
+            await asyncio.sleep(0.05)
+            assert (await router.inference.Abort(pb.AbortRequest(request_id="mine"), timeout=5)).found
+            responses, error = await drained(call)
+            finished = ends(responses)
+            assert [(one.index, one.reason) for one in finished] == [
+                (1, pb.FINISH_REASON_LENGTH),
+                (0, pb.FINISH_REASON_ABORT),
+            ]
+            assert finished[-1].usage.completion_tokens == 1
+            assert error.code() is grpc.StatusCode.CANCELLED
+            assert request.aborts == [(EVERY, scheduling_pb2.ABORT_CAUSE_CLIENT)]
+            await router.idle()
+            assert not (await router.inference.Abort(pb.AbortRequest(request_id="mine"), timeout=5)).found
+
+    run(test())
+
+
+def test_a_client_that_does_not_read_is_ended_and_delays_nobody(tiny_model):
+    async def test():
+        scheduler = FakeScheduler(answer=None)
+        settings = {"stall_timeout_ms": 300, "max_unread_bytes": 64 * 2**20}
+        async with running_router(tiny_model, scheduler, **settings) as router:
+            stalled = router.inference.Generate(ask(), timeout=20)
+            request = await scheduler.request()
+            for _ in range(20):  # more than any flow-control window
+                request.tokens([300] * 100_000)
+                await asyncio.sleep(0.01)
+            other = router.inference.Generate(ask(), timeout=5)
+            neighbour = await scheduler.request(1)
+            for token in (9, 10, 11):
+                neighbour.tokens([token])
+            neighbour.end()
+            neighbour.release()
+            begin = asyncio.get_running_loop().time()
+            assert ids([one async for one in other]) == [9, 10, 11]
+            assert asyncio.get_running_loop().time() - begin < 1
+            async with asyncio.timeout(3):
+                await request.aborted.wait()
+            assert request.aborts == [(EVERY, scheduling_pb2.ABORT_CAUSE_STALLED)]
+            await router.idle()
+            _, error = await drained(stalled)
+            assert refusal(error) == ("RESOURCE_EXHAUSTED", "", 0)
+
+    run(test(), timeout_s=40)
+
+
+def test_unread_deltas_merge_and_are_bounded(tiny_model):
+    async def test():
+        scheduler = FakeScheduler(answer=None)
+        async with running_router(tiny_model, scheduler, max_unread_bytes=100_000) as router:
+            call = router.inference.Generate(ask(), timeout=20)
+            request = await scheduler.request()
+            for _ in range(400):
+                request.tokens([300] * 20_000)
+            async with asyncio.timeout(5):
+                await request.aborted.wait()
+            responses, error = await drained(call)
+            assert refusal(error)[0] == "RESOURCE_EXHAUSTED"
+            assert ends(responses)[0].reason == pb.FINISH_REASON_ABORT
+
+    run(test(), timeout_s=40)
+
+
+def test_deltas_of_a_slow_client_arrive_merged_and_complete(tiny_model):
+    async def test():
+        scheduler = FakeScheduler(answer=lambda request, index: [300 + i % 90 for i in range(400)])
+        async with running_router(tiny_model, scheduler) as router:
+            call = router.inference.Generate(ask(), timeout=20)
+            await call.read()
+            await asyncio.sleep(0.3)
+            responses = await rest(call)
+            assert ids(responses) == [300 + i % 90 for i in range(400)]
+
+    run(test())
+
+
+def test_a_request_aborted_before_it_was_submitted_never_reaches_the_scheduler(tiny_model, monkeypatch):
+    import threading
+
+    from services.router import session
+
+    gate, entered = threading.Event(), threading.Event()
+    prepare = session.prepare
+
+    def slow(*args):
+        entered.set()
+        gate.wait(5)
+        return prepare(*args)
+
+    monkeypatch.setattr(session, "prepare", slow)
+
+    async def test():
+        scheduler = FakeScheduler()
+        async with running_router(tiny_model, scheduler) as router:
+            call = router.inference.Generate(ask(request_id="early"), timeout=5)
+            await until(entered.is_set)
+            assert (await router.inference.Abort(pb.AbortRequest(request_id="early"), timeout=5)).found
+            gate.set()
+            _, error = await drained(call)
+            assert error.code() is grpc.StatusCode.CANCELLED
+            assert scheduler.requests == []
+
+    run(test())
