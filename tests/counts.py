@@ -8,6 +8,8 @@ COUNTS: dict[str, tuple[int, int]] = {
     "router_cancels": (50, 1_000),
     "detokenizer_streams": (300, 20_000),
     "core_steps": (50_000, 1_000_000),
+    "attention_schedules": (25, 2_000),
+    "decoder_schedules": (15, 500),
 }
 
 

@@ -22,6 +22,8 @@ from torch import Tensor
 
 EXACT_TILE = 128
 EXACT_ROWS = 16
+EXACT_DIMS = 8
+"""head_dim is padded to a multiple of this: MKL treats rows of P · V unlike one another at 6 and 10 columns."""
 CHUNK_SCORES = 1 << 22
 """Scores held at once by a prompt chunk: 16 MiB in float32, about what the caches hold."""
 BUCKET_WASTE = 1.25
@@ -174,11 +176,12 @@ def _attend_exact(queries: Tensor, keys: Tensor, values: Tensor, group: RowGroup
     scores = torch.bmm(folded, keys.float().transpose(1, 2))
     _mask(scores[:, :num_folded], group, num_kv_heads)
     weights = torch.softmax(scores, dim=-1)
-    attended = torch.zeros_like(folded)
+    values = F.pad(values, (0, -head_dim % EXACT_DIMS))
+    attended = folded.new_zeros(*folded.shape[:2], values.shape[2])
     for tile in range(0, group.width, EXACT_TILE):
         seen = slice(tile, tile + EXACT_TILE)
         attended.baddbmm_(weights[:, :, seen], values[:, seen].float())
-    return _unfold(attended[:, :num_folded], queries)
+    return _unfold(attended[:, :num_folded, :head_dim], queries).to(queries.dtype)
 
 
 def _mask(scores: Tensor, group: RowGroup, num_kv_heads: int) -> Tensor:

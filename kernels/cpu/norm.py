@@ -1,7 +1,7 @@
 """Root-mean-square normalisation by torch's own kernels.
 
-The sum over a row does not depend on the number of rows (tests/kernels/test_exactness.py), and what follows it is
-single correctly rounded operations, so this body serves both modes.
+In `F.rms_norm` the sum over a row does not depend on the number of rows (tests/kernels/test_exactness.py), and what
+follows it is single correctly rounded operations, so it is exact.
 """
 
 import torch
@@ -11,15 +11,17 @@ from torch import Tensor
 LONG_ROWS = 64
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if x.dtype == torch.bfloat16 and x.ndim == 2 and x.shape[0] >= LONG_ROWS:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, exact: bool = False) -> Tensor:
+    if not exact and x.dtype == torch.bfloat16 and x.ndim == 2 and x.shape[0] >= LONG_ROWS:
         return _rms_norm_long(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, exact: bool = False
+) -> tuple[Tensor, Tensor]:
     total = x + residual
-    return rms_norm(total, weight, eps), total
+    return rms_norm(total, weight, eps, exact=exact), total
 
 
 def _rms_norm_long(x: Tensor, weight: Tensor, eps: float) -> Tensor:

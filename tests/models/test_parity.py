@@ -13,11 +13,6 @@ NUM_GREEDY = 64
 PROMPT_TOKENS = 41
 
 
-@pytest.fixture(scope="session")
-def twin_folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("twins")
-
-
 @pytest.mark.parametrize("name", TWINS)
 def test_logits_and_64_greedy_tokens_equal_transformers(name, twin_folder):
     path = make_twin(name, twin_folder)

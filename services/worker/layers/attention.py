@@ -55,8 +55,9 @@ class Attention:
         num_heads, num_kv_heads = self.heads.num_heads, self.heads.num_kv_heads
         heads = self.qkv(x, exact=step.exact).view(-1, num_heads + 2 * num_kv_heads, self.heads.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
-            heads[:, :num_heads] = self.q_norm(heads[:, :num_heads])
-            heads[:, num_heads : num_heads + num_kv_heads] = self.k_norm(heads[:, num_heads : num_heads + num_kv_heads])
+            heads[:, :num_heads] = self.q_norm(heads[:, :num_heads], exact=step.exact)
+            keys = heads[:, num_heads : num_heads + num_kv_heads]
+            keys.copy_(self.k_norm(keys, exact=step.exact))
         apply_rope_(heads[:, : num_heads + num_kv_heads], step.cos, step.sin)
         plan = step.plans[self.window]
         write_kv(heads[:, num_heads:], step.pool, self.layer_id, plan)

@@ -13,5 +13,5 @@ class RmsNorm:
     def __init__(self, weight: Tensor, eps: float) -> None:
         self.weight, self.eps = weight, eps
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def __call__(self, x: Tensor, *, exact: bool) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, exact=exact)

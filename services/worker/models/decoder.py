@@ -54,8 +54,8 @@ class DecoderLayer:
     mlp: GatedMlp
 
     def forward(self, hidden: Tensor, step: AttentionStep) -> Tensor:
-        hidden = self.attention.add(self.attention_norm(hidden), hidden, step)
-        return self.mlp.add(self.mlp_norm(hidden), hidden, exact=step.exact)
+        hidden = self.attention.add(self.attention_norm(hidden, exact=step.exact), hidden, step)
+        return self.mlp.add(self.mlp_norm(hidden, exact=step.exact), hidden, exact=step.exact)
 
 
 class Decoder:
@@ -87,7 +87,7 @@ class Decoder:
         for layer in self._layers:
             hidden = layer.forward(hidden, step)
         wanted = hidden.index_select(0, batch.logit_rows)
-        return self._head(self._norm(wanted), exact=exact).float()
+        return self._head(self._norm(wanted, exact=exact), exact=exact).float()
 
     def _plan(self, batch: StepBatch, pool: Tensor, exact: bool) -> AttentionStep:
         starts, contexts = list(batch.query_starts), list(batch.context_lens)
@@ -117,10 +117,12 @@ def load_decoder(
         return Decoder(family, weights, dtype, device)
 
 
-def random_decoder(config: dict[str, Any], dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> Decoder:
-    """The decoder of a config.json with random weights, the same for the same seed."""
+def random_decoder(
+    config: dict[str, Any], dtype: torch.dtype, seed: int = 0, device: str = "cpu", scale: float = 0.02
+) -> Decoder:
+    """The decoder of a config.json with random weights of standard deviation `scale`, the same for the same seed."""
     family = translate(config)
-    return Decoder(family, RandomWeights(family, dtype, seed), dtype, device)
+    return Decoder(family, RandomWeights(family, dtype, seed, scale), dtype, device)
 
 
 def _padded(per_token: Tensor, exact: bool) -> Tensor:

@@ -85,11 +85,11 @@ class CheckpointWeights:
 
 
 class RandomWeights:
-    """Weights drawn from a seed, for benches and tests: normal, scaled so that activations keep their size."""
+    """Normal weights drawn from a seed, for benches and tests; norms are ones."""
 
-    def __init__(self, family: Family, dtype: torch.dtype, seed: int) -> None:
+    def __init__(self, family: Family, dtype: torch.dtype, seed: int, scale: float) -> None:
         self._shapes = dict(expected_tensors(family))
-        self._dtype = dtype
+        self._dtype, self._scale = dtype, scale
         self._generator = torch.Generator().manual_seed(seed)
 
     def has(self, name: str) -> bool:
@@ -102,7 +102,7 @@ class RandomWeights:
         shape = self._shapes[name]
         if len(shape) == 1 and name.endswith("weight"):
             return torch.ones(shape, dtype=self._dtype)
-        drawn = torch.empty(shape).normal_(std=0.02, generator=self._generator)
+        drawn = torch.empty(shape).normal_(std=self._scale, generator=self._generator)
         return drawn.to(self._dtype)
 
 

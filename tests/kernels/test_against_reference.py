@@ -1,0 +1,117 @@
+"""Every fast body computes what its specification says."""
+
+import pytest
+import torch
+
+from kernels.cpu import activation, attention, linear, norm, rope
+from kernels.ops import linear as ops_linear
+from kernels.reference import activation as activation_spec
+from kernels.reference import attention as attention_spec
+from kernels.reference import linear as linear_spec
+from kernels.reference import norm as norm_spec
+from kernels.reference import rope as rope_spec
+from tests.kernels.closeness import assert_same
+from tests.kernels.pages import Cache, Chunk, Heads, draw
+
+DTYPES = [torch.float32, torch.bfloat16]
+ROWS = [1, 2, 16, 70]
+pytestmark = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+
+
+def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(*shape).to(dtype)
+
+
+@pytest.fixture(params=["packed", "fallback"])
+def packing(request, monkeypatch):
+    if request.param == "fallback":
+        monkeypatch.setattr(linear, "can_pack", lambda dtype: False)
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize("rows", ROWS)
+def test_linear_layers(dtype, rows, biased, exact, packing):
+    x, residual = randn(rows, 48, dtype=dtype), randn(rows, 101, dtype=dtype)
+    weights = [(randn(101, 48, dtype=dtype) * 0.2, randn(101, dtype=dtype) if biased else None) for _ in range(2)]
+    fast = [linear.pack_linear(*weight) for weight in weights]
+    spec = [linear_spec.pack_linear(*(None if part is None else part.float() for part in weight)) for weight in weights]
+    assert_same(linear.linear(x, fast[0], exact=exact), linear_spec.linear(x.float(), spec[0]).to(dtype))
+    assert_same(
+        linear.linear_add(x, fast[0], residual, exact=exact),
+        linear_spec.linear_add(x.float(), spec[0], residual.float()).to(dtype),
+    )
+    gated = linear_spec.gated_linear(x.float(), *spec).to(dtype)
+    assert_same(linear.gated_linear(x, *fast, exact=exact), gated)
+
+
+def test_the_public_door_takes_the_packed_path_on_a_cpu(dtype):
+    packed = ops_linear.pack_linear(randn(8, 8, dtype=dtype))
+    assert isinstance(packed, linear.PackedLinear)
+    assert packed.packed
+    assert packed.out_features == 8
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (3, 64), (70, 64), (5, 3, 24), (2, 33)])
+def test_norms(dtype, shape):
+    x, other, weight = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype), randn(shape[-1], dtype=dtype)
+    assert_same(norm.rms_norm(x, weight, 1e-5), norm_spec.rms_norm(x, weight, 1e-5))
+    normed, total = norm.add_rms_norm(x, other, weight, 1e-5)
+    expected, expected_total = norm_spec.add_rms_norm(x, other, weight, 1e-5)
+    assert_same(normed, expected)
+    assert_same(total, expected_total)
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
+@pytest.mark.parametrize("shape", [(1, 64), (5, 2 * 101), (33, 344)])
+def test_silu_and_mul(dtype, shape, exact):
+    gate_up = randn(*shape, dtype=dtype)
+    assert_same(activation.silu_and_mul(gate_up, exact=exact), activation_spec.silu_and_mul(gate_up))
+
+
+@pytest.mark.parametrize("head_dim", [10, 64])
+@pytest.mark.parametrize("tokens", ROWS)
+def test_rope_on_a_view_of_a_wider_projection(dtype, tokens, head_dim):
+    projected = randn(tokens, 7, head_dim, dtype=dtype)
+    angles = torch.rand(tokens, head_dim // 2).repeat(1, 2) * 6
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    expected = rope_spec.apply_rope_(projected[:, :5].clone(), cos, sin)
+    untouched = projected[:, 5:].clone()
+    assert_same(rope.apply_rope_(projected[:, :5], cos, sin), expected)
+    assert torch.equal(projected[:, 5:], untouched)
+
+
+HEADS = [
+    Heads(),
+    Heads(num_heads=4, num_kv_heads=4, head_dim=10, block_size=8),
+    Heads(num_heads=8, num_kv_heads=1, head_dim=64, block_size=32),
+]
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
+@pytest.mark.parametrize("window", [None, 1, 21])
+@pytest.mark.parametrize("heads", HEADS, ids=["gqa", "mha", "mqa"])
+def test_attention_over_a_mixed_step(dtype, heads, window, exact):
+    lengths = [1, 16, 17, 40, 100, 150]
+    sequences = [draw(heads, length, dtype, seed) for seed, length in enumerate(lengths)]
+    before = [Chunk(2, 0, 16), Chunk(3, 0, 39), Chunk(4, 0, 60), Chunk(5, 0, 149)]
+    mixed = [Chunk(5, 149, 150), Chunk(0, 0, 1), Chunk(4, 60, 100), Chunk(2, 16, 17), Chunk(1, 0, 16), Chunk(3, 39, 40)]
+    fast, spec = Cache(heads, sequences), Cache(heads, sequences)
+    for step in (before, mixed):
+        actual = fast.step(step, body=attention, window=window, exact=exact)
+        expected = spec.step(step, body=attention_spec, window=window)
+        for mine, theirs in zip(actual, expected, strict=True):
+            assert_same(mine, theirs)
+    assert torch.equal(fast.pool, spec.pool) or torch.equal(fast.pool.nan_to_num(7), spec.pool.nan_to_num(7))
+
+
+def test_attention_reads_blocks_that_rows_share_and_that_are_written_in_this_step(dtype):
+    heads = Heads()
+    first = draw(heads, 40, dtype, 1)
+    cache = Cache(heads, [first, first])
+    cache.tables[1][:2] = cache.tables[0][:2]
+    spec = Cache(heads, [first])
+    [expected] = spec.step([Chunk(0, 0, 40)], body=attention_spec)
+    whole, tail = cache.step([Chunk(0, 0, 40), Chunk(1, 32, 40)], body=attention)
+    assert_same(whole, expected)
+    assert_same(tail, expected[32:])
