@@ -268,7 +268,8 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Ten
             order = np.argsort(-row_logits[candidates], kind="stable")[:num_top]
             top_ids[row] = candidates[order]
             top_logprobs[row] = row_logits[top_ids[row]] - log_sum
-    return tuple(torch.from_numpy(each) for each in (logprobs, ranks, top_ids, top_logprobs))  # type: ignore[return-value]
+    from_numpy = torch.from_numpy
+    return from_numpy(logprobs), from_numpy(ranks), from_numpy(top_ids), from_numpy(top_logprobs)
 
 
 def _log_sum(logits: Array) -> np.float32:

@@ -14,8 +14,8 @@ import msgspec
 import structlog
 
 from services.worker.execute.device_thread import DeviceThread
-from services.worker.execute.plan import StepRunner
 from services.worker.identity import WorkerIdentity
+from services.worker.plan import StepRunner
 from services.worker.registration import Registration
 from services.worker.servicer import SERVICE_NAME, ExecutionServicer
 from services.worker.wire import RegistryClient

@@ -9,7 +9,7 @@ import structlog
 
 from services.worker import wire
 from services.worker.execute.device_thread import DeviceThread, InboxFullError
-from services.worker.execute.plan import StepResult
+from services.worker.plan import StepResult
 from shared.clock import monotonic_ns
 from shared.outcome import RefusedError, refuse
 from shared.rpc.sluice.v1 import execution_pb2 as pb

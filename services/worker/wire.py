@@ -3,8 +3,8 @@
 import grpc
 import numpy as np
 
-from services.worker.execute.plan import Admit, RowLogprobs, RowPromptLogprobs, StepPlan, StepResult
 from services.worker.identity import Lease, WorkerIdentity
+from services.worker.plan import Admit, RowLogprobs, RowPromptLogprobs, StepPlan, StepResult
 from shared.rpc.sluice.v1 import execution_pb2 as pb
 from shared.rpc.sluice.v1 import scheduling_pb2
 from shared.rpc.sluice.v1.execution_pb2_grpc import RegistryStub

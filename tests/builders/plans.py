@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from services.worker.execute.plan import Admit, StepPlan
+from services.worker.plan import Admit, StepPlan
 from shared.rpc.sluice.v1 import execution_pb2 as pb
 from shared.rpc.sluice.v1 import scheduling_pb2
 from shared.sampling import Sampling

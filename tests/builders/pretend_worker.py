@@ -18,7 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from services.worker.execute.plan import (
+from services.worker.execute.slots import Slots
+from services.worker.host import Loaded, host
+from services.worker.plan import (
     Admit,
     RowLogprobs,
     RowPromptLogprobs,
@@ -26,8 +28,6 @@ from services.worker.execute.plan import (
     StepOutput,
     StepPlan,
 )
-from services.worker.execute.slots import Slots
-from services.worker.host import Loaded, host
 from shared.config import WorkerConfig
 from shared.ids import new_instance_id
 from shared.net.server import BindError

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from services.worker.execute.plan import RowLogprobs, RowPromptLogprobs, StepRunner
 from services.worker.execute.runner import Runner
 from services.worker.execute.slots import Slots
 from services.worker.memory.layout import layout_of
 from services.worker.memory.pool import allocate_pool
 from services.worker.models.decoder import Decoder
+from services.worker.plan import RowLogprobs, RowPromptLogprobs, StepRunner
 from services.worker.sampling.sampler import Sampler
 from tests.builders.plans import GREEDY, make_admit, make_plan
 

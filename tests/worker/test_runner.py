@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from services.worker.execute.plan import PlanError, StepError
 from services.worker.models.decoder import load_decoder
+from services.worker.plan import PlanError, StepError
 from shared.checkpoint import open_checkpoint
 from shared.sampling import Sampling
 from tests.builders.plans import GREEDY, make_admit, make_plan

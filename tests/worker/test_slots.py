@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from services.worker.execute.plan import PlanError
 from services.worker.execute.slots import Slots
+from services.worker.plan import PlanError
 from tests.builders.plans import make_admit, make_plan
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from services.worker.execute.plan import PlanError, StepError, StepPlan, StepResult, StepRunner
+from services.worker.plan import PlanError, StepError, StepPlan, StepResult, StepRunner
 from shared.clock import NowNs, monotonic_ns
 
 log = structlog.get_logger("device")

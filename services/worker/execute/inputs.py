@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from services.worker.execute.plan import StepPlan
 from services.worker.execute.slots import Slots
 from services.worker.models.decoder import StepBatch
+from services.worker.plan import StepPlan
 
 Array = np.ndarray
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from services.worker.execute.inputs import Inputs, gather
-from services.worker.execute.plan import NO_OUTPUT, RowPromptLogprobs, StepOutput, StepPlan
 from services.worker.execute.slots import Slots
 from services.worker.models.decoder import StepBatch
+from services.worker.plan import NO_OUTPUT, RowPromptLogprobs, StepOutput, StepPlan
 from services.worker.sampling.sampler import Sampler
 
 
@@ -32,6 +32,10 @@ class Runner:
         self._slots = slots
         self._sampler = sampler
         self._deterministic = deterministic
+
+    @property
+    def vocab_size(self) -> int:
+        return self._slots.vocab_size
 
     def reset(self) -> None:
         self._slots.reset()

@@ -6,7 +6,7 @@ Per slot: tokens [0, computed) have K and V in the pages, [computed, known) are 
 
 import numpy as np
 
-from services.worker.execute.plan import Admit, PlanError, StepPlan
+from services.worker.plan import Admit, PlanError, StepPlan
 
 Array = np.ndarray
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import sampling as ops
-from services.worker.execute.plan import Admit, PlanError, RowLogprobs, RowPromptLogprobs, StepError
+from services.worker.plan import Admit, PlanError, RowLogprobs, RowPromptLogprobs, StepError
 from services.worker.sampling.history import TokenCounts
 from shared.sampling import NO_LOGPROBS, Sampling
 

@@ -1,0 +1,210 @@
+"""From a configuration to a runner: device, dtype, weights, pool. Runs on a thread, before the worker registers."""
+
+import os
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import psutil
+import structlog
+import torch
+
+import shared
+from services.worker.execute.runner import Runner
+from services.worker.execute.slots import Slots
+from services.worker.host import Loaded, Progress
+from services.worker.memory.layout import BlockLayout, layout_of
+from services.worker.memory.pool import allocate_pool, count_blocks
+from services.worker.models.decoder import Decoder, load_decoder
+from services.worker.models.registry import translate
+from services.worker.models.spec import ModelSpec
+from services.worker.plan import Admit, StepPlan
+from services.worker.sampling.sampler import Sampler
+from shared.checkpoint import Checkpoint, open_checkpoint
+from shared.config import WorkerConfig
+from shared.config.services import BUNDLED_MODEL
+from shared.sampling import Sampling
+
+log = structlog.get_logger("load")
+
+BUNDLED_FOLDER = Path(shared.__path__[0]).resolve().parent / "ops" / "demo_model" / "model"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FAST_BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+"""As /proc/cpuinfo spells what makes bfloat16 faster than float32 (x86 and ARM)."""
+CGROUP = Path("/sys/fs/cgroup")
+WARM_UP_TOKENS = 32
+GIB = 2**30
+
+
+class WorkerError(Exception):
+    """A setting that this machine or this model cannot follow; the message says what to do."""
+
+
+class PoolSize(msgspec.Struct, frozen=True):
+    """How many blocks, and the longest context that they and the model allow."""
+
+    num_blocks: int
+    max_model_len: int
+
+
+def load(config: WorkerConfig, progress: Progress) -> Loaded:
+    """Raises WorkerError, CheckpointError or PoolTooSmall, each with a message for a person."""
+    device = choose_device(config.device)
+    torch.set_num_threads(config.threads or count_cores())
+    model = str(BUNDLED_FOLDER) if config.model == BUNDLED_MODEL else config.model
+    checkpoint = open_checkpoint(model, revision=config.revision or None, progress=progress)
+    spec = translate(checkpoint.config).spec
+    dtype = DTYPES[choose_dtype(config.dtype, checkpoint.dtype, cpu_flags())]
+    _require_room(spec, dtype, free_bytes())
+    decoder = load_decoder(checkpoint, dtype, device, progress)
+    layout = layout_of(spec, dtype, config.block_size)
+    size = size_pool(config, layout, spec.max_positions, free_bytes())
+    runner = build_runner(config, decoder, layout, size, device)
+    _warm_up(runner, layout, size)
+    return _describe(config, checkpoint, runner, layout, size, device)
+
+
+def _describe(
+    config: WorkerConfig, checkpoint: Checkpoint, runner: Runner, layout: BlockLayout, size: PoolSize, device: str
+) -> Loaded:
+    return Loaded(
+        runner=runner,
+        model_fingerprint=checkpoint.fingerprint,
+        dtype=str(layout.dtype).removeprefix("torch."),
+        device=device,
+        block_size=layout.block_size,
+        num_blocks=size.num_blocks,
+        block_bytes=layout.bytes_per_block,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=size.max_model_len,
+        vocab_size=runner.vocab_size,
+    )
+
+
+def choose_device(asked: str) -> str:
+    """`auto` is the CPU until there are kernels for another. Raises WorkerError."""
+    if asked == "cuda":
+        raise WorkerError("this version computes on the CPU only: leave out --device, or say --device cpu")
+    return "cpu"
+
+
+def choose_dtype(asked: str, kept_in: str, flags: frozenset[str]) -> str:
+    """`auto` takes a bfloat16 checkpoint as it is where the CPU multiplies bfloat16 fast, and float32 elsewhere.
+
+    `kept_in` is the checkpoint's dtype. Raises WorkerError.
+    """
+    if asked == "float16":
+        raise WorkerError("float16 is not offered on a CPU: use --dtype bfloat16 or float32")
+    if asked != "auto":
+        return asked
+    return "bfloat16" if kept_in == "bfloat16" and flags & FAST_BFLOAT16_FLAGS else "float32"
+
+
+def cpu_flags() -> frozenset[str]:
+    """The features of this CPU as Linux names them; empty where it cannot say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    named = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return frozenset(named.partition(":")[2].split())
+
+
+def count_cores() -> int:
+    """Physical cores that this process may use."""
+    physical = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
+    return max(1, min(physical, allowed))
+
+
+def free_bytes(cgroup: Path = CGROUP) -> int:
+    """Memory that this process may still take: the machine's, or its container's where that is less."""
+    available = psutil.virtual_memory().available
+    try:
+        limit = int((cgroup / "memory.max").read_text())
+        used = int((cgroup / "memory.current").read_text())
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no such group, or no limit ("max")
+        return available
+    return max(0, min(available, limit - used + int(stat.get("inactive_file", 0))))
+
+
+def _require_room(spec: ModelSpec, dtype: torch.dtype, free: int) -> None:
+    needed = spec.num_parameters * dtype.itemsize
+    if needed > free:
+        raise WorkerError(
+            f"the weights need {needed / GIB:.1f} GiB as {str(dtype).removeprefix('torch.')}, {free / GIB:.1f} GiB are "
+            "free: end other programs, or take a smaller model"
+        )
+
+
+def size_pool(config: WorkerConfig, layout: BlockLayout, max_positions: int, free: int) -> PoolSize:
+    """Blocks as told, else for `max_num_seqs` whole contexts, else what half of the free memory holds.
+
+    Raises WorkerError where what was asked for does not fit, PoolTooSmall where not one block does.
+    """
+    if config.max_model_len > max_positions:
+        raise WorkerError(f"--max-model-len {config.max_model_len}: the model ends at {max_positions} positions")
+    longest = config.max_model_len or max_positions
+    if config.num_gpu_blocks_override:
+        num_blocks = config.num_gpu_blocks_override
+    elif config.kv_cache_memory_bytes:
+        num_blocks = count_blocks(layout, memory_bytes=config.kv_cache_memory_bytes)
+    else:
+        enough = config.max_num_seqs * layout.blocks_for(longest)
+        num_blocks = min(enough, count_blocks(layout, available_bytes=free))
+    needed = num_blocks * layout.bytes_per_block
+    if needed > free:
+        raise WorkerError(
+            f"{num_blocks} KV blocks need {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB are free: "
+            "ask for less with --kv-cache-memory-bytes or --num-gpu-blocks-override"
+        )
+    room = num_blocks * layout.block_size
+    if config.max_model_len > room:
+        raise WorkerError(
+            f"--max-model-len {config.max_model_len} does not fit into {num_blocks} KV blocks of {layout.block_size} "
+            f"tokens: the longest that does is {room}"
+        )
+    if longest > room:
+        log.info("context_limited", by="the KV pool", max_model_len=room, max_positions=longest)
+    return PoolSize(num_blocks, min(longest, room))
+
+
+def build_runner(
+    config: WorkerConfig, decoder: Decoder, layout: BlockLayout, size: PoolSize, device: str = "cpu"
+) -> Runner:
+    """The runner, its slots and its pool."""
+    pool = allocate_pool(layout, size.num_blocks, device)
+    vocab_size = decoder.spec.vocab_size
+    slots = Slots(
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=size.max_model_len,
+        block_size=layout.block_size,
+        num_pool_blocks=size.num_blocks,
+        vocab_size=vocab_size,
+    )
+    sampler = Sampler(max_num_seqs=config.max_num_seqs, vocab_size=vocab_size)
+    return Runner(decoder, pool.pages, slots, sampler, deterministic=config.deterministic)
+
+
+def _warm_up(runner: Runner, layout: BlockLayout, size: PoolSize) -> None:
+    """A prompt and a token, so that the first request does not wait for what is prepared once. Leaves no slot."""
+    num_tokens = min(WARM_UP_TOKENS, size.max_model_len - 1)
+    if num_tokens < 1:
+        return
+    greedy = Sampling(seed=0, temperature=0.0)
+    admit = Admit(slot=0, token_ids=np.zeros(num_tokens, np.int32), prompt_len=num_tokens, sampling=greedy)
+    blocks = np.arange(layout.blocks_for(num_tokens + 1), dtype=np.int32)
+    for count, further, admits in ((num_tokens, blocks, (admit,)), (1, blocks[:0], ())):
+        plan = StepPlan(
+            step=0,
+            slots=np.zeros(1, np.int64),
+            counts=np.array([count]),
+            block_counts=np.array([len(further)]),
+            samples=np.ones(1, np.bool_),
+            blocks=further,
+            admits=admits,
+        )
+        runner.run(plan)
+    runner.reset()
