@@ -1,0 +1,122 @@
+"""transformers on the same workloads, in a process of its own: one request after another, one static padded batch, and
+its continuous batching. Reads a JSON line {"way", "workload", "seed"} at a time, answers one with figures."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import torch
+
+from ops.bench.workload import WORKLOADS, Job
+
+Figures = dict[str, float]
+
+
+class _FirstToken:
+    """A streamer that notes when the first generated token comes; generate() puts the prompt first."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.first_s = 0.0
+
+    def put(self, value: object) -> None:
+        self.calls += 1
+        if self.calls == 2:
+            self.first_s = time.perf_counter()
+
+    def end(self) -> None:
+        pass
+
+
+def sequential(model: Any, jobs: list[Job]) -> Figures:
+    """One after another. For a single job also the time to its first token and between its tokens."""
+    start = time.perf_counter()
+    for job in jobs:
+        streamer = _FirstToken()
+        _generate(model, torch.tensor([job.token_ids]), job.max_tokens, streamer=streamer)
+    wall = time.perf_counter() - start
+    figures = {"wall_s": wall}
+    if len(jobs) == 1:
+        figures["ttft_ms"] = (streamer.first_s - start) * 1e3
+        figures["tpot_ms"] = (start + wall - streamer.first_s) * 1e3 / (jobs[0].max_tokens - 1)
+    return figures
+
+
+def static(model: Any, jobs: list[Job]) -> Figures:
+    """All at once, padded on the left, until the longest answer is done."""
+    start = time.perf_counter()
+    longest = max(len(job.token_ids) for job in jobs)
+    rows = [[0] * (longest - len(job.token_ids)) + list(job.token_ids) for job in jobs]
+    mask = [[0] * (longest - len(job.token_ids)) + [1] * len(job.token_ids) for job in jobs]
+    _generate(model, torch.tensor(rows), max(job.max_tokens for job in jobs), attention_mask=torch.tensor(mask))
+    return {"wall_s": time.perf_counter() - start}
+
+
+def continuous(model: Any, jobs: list[Job]) -> Figures:
+    """transformers' own continuous batching; pool and budget set by hand, as a CPU needs."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=128)
+    batching = ContinuousBatchingConfig(block_size=32, num_blocks=512, max_batch_tokens=512)
+    start = time.perf_counter()
+    with model.continuous_batching_context_manager(
+        generation_config=config, continuous_batching_config=batching
+    ) as manager:
+        for i, job in enumerate(jobs):
+            manager.add_request(list(job.token_ids), request_id=str(i), max_new_tokens=job.max_tokens)
+        done = 0
+        while done < len(jobs):
+            result = manager.get_result(timeout=1)
+            done += result is not None and result.is_finished()
+    return {"wall_s": time.perf_counter() - start}
+
+
+def _generate(model: Any, ids: torch.Tensor, max_tokens: int, **kwargs: Any) -> None:
+    kwargs.setdefault("attention_mask", torch.ones_like(ids))
+    out = model.generate(
+        ids,
+        do_sample=False,
+        max_new_tokens=max_tokens,
+        min_new_tokens=max_tokens,
+        eos_token_id=None,
+        pad_token_id=0,
+        **kwargs,
+    )
+    assert out.shape[1] == ids.shape[1] + max_tokens
+
+
+WAYS: dict[str, Callable[[Any, list[Job]], Figures]] = {
+    "hf_sequential": sequential,
+    "hf_static": static,
+    "hf_continuous": continuous,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).eval()
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        order = msgspec.json.decode(line)
+        try:
+            with torch.inference_mode():
+                figures = WAYS[order["way"]](model, WORKLOADS[order["workload"]](order["seed"]))
+        except Exception as error:  # a peer that cannot do a workload is reported, and the rest goes on
+            figures = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(figures), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

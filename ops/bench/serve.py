@@ -1,0 +1,198 @@
+"""Sluice through gRPC beside its peers, on one machine, in one run: interleaved repeats, medians, ratios.
+
+`sh ops/scripts/bench` writes ops/bench/results/serve-<dtype>.json. Peers that are not installed are left out.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from ops.bench.machine import OthersShare, cpu_seconds, describe
+from ops.bench.model import ensure_model
+from ops.bench.workload import WORKLOADS, Job
+from services.cli.client import Client, Delta, Finished, Request
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "ops" / "bench" / "results"
+NOISY = 0.05
+"""Above this share of the machine's CPU for others, a repeat is marked noisy and left out of the medians."""
+PEERS = ("hf_sequential", "hf_static", "hf_continuous")
+START_TIMEOUT_S = 120.0
+
+
+class Ours:
+    """A cluster of our own, started as a user would."""
+
+    def __init__(self, model: Path, dtype: str, threads: int, extra: list[str]) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="sluice-bench-")
+        ready = Path(self._folder.name) / "ready.json"
+        flags = ["--grpc-port=0", f"--ready-file={ready}", f"--model={model}", f"--dtype={dtype}"]
+        flags += [f"--threads={threads}", "--max-num-seqs=16", "--max-model-len=1024", *extra]
+        command = [sys.executable, "-m", "services.cli.main", "up", *flags]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not ready.exists():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"the cluster did not start: {' '.join(command)}")
+            time.sleep(0.1)
+        said = json.loads(ready.read_text())
+        self.address, self.pids = said["router"], said["pids"]
+
+    def run(self, workload: str, seed: int) -> dict[str, float]:
+        before = {name: cpu_seconds(pid) for name, pid in self.pids.items()}
+        figures = asyncio.run(_measure(self.address, WORKLOADS[workload](seed)))
+        for name, pid in self.pids.items():
+            figures[f"cpu_s_{name.replace('-', '_')}"] = cpu_seconds(pid) - before[name]
+        return figures
+
+    def close(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(60)
+        self._folder.cleanup()
+
+
+class Peer:
+    """transformers in a process of its own, fed line by line."""
+
+    def __init__(self, model: Path, dtype: str, threads: int, way: str) -> None:
+        self.way = way
+        command = [sys.executable, "-m", "ops.bench.peers", str(model), f"--dtype={dtype}", f"--threads={threads}"]
+        environ = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=environ
+        )
+        self._read()
+
+    def run(self, workload: str, seed: int) -> dict[str, float]:
+        assert self.process.stdin is not None
+        print(json.dumps({"way": self.way, "workload": workload, "seed": seed}), file=self.process.stdin, flush=True)
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise SystemExit(f"the peer {self.way} ended")
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(30)
+
+
+async def _measure(address: str, jobs: list[Job]) -> dict[str, float]:
+    """All jobs at once through gRPC: wall time, and for a single job TTFT and TPOT as its client sees them."""
+    async with Client(address) as client:
+        await client.connect(10)
+        start = time.perf_counter()
+        times = await asyncio.gather(*(_one(client, job) for job in jobs))
+        wall = time.perf_counter() - start
+    first, last = times[0]
+    figures = {"wall_s": wall, "mean_ttft_ms": statistics.mean(t[0] - start for t in times) * 1e3}
+    if len(jobs) == 1:
+        figures |= {"ttft_ms": (first - start) * 1e3, "tpot_ms": (last - first) * 1e3 / (jobs[0].max_tokens - 1)}
+    return figures
+
+
+async def _one(client: Client, job: Job) -> tuple[float, float]:
+    request = Request(token_ids=job.token_ids, max_tokens=job.max_tokens, temperature=0.0, ignore_eos=True)
+    moments: list[float] = []
+    tokens = 0
+    async for event in client.generate(request, timeout_s=600):
+        if isinstance(event, Delta):
+            moments.append(time.perf_counter())
+            tokens += len(event.token_ids)
+        elif isinstance(event, Finished):
+            assert event.reason == "length", event
+    assert tokens == job.max_tokens, (tokens, job.max_tokens)
+    return moments[0], moments[-1]
+
+
+def measure(runners: dict[str, Any], workloads: list[str], repeats: int) -> list[dict[str, Any]]:
+    """Every runner on every workload, in turn, `repeats` times; one warm-up each before."""
+    for runner in runners.values():
+        runner.run("a", 10_000)
+    rows = []
+    for repeat in range(repeats):
+        for workload in workloads:
+            for name, runner in runners.items():
+                pids = [os.getpid()]  # everything that we started descends from here
+                with OthersShare(pids) as others:
+                    figures = runner.run(workload, repeat)
+                rows.append({"who": name, "workload": workload, "repeat": repeat, "others": others.share, **figures})
+                print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}))
+                sys.stdout.flush()
+    return rows
+
+
+def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians by runner and workload, and the ratios that goals.md asks for."""
+    summary: dict[str, Any] = {}
+    for who, workload in sorted({(row["who"], row["workload"]) for row in rows}):
+        own = [row for row in rows if (row["who"], row["workload"]) == (who, workload) and "error" not in row]
+        quiet = [row for row in own if row["others"] <= NOISY] or own
+        if not quiet:
+            continue
+        numbers = {key for row in quiet for key in row if key not in ("who", "workload", "repeat")}
+        medians = {key: statistics.median(row[key] for row in quiet) for key in sorted(numbers)}
+        summary.setdefault(workload, {})[who] = {**medians, "repeats": len(quiet), "noisy": len(own) - len(quiet)}
+    for workload, by_who in summary.items():
+        base = by_who.get("hf_sequential")
+        for figures in by_who.values() if base else ():
+            figures["times_hf_sequential"] = base["wall_s"] / figures["wall_s"]
+        _add_cpu(by_who.get("sluice"), sum(job.max_tokens for job in WORKLOADS[workload](0)))
+    return summary
+
+
+def _add_cpu(ours: dict[str, float] | None, output_tokens: int) -> None:
+    """What router and scheduler cost: per output token, and as a share of the worker's time."""
+    if ours is None:
+        return
+    edge = ours["cpu_s_router"] + ours["cpu_s_scheduler"]
+    workers = sum(value for key, value in ours.items() if key.startswith("cpu_s_worker"))
+    ours["output_tokens_per_s"] = output_tokens / ours["wall_s"]
+    ours["edge_cpu_ms_per_token"] = edge * 1e3 / output_tokens
+    ours["grpc_over_in_process_by_cpu"] = workers / (workers + edge)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--workloads", default="a,b,c")
+    parser.add_argument("--peers", default=",".join(PEERS), help="which of " + ", ".join(PEERS))
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("up_flags", nargs="*", help="flags for `sluice up`, after --")
+    options = parser.parse_args()
+    model = ensure_model(ROOT / "build" / f"bench-model-{options.dtype}", options.dtype)
+    runners: dict[str, Any] = {"sluice": Ours(model, options.dtype, options.threads, options.up_flags)}
+    for way in filter(None, options.peers.split(",")):
+        runners[way] = Peer(model, options.dtype, options.threads, way)
+    try:
+        rows = measure(runners, options.workloads.split(","), options.repeats)
+    finally:
+        for runner in runners.values():
+            runner.close()
+    summary = summarize(rows)
+    result = {"machine": describe(), "dtype": options.dtype, "threads": options.threads, "summary": summary}
+    output = options.output or RESULTS / f"serve-{options.dtype}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({**result, "runs": rows}, indent=1) + "\n")
+    print(json.dumps(summary, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

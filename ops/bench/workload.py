@@ -1,0 +1,54 @@
+"""The three workloads of the figures, made from a seed: prompts are fresh in every repeat."""
+
+import random
+
+import msgspec
+
+VOCAB = 32_000
+FIRST_ID = 10
+"""Lower ids are left to special tokens."""
+
+
+class Job(msgspec.Struct, frozen=True):
+    """One request: greedy, end-of-sequence ignored, exactly `max_tokens` out."""
+
+    token_ids: tuple[int, ...]
+    max_tokens: int
+
+
+def stream(seed: int) -> list[Job]:
+    """(a) One stream, 128 in, 128 out."""
+    rng = random.Random(f"a{seed}")
+    return [Job(_ids(rng, 128), 128)]
+
+
+def ragged(seed: int) -> list[Job]:
+    """(b) 16 at once, prompts of 64–512, outputs of 32–128: 4,085 tokens in and 1,129 out in every repeat."""
+    shape = random.Random("lengths")
+    prompts = _lengths(shape, 16, 64, 512, 4085)
+    outputs = _lengths(shape, 16, 32, 128, 1129)
+    rng = random.Random(f"b{seed}")
+    return [Job(_ids(rng, prompt), output) for prompt, output in zip(prompts, outputs, strict=True)]
+
+
+def shared(seed: int) -> list[Job]:
+    """(c) 16 at once that share 512 tokens, 32 of their own, 32 out."""
+    rng = random.Random(f"c{seed}")
+    prefix = _ids(rng, 512)
+    return [Job((*prefix, *_ids(rng, 32)), 32) for _ in range(16)]
+
+
+WORKLOADS = {"a": stream, "b": ragged, "c": shared}
+
+
+def _ids(rng: random.Random, count: int) -> tuple[int, ...]:
+    return tuple(rng.randrange(FIRST_ID, VOCAB) for _ in range(count))
+
+
+def _lengths(rng: random.Random, count: int, low: int, high: int, total: int) -> list[int]:
+    """`count` lengths in [low, high] that sum to `total`."""
+    lengths = [rng.randint(low, high) for _ in range(count)]
+    while (missing := total - sum(lengths)) != 0:
+        i = rng.randrange(count)
+        lengths[i] = min(high, max(low, lengths[i] + max(-16, min(16, missing))))
+    return lengths
