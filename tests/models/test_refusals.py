@@ -1,0 +1,154 @@
+"""A checkpoint that we cannot serve faithfully is refused by name: the file, the tensor or the setting."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from services.worker.models.decoder import load_decoder
+from services.worker.models.registry import translate
+from shared.checkpoint import CheckpointError, open_checkpoint
+from tests.models.twins import BASE, make_twin
+
+LLAMA = BASE | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+
+
+@pytest.fixture
+def folder(twin_folder, tmp_path):
+    """A copy of a twin, free to be damaged."""
+    return shutil.copytree(make_twin("llama", twin_folder), tmp_path / "twin")
+
+
+def load(folder, dtype=torch.float32):
+    return load_decoder(open_checkpoint(folder), dtype)
+
+
+def edit_tensors(folder, edit):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def edit_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def refused(folder, *parts, dtype=torch.float32):
+    with pytest.raises(CheckpointError) as caught:
+        load(folder, dtype)
+    for part in parts:
+        assert part in str(caught.value), str(caught.value)
+
+
+def test_a_missing_tensor(folder):
+    edit_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    refused(folder, str(folder), "model.layers.1.mlp.up_proj.weight", "lack")
+
+
+def test_a_missing_head_of_an_untied_model(folder):
+    edit_tensors(folder, lambda tensors: tensors.pop("lm_head.weight"))
+    refused(folder, "lm_head.weight")
+
+
+def test_a_leftover_tensor(folder):
+    edit_tensors(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}))
+    refused(folder, "model.safetensors", "model.layers.0.self_attn.q_proj.bias", "left over")
+
+
+def test_many_leftover_tensors_are_counted(folder):
+    edit_config(folder, num_hidden_layers=1)
+    refused(folder, "and 14 more")
+
+
+def test_a_wrong_shape(folder):
+    edit_config(folder, intermediate_size=171)
+    refused(folder, "model.safetensors", "model.layers.0.mlp.gate_proj.weight", "[172, 64]", "[171, 64]")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite(folder, value):
+    edit_tensors(folder, lambda tensors: tensors["model.layers.2.self_attn.o_proj.weight"][3, 5].fill_(value))
+    refused(folder, "model.safetensors", "model.layers.2.self_attn.o_proj.weight", "NaN")
+
+
+def test_a_value_too_large_for_the_dtype_it_is_loaded_in(folder):
+    edit_tensors(folder, lambda tensors: tensors["model.norm.weight"].fill_(1e6))
+    refused(folder, "model.norm.weight", "float16", dtype=torch.float16)
+
+
+def test_integers_where_weights_should_be(folder):
+    edit_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}))
+    refused(folder, "model.norm.weight", "I8")
+
+
+def test_buffers_of_old_checkpoints_are_let_pass(folder):
+    edit_tensors(
+        folder, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
+    )
+    load(folder)
+
+
+def test_a_tied_model_that_only_has_its_head(twin_folder, tmp_path):
+    folder = shutil.copytree(make_twin("llama-tied", twin_folder), tmp_path / "twin")
+    expected = load(folder)._embedding
+    edit_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")}))
+    assert torch.equal(load(folder)._embedding, expected)
+    edit_tensors(folder, lambda tensors: tensors.pop("lm_head.weight"))
+    refused(folder, "model.embed_tokens.weight")
+
+
+def test_progress_reaches_the_end(folder):
+    seen = []
+    load_decoder(open_checkpoint(folder), torch.float32, progress=lambda done, total: seen.append((done, total)))
+    assert seen == sorted(seen)
+    assert seen[-1][0] > 0.95 * seen[-1][1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "LlamaForCausalLM"]),
+        ({"architectures": None}, ["no architecture"]),
+        ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "awq"]),
+        ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
+        ({"num_key_value_heads": 3}, ["num_key_value_heads", "3"]),
+        ({"num_attention_heads": 5, "num_key_value_heads": 1}, ["num_attention_heads", "hidden_size"]),
+        ({"head_dim": 7}, ["head_dim", "even"]),
+        ({"hidden_size": "64"}, ["hidden_size", "'64'"]),
+        ({"num_hidden_layers": 0}, ["num_hidden_layers", "at least 1"]),
+        ({"rms_norm_eps": float("nan")}, ["rms_norm_eps"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
+        ({"rope_scaling": {"type": "su", "factor": 2.0}}, ["rope_type", "'su'", "yarn"]),
+        ({"rope_scaling": {"type": "linear"}}, ["factor", "None"]),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["rope_parameters", "per layer type"]),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+            ["short_factor", "list of 8"],
+        ),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4, "high_freq_factor": 1}},
+            ["high_freq_factor", "low_freq_factor"],
+        ),
+        ({"architectures": ["MistralForCausalLM"], "layer_types": ["full_attention"] * 3}, ["layer_types"]),
+        (
+            {"architectures": ["Qwen3ForCausalLM"], "layer_types": ["full_attention", "chunked_attention", "x"]},
+            ["layer_types", "chunked_attention"],
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_setting_that_is_not_implemented(changes, parts):
+    with pytest.raises(CheckpointError) as caught:
+        translate(LLAMA | changes)
+    for part in parts:
+        assert part in str(caught.value), str(caught.value)
+
+
+def test_mistral_without_a_word_about_windows_has_the_default_one():
+    config = LLAMA | {"architectures": ["MistralForCausalLM"]}
+    assert translate(config).spec.windows == (4096,) * 3
+    assert translate(config | {"sliding_window": None}).spec.windows == (None,) * 3
