@@ -123,11 +123,10 @@ class View:
                 self._write_ready_file()
             case AllReady():
                 self.ready.set()
-                self._progress.stop()
                 self._say(self.ready_line())
                 self._write_ready_file()
             case Stopping(names):
-                self._progress.stop()
+                self._stop_progress()
                 self._say(f"stopping {', '.join(names)}")
 
     def ready_line(self) -> str:
@@ -138,7 +137,7 @@ class View:
         )
 
     def close(self) -> None:
-        self._progress.stop()
+        self._stop_progress()
         if self._ready_file:
             self._ready_file.unlink(missing_ok=True)
 
@@ -163,7 +162,11 @@ class View:
     def _end_progress(self, name: str) -> None:
         if name in self._tasks:
             self._progress.remove_task(self._tasks.pop(name))
-        if not self._tasks:
+            if not self._tasks:
+                self._stop_progress()
+
+    def _stop_progress(self) -> None:
+        if self._progress.live.is_started:
             self._progress.stop()
 
     def _show_line(self, name: str, text: str) -> None:
