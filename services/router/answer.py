@@ -79,7 +79,11 @@ class Answer:
         self.release: Release | None = None
         self.terminal_ns = 0
         """When nothing more could come; 0 until then."""
+        self._prompt_given: list[TokenLogprobs] = []
         self.prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+        """Of every prompt token, once all are known; a prompt of one token has none to wait for."""
+        if len(prompt_ids) == 1:
+            self.prompt_logprobs = (TokenLogprob(prompt_ids[0]),)
 
     def attach(self, ticket: Ticket) -> None:
         """The request is on its way to a scheduler."""
@@ -106,6 +110,11 @@ class Answer:
             cached_tokens=self.release.cached_tokens if self.release else 0,
         )
 
+    @property
+    def finish_reasons(self) -> list[str]:
+        """Of each sample; "" while it has not ended."""
+        return [sample.reason.value if sample.reason else "" for sample in self._samples]
+
     # What the link says (fleet Sink).
 
     def on_tokens(
@@ -118,7 +127,7 @@ class Answer:
         """Decodes, looks for stop strings, and ends the sample where one is found: what follows is dropped."""
         sample = self._samples[index]
         if prompt_logprobs:
-            self.prompt_logprobs = self._prompt_logprobs(prompt_logprobs)
+            self._take_prompt_logprobs(prompt_logprobs)
         for position, token_id in enumerate(token_ids):
             if sample.reason is not None or self.refusal is not None:
                 break
@@ -194,9 +203,13 @@ class Answer:
         )
         return TokenLogprob(token_id, given.logprob, given.rank, top)
 
-    def _prompt_logprobs(self, given: Sequence[TokenLogprobs]) -> tuple[TokenLogprob, ...]:
+    def _take_prompt_logprobs(self, given: Sequence[TokenLogprobs]) -> None:
+        """They may come in several parts; `prompt_logprobs` is set once there is one per token."""
+        self._prompt_given.extend(given)
         first, *rest = self._prompt_ids
-        return (TokenLogprob(first), *(self._logprob(one, its) for one, its in zip(rest, given, strict=True)))
+        if len(self._prompt_given) >= len(rest):
+            pairs = zip(rest, self._prompt_given, strict=True)
+            self.prompt_logprobs = (TokenLogprob(first), *(self._logprob(one, its) for one, its in pairs))
 
     # Ending early.
 
@@ -225,13 +238,13 @@ class Answer:
     # What the client has not read.
 
     async def wait(self) -> None:
-        """Until something changed since the last `take`."""
+        """Until something changed since the last call."""
         await self._changed.wait()
+        self._changed.clear()
 
     def take(self) -> list[Event]:
         """Everything unread: at most one Delta per sample, then the ends of samples but for the last, which needs
         `take_last`."""
-        self._changed.clear()
         self._unread_bytes = 0
         events: list[Event] = []
         for index, sample in enumerate(self._samples):

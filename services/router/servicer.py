@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from importlib.metadata import PackageNotFoundError, version
 from typing import TypeAlias
 
 import grpc
@@ -13,6 +12,7 @@ from services.router.admission import Admission
 from services.router.fleet import Fleet
 from services.router.model import ServedModel
 from services.router.session import Session
+from shared import __version__
 from shared.clock import NS_PER_MS, NowNs
 from shared.net.deadlines import remaining_ns
 from shared.outcome import AbortCause, refuse
@@ -118,7 +118,7 @@ class RouterControl(ControlServicer):
     ) -> control_pb2.GetServerInfoResponse:
         return control_pb2.GetServerInfoResponse(
             service="router",
-            version=_version(),
+            version=__version__,
             instance=self._instance,
             uptime_ms=(self._now() - self._started_ns) // NS_PER_MS,
             draining=self._admission.draining,
@@ -157,10 +157,3 @@ def _header(context: Context, name: str) -> str:
         if key == name:
             return str(value)
     return ""
-
-
-def _version() -> str:
-    try:
-        return version("sluice")
-    except PackageNotFoundError:
-        return "0"

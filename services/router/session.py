@@ -15,18 +15,22 @@ from collections.abc import AsyncGenerator
 from concurrent.futures import Executor
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
+import structlog
 
-from services.router.admission import Admission
+from services.router.admission import Admission, Place
 from services.router.answer import REFUSAL_OF, Answer
 from services.router.fleet import Fleet, Submission
 from services.router.model import ServedModel
 from services.router.prepare import SALT, Prepared, prepare
 from services.router.request import Accepted, Delta, Event, Finished, GenerateOptions, Prompt, Timing, TokenPrompt
-from shared.clock import NS_PER_S, NowNs
+from shared.clock import NS_PER_MS, NS_PER_S, NowNs
 from shared.outcome import AbortCause, RefusedError
 from shared.sampling import NO_LOGPROBS
+
+log = structlog.get_logger("session")
 
 ACK_TIMEOUT_S = 5.0
 """How long a complete answer waits for the scheduler's account of it (usage and durations)."""
@@ -35,27 +39,28 @@ INLINE_TOKENS = 2048
 
 
 @dataclass(slots=True)
-class _Clock:
-    """When each phase of one request ended, in nanoseconds."""
+class _Life:
+    """One request: when each phase ended, in nanoseconds (0: not reached), and its answer once there is one."""
 
     arrived: int
     admitted: int = 0
     tokenized: int = 0
     submitted: int = 0
-    answered: int = 0
     first_token: int = 0
+    answer: Answer | None = None
 
     def timing(self, answer: Answer, now_ns: int) -> Timing:
-        schedule = self.answered - self.submitted
-        durations = answer.durations
+        """The account of an answer that is terminal."""
+        schedule, durations = answer.terminal_ns - self.submitted, answer.durations
+        inside = durations.queue_ns + durations.prefill_ns + durations.decode_ns
         return Timing(
             total_ns=now_ns - self.arrived,
             admit_ns=self.admitted - self.arrived,
             tokenize_ns=self.tokenized - self.admitted,
             route_ns=self.submitted - self.tokenized,
             schedule_ns=schedule,
-            deliver_ns=now_ns - self.answered,
-            link_ns=max(0, schedule - durations.total_ns),
+            deliver_ns=now_ns - answer.terminal_ns,
+            link_ns=max(0, schedule - inside),
             queue_ns=durations.queue_ns,
             prefill_ns=durations.prefill_ns,
             decode_ns=durations.decode_ns,
@@ -90,27 +95,44 @@ class Session:
 
         Close it (`aclosing`) when the client goes: that is what tells the scheduler.
         """
-        clock = _Clock(arrived=self._now())
-        with self._admission.admit(options.request_id) as place:
-            self._fleet.require_usable()
-            clock.admitted = self._now()
-            prepared = await self._prepare(prompt, options)
-            if place.cause is not None:
-                raise RefusedError(REFUSAL_OF[place.cause])
-            clock.tokenized = self._now()
-            answer = self._submit(prepared, options, clock)
-            place.on_abort(answer.abort)
-            try:
-                async with aclosing(self._stream(answer, prepared, options, clock)) as events:
+        life, end = _Life(arrived=self._now()), "left"
+        try:
+            with self._admission.admit(options.request_id) as place:
+                async with aclosing(self._live(prompt, options, place, life)) as events:
                     async for event in events:
                         yield event
-            finally:
-                answer.close(AbortCause.DEADLINE if _expired(options, clock, self._now()) else AbortCause.CLIENT)
+            end = "answered"
+        except RefusedError as error:
+            end = error.refusal.name
+            raise
+        finally:
+            if life.admitted:
+                self._log(options, life, end)
+
+    async def _live(
+        self, prompt: Prompt, options: GenerateOptions, place: Place, life: _Life
+    ) -> AsyncGenerator[Event, None]:
+        """Each phase after the next."""
+        self._fleet.require_usable()
+        life.admitted = self._now()
+        prepared = await self._prepare(prompt, options)
+        if place.cause is not None:
+            raise RefusedError(REFUSAL_OF[place.cause])
+        life.tokenized = self._now()
+        answer = life.answer = self._submit(prepared, options, life)
+        place.on_abort(answer.abort)
+        try:
+            async with aclosing(self._stream(answer, options, life)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            expired = options.deadline_ns is not None and self._now() - life.arrived >= options.deadline_ns
+            answer.close(AbortCause.DEADLINE if expired else AbortCause.CLIENT)
 
     async def _prepare(self, prompt: Prompt, options: GenerateOptions) -> Prepared:
         max_model_len = self._fleet.max_model_len or self._model.max_model_len
         args = (self._model, prompt, options, max_model_len, self._fleet.block_sizes)
-        if isinstance(prompt, TokenPrompt) and len(prompt.token_ids) <= INLINE_TOKENS:
+        if isinstance(prompt, TokenPrompt) and len(prompt.token_ids) <= INLINE_TOKENS and not options.stop:
             return prepare(*args)
         working = asyncio.get_running_loop().run_in_executor(self._tokenizing, prepare, *args)
         try:
@@ -119,12 +141,11 @@ class Session:
         except TimeoutError:
             raise RefusedError(REFUSAL_OF[AbortCause.DEADLINE]) from None
 
-    def _submit(self, prepared: Prepared, options: GenerateOptions, clock: _Clock) -> Answer:
+    def _submit(self, prepared: Prepared, options: GenerateOptions, life: _Life) -> Answer:
         link = self._fleet.place(len(prepared.token_ids), prepared.chains)
-        answer = Answer(
-            options, prepared.token_ids, self._model.tokenizer.texts, prepared.stops, self._max_unread_bytes, self._now
-        )
-        clock.submitted = self._now()
+        texts = self._model.tokenizer.texts
+        answer = Answer(options, prepared.token_ids, texts, prepared.stops, self._max_unread_bytes, self._now)
+        life.submitted = self._now()
         submission = Submission(
             request_id=options.request_id,
             token_ids=prepared.token_ids,
@@ -134,40 +155,38 @@ class Session:
             n=options.n,
             priority=options.priority,
             deterministic=options.deterministic,
-            deadline_in_ns=_time_left(options, clock.submitted - clock.arrived),
+            deadline_in_ns=_time_left(options, life.submitted - life.arrived),
             salt=SALT,
         )
         answer.attach(self._fleet.submit(link, submission, answer))
         return answer
 
-    async def _stream(
-        self, answer: Answer, prepared: Prepared, options: GenerateOptions, clock: _Clock
-    ) -> AsyncGenerator[Event, None]:
-        accepted = Accepted(
-            request_id=options.request_id, prompt_tokens=len(prepared.token_ids), seed=options.sampling.seed
-        )
-        waiting = options.want.prompt_logprobs != NO_LOGPROBS
-        if not waiting:
-            yield accepted
-        while True:
-            await self._wait(answer, options, clock)
-            if waiting and (answer.prompt_logprobs is not None or answer.terminal):
-                waiting = False
-                yield msgspec.structs.replace(accepted, prompt_logprobs=answer.prompt_logprobs or ())
+    async def _stream(self, answer: Answer, options: GenerateOptions, life: _Life) -> AsyncGenerator[Event, None]:
+        """Accepted (late where it carries the prompt's logprobs), what the client has not read, the last ends."""
+        accepted = options.want.prompt_logprobs == NO_LOGPROBS
+        if accepted:
+            yield _accepted(answer, options)
+        while not answer.terminal:
+            await self._wait(answer, options, life)
+            if not accepted and answer.prompt_logprobs is None and not answer.terminal:
+                continue
+            if not accepted:
+                accepted = True
+                yield _accepted(answer, options)
             for event in answer.take():
-                if isinstance(event, Delta) and not clock.first_token:
-                    clock.first_token = self._now()
+                if isinstance(event, Delta) and not life.first_token:
+                    life.first_token = self._now()
                 yield event
-            if answer.terminal:
-                break
-        for finished in self._last(answer, options, clock):
+        for event in answer.take():
+            yield event
+        for finished in self._last(answer, options, life):
             yield finished
         if answer.refusal is not None:
             raise RefusedError(answer.refusal)
 
-    async def _wait(self, answer: Answer, options: GenerateOptions, clock: _Clock) -> None:
+    async def _wait(self, answer: Answer, options: GenerateOptions, life: _Life) -> None:
         """For news of the answer, no longer than the deadline allows; for a mere account of it, not for ever."""
-        left_ns = _time_left(options, self._now() - clock.arrived)
+        left_ns = _time_left(options, self._now() - life.arrived)
         timeout_s = left_ns / NS_PER_S if left_ns else None
         if answer.all_ended:
             timeout_s = ACK_TIMEOUT_S if timeout_s is None else min(ACK_TIMEOUT_S, timeout_s)
@@ -180,18 +199,39 @@ class Session:
             else:
                 answer.abort(AbortCause.DEADLINE)
 
-    def _last(self, answer: Answer, options: GenerateOptions, clock: _Clock) -> list[Finished]:
+    def _last(self, answer: Answer, options: GenerateOptions, life: _Life) -> list[Finished]:
         """The ends that are left; usage and timing on the very last."""
-        clock.answered = answer.terminal_ns
         *others, last = answer.take_last()
-        timing = clock.timing(answer, self._now()) if options.include_timing else None
+        timing = life.timing(answer, self._now()) if options.include_timing else None
         return [*others, msgspec.structs.replace(last, usage=answer.usage, timing=timing)]
+
+    def _log(self, options: GenerateOptions, life: _Life, end: str) -> None:
+        """One wide event per request that had a place. Neither prompt nor answer."""
+        facts: dict[str, Any] = {}
+        answer, now_ns = life.answer, self._now()
+        if answer is not None:
+            facts = msgspec.structs.asdict(answer.usage) | {"finish_reasons": answer.finish_reasons}
+        if answer is not None and answer.terminal:
+            timing = msgspec.structs.asdict(life.timing(answer, now_ns))
+            facts |= {name[:-3] + "_ms": _ms(value) for name, value in timing.items() if name.endswith("_ns") and value}
+        log.info(
+            "request", request_id=options.request_id, end=end, total_ms=_ms(now_ns - life.arrived), n=options.n, **facts
+        )
+
+
+def _accepted(answer: Answer, options: GenerateOptions) -> Accepted:
+    return Accepted(
+        request_id=options.request_id,
+        prompt_tokens=answer.usage.prompt_tokens,
+        seed=options.sampling.seed,
+        prompt_logprobs=answer.prompt_logprobs or (),
+    )
+
+
+def _ms(value_ns: Any) -> Any:
+    return round(value_ns / NS_PER_MS, 3) if isinstance(value_ns, int) else value_ns
 
 
 def _time_left(options: GenerateOptions, elapsed_ns: int) -> int:
     """Nanoseconds until the deadline, at least 1; 0 without one."""
     return 0 if options.deadline_ns is None else max(1, options.deadline_ns - elapsed_ns)
-
-
-def _expired(options: GenerateOptions, clock: _Clock, now_ns: int) -> bool:
-    return options.deadline_ns is not None and now_ns - clock.arrived >= options.deadline_ns

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from services.router.fleet.values import (
-    PROTOCOL_VERSION,
     Durations,
     Load,
     Release,
     State,
     Submission,
 )
+from shared import PROTOCOL_VERSION
 from shared.net.options import SPLIT_BYTES
 from shared.outcome import REFUSALS, AbortCause, Refusal
 from shared.rpc.sluice.v1 import scheduling_pb2 as pb

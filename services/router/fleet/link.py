@@ -204,7 +204,7 @@ class Link:
             if call.cancelled() and not _being_cancelled():
                 raise LinkBrokenError("writing to it failed") from None
             raise
-        if frame is grpc.aio.EOF:
+        if not isinstance(frame, pb.SchedulerFrame):  # grpc.aio.EOF
             raise LinkBrokenError("it ended the stream")
         return frame
 

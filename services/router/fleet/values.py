@@ -5,11 +5,9 @@ from typing import Protocol
 
 import msgspec
 
+from shared import PROTOCOL_VERSION
 from shared.outcome import AbortCause, FinishReason, Refusal
 from shared.sampling import Sampling, Stopping, TokenLogprobs, Want
-
-PROTOCOL_VERSION = 1
-"""Of scheduling.proto; both ends must have the same."""
 
 
 class Submission(msgspec.Struct, frozen=True, kw_only=True):
