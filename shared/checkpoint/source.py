@@ -83,10 +83,10 @@ def _bar_class(progress: Progress | None) -> type | None:
     from huggingface_hub.utils import tqdm
 
     class Bar(tqdm):  # type: ignore[misc]
-        """Bars that count files have no unit of bytes, and are ignored."""
+        """Of the bars that the library opens, only the one of bytes written is listened to."""
 
         def __init__(self, *args: object, **kwargs: object) -> None:
-            self.counts_bytes = kwargs.get("unit") == "B"
+            self.counts_bytes = kwargs.get("unit") == "B" and not str(kwargs.get("name")).endswith("transfer")
             kwargs["disable"] = False
             kwargs["file"] = _Nowhere()
             super().__init__(*args, **kwargs)
