@@ -25,7 +25,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "router": ("router", "text", "net"),
     "worker": ("worker", "kernels"),
     "models": ("models", "checkpoint", "demo_model"),
-    "house": ("cli", "contracts", "config", "ops", "bench"),
+    "house": ("cli", "contracts", "config", "telemetry", "ops", "bench"),
     "cluster": ("cluster",),
     "faults": ("faults",),
     "fuzz": ("fuzz",),
