@@ -57,6 +57,8 @@ def load(config: WorkerConfig, progress: Progress) -> Loaded:
     dtype = DTYPES[choose_dtype(config.dtype, checkpoint.dtype, cpu_flags())]
     _require_room(spec, dtype, free_bytes())
     decoder = load_decoder(checkpoint, dtype, device, progress)
+    weight_bytes = spec.num_parameters * dtype.itemsize
+    progress(weight_bytes, weight_bytes)  # files also hold headers: without this the last report would fall short
     layout = layout_of(spec, dtype, config.block_size)
     size = size_pool(config, layout, spec.max_positions, free_bytes())
     runner = build_runner(config, decoder, layout, size, device)

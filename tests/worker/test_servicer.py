@@ -183,6 +183,24 @@ async def test_after_a_failed_step_every_plan_is_skipped_until_a_newer_epoch():
         assert tokens_of(await read(call)) == [pretend_token([5, 6, 7], GREEDY)]
 
 
+def test_a_log_that_cannot_be_written_does_not_end_the_device_thread(monkeypatch):
+    class FullDisk:
+        def error(self, *args, **facts):
+            raise OSError("no space left on device")
+
+    async def run():
+        async with worker(GatedRunner(fail_step=lambda plan: plan.step == 1)) as w:
+            results = asyncio.Queue()
+            await w.device.begin(1)
+            for step in (1, 2):
+                w.device.submit(make_plan(step), epoch=1, arrived_ns=0, deliver=results.put_nowait)
+            errors = [(await asyncio.wait_for(results.get(), TIMEOUT_S)).error for _ in range(2)]
+            assert errors == ["pretend failure", "skipped: step 1 failed"]
+
+    monkeypatch.setattr("services.worker.execute.device_thread.log", FullDisk())
+    asyncio.run(run())
+
+
 @scenario
 async def test_a_cancelled_stream_leaves_the_device_thread_to_the_next():
     async with worker() as w:

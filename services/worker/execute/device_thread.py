@@ -5,6 +5,7 @@ next epoch begins, because slots and pages are then in doubt.
 """
 
 import asyncio
+import contextlib
 import queue
 import threading
 from collections.abc import Callable
@@ -104,7 +105,7 @@ class DeviceThread:
         try:
             self._runner.reset()
         except Exception as error:
-            log.error("reset_failed", epoch=begin.epoch, exc_info=error)
+            _log_failure("reset_failed", error, epoch=begin.epoch)
             self._call_on_loop(_fail, begin.done, error)
             return
         self._failed_step = None
@@ -125,7 +126,7 @@ class DeviceThread:
         except Exception as error:
             self._failed_step = step
             self.steps_done += 1
-            log.error("step_failed", step=step, epoch=work.epoch, exc_info=error)
+            _log_failure("step_failed", error, step=step, epoch=work.epoch)
             return StepResult(step=step, wait_ns=wait_ns, run_ns=self._now_ns() - started_ns, error=_short(error))
         self.steps_done += 1
         return StepResult(step=step, output=output, wait_ns=wait_ns, run_ns=self._now_ns() - started_ns)
@@ -141,6 +142,11 @@ class DeviceThread:
         except RuntimeError:
             if not self._loop.is_closed():  # a closed loop means that the process is ending
                 raise
+
+
+def _log_failure(event: str, error: Exception, **facts: int) -> None:
+    with contextlib.suppress(OSError, ValueError):  # a standard error that is closed must not end the thread
+        log.error(event, exc_info=error, **facts)
 
 
 def _finish(done: "asyncio.Future[None]") -> None:
