@@ -207,16 +207,14 @@ class Session:
 
     def _log(self, options: GenerateOptions, life: _Life, end: str) -> None:
         """One wide event per request that had a place. Neither prompt nor answer."""
-        facts: dict[str, Any] = {}
         answer, now_ns = life.answer, self._now()
+        facts: dict[str, Any] = {"total_ms": _ms(now_ns - life.arrived)}
         if answer is not None:
-            facts = msgspec.structs.asdict(answer.usage) | {"finish_reasons": answer.finish_reasons}
+            facts |= msgspec.structs.asdict(answer.usage) | {"finish_reasons": answer.finish_reasons}
         if answer is not None and answer.terminal:
             timing = msgspec.structs.asdict(life.timing(answer, now_ns))
             facts |= {name[:-3] + "_ms": _ms(value) for name, value in timing.items() if name.endswith("_ns") and value}
-        log.info(
-            "request", request_id=options.request_id, end=end, total_ms=_ms(now_ns - life.arrived), n=options.n, **facts
-        )
+        log.info("request", request_id=options.request_id, end=end, n=options.n, **facts)
 
 
 def _accepted(answer: Answer, options: GenerateOptions) -> Accepted:
