@@ -12,8 +12,8 @@ from services.scheduler.core.scheduler import CoreConfig, Scheduler
 from services.scheduler.loop import Loop
 from services.scheduler.publish import Publisher
 from services.scheduler.servicer import ControlServicer, RegistryServicer, SchedulingServicer
+from services.scheduler.wire import SchedulerState, state_message
 from services.scheduler.workers import WorkerEvents, Workers
-from shared import PROTOCOL_VERSION
 from shared.clock import NS_PER_MS, monotonic_ns
 from shared.config import SchedulerConfig
 from shared.ids import new_instance_id
@@ -21,7 +21,6 @@ from shared.net.health import Health
 from shared.net.options import INTERNAL_MESSAGE_BYTES
 from shared.net.server import bind, create_server, require_private
 from shared.outcome import AbortCause
-from shared.rpc.sluice.v1 import control_pb2_grpc, execution_pb2_grpc, scheduling_pb2, scheduling_pb2_grpc
 from shared.telemetry.logs import configure_logs
 
 log = structlog.get_logger("scheduler")
@@ -72,12 +71,9 @@ class _App:
         config = self._config
         require_private(config.host, config.internal_token)
         server = create_server(max_receive_bytes=INTERNAL_MESSAGE_BYTES, token=config.internal_token)
-        scheduling_pb2_grpc.add_SchedulingServicer_to_server(
-            SchedulingServicer(self._loop, self._publisher, monotonic_ns), server
-        )
-        execution_pb2_grpc.add_RegistryServicer_to_server(RegistryServicer(self._workers, self._loop), server)
-        control = ControlServicer(self._loop, instance=self._instance, now_ns=monotonic_ns, drain=self._stop)
-        control_pb2_grpc.add_ControlServicer_to_server(control, server)
+        SchedulingServicer(self._loop, self._publisher, monotonic_ns).add_to(server)
+        RegistryServicer(self._workers, self._loop).add_to(server)
+        ControlServicer(self._loop, instance=self._instance, now_ns=monotonic_ns, drain=self._stop).add_to(server)
         health = Health(server, SERVICES)
         port = bind(server, config.host, config.port)
         await server.start()
@@ -125,19 +121,13 @@ class _App:
         self._failure = error
         self._stop.put_nowait(0.0)
 
-    def _state(self) -> scheduling_pb2.SchedulerState:
-        identity = self._workers.identity
-        limit = self._config.max_model_len
-        return scheduling_pb2.SchedulerState(
-            protocol_version=PROTOCOL_VERSION,
+    def _state(self) -> SchedulerState:
+        return state_message(
+            self._workers.identity,
             scheduler=self._instance,
             ready=self._loop.ready,
             draining=self._loop.draining,
-            model_fingerprint=identity.model_fingerprint if identity else "",
-            dtype=identity.dtype if identity else "",
-            block_size=identity.block_size if identity else 0,
-            max_model_len=min(limit or 2**31, identity.max_model_len) if identity else 0,
-            vocab_size=identity.vocab_size if identity else 0,
+            max_model_len=self._config.max_model_len,
         )
 
 

@@ -37,6 +37,9 @@ class SchedulingServicer(scheduling_pb2_grpc.SchedulingServicer):
         self._publisher = publisher
         self._now_ns = now_ns
 
+    def add_to(self, server: grpc.aio.Server) -> None:
+        scheduling_pb2_grpc.add_SchedulingServicer_to_server(self, server)
+
     async def Link(
         self, request_iterator: AsyncIterator[scheduling_pb2.RouterFrame], context: Context
     ) -> AsyncIterator[scheduling_pb2.SchedulerFrame]:
@@ -105,6 +108,9 @@ class RegistryServicer(execution_pb2_grpc.RegistryServicer):
         self._workers = workers
         self._loop = loop
 
+    def add_to(self, server: grpc.aio.Server) -> None:
+        execution_pb2_grpc.add_RegistryServicer_to_server(self, server)
+
     async def Register(
         self, request: execution_pb2.RegisterRequest, context: Context
     ) -> execution_pb2.RegisterResponse:
@@ -127,6 +133,9 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
         self._now_ns = now_ns
         self._started_ns = now_ns()
         self._drain = drain
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        control_pb2_grpc.add_ControlServicer_to_server(self, server)
 
     async def GetServerInfo(
         self, request: control_pb2.GetServerInfoRequest, context: Context

@@ -3,11 +3,13 @@
 import sys
 from array import array
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from services.scheduler.core.events import Durations, Event, Released, SampleEnded, Tokens
 from services.scheduler.core.plan import Admission, StepPlan, StepResult
 from services.scheduler.core.request import Submission
 from services.scheduler.core.worker_group import GroupLoad, GroupSpec
+from shared import PROTOCOL_VERSION
 from shared.net.options import SPLIT_BYTES
 from shared.outcome import AbortCause
 from shared.rpc.sluice.v1 import control_pb2, execution_pb2, scheduling_pb2
@@ -86,6 +88,24 @@ def _sampling_of(message: scheduling_pb2.RowSampling) -> Sampling:
 # Scheduler → router.
 
 PROMPT_LOGPROBS_PER_EVENT = 1024
+SchedulerState = scheduling_pb2.SchedulerState
+
+
+def state_message(
+    identity: execution_pb2.RegisterRequest | None, *, scheduler: str, ready: bool, draining: bool, max_model_len: int
+) -> SchedulerState:
+    """What routers learn of this scheduler. `identity` is what its workers agree on; `max_model_len` 0 is theirs."""
+    return SchedulerState(
+        protocol_version=PROTOCOL_VERSION,
+        scheduler=scheduler,
+        ready=ready,
+        draining=draining,
+        model_fingerprint=identity.model_fingerprint if identity else "",
+        dtype=identity.dtype if identity else "",
+        block_size=identity.block_size if identity else 0,
+        max_model_len=min(max_model_len or 2**31, identity.max_model_len) if identity else 0,
+        vocab_size=identity.vocab_size if identity else 0,
+    )
 
 
 def tokens_messages(event: Tokens) -> Iterator[scheduling_pb2.TokensEvent]:
@@ -145,7 +165,7 @@ def public_load(load: GroupLoad) -> control_pb2.GroupLoad:
     return control_pb2.GroupLoad(**_load_fields(load))
 
 
-def _load_fields(load: GroupLoad) -> dict[str, str | int]:
+def _load_fields(load: GroupLoad) -> dict[str, Any]:
     return {name: getattr(load, name) for name in load.__struct_fields__}
 
 

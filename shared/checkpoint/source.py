@@ -82,7 +82,7 @@ def _bar_class(progress: Progress | None) -> type | None:
     """A progress bar for huggingface_hub that reports bytes to us and draws nothing."""
     from huggingface_hub.utils import tqdm
 
-    class Bar(tqdm):  # type: ignore[misc]
+    class Bar(tqdm):
         """Of the bars that the library opens, only the one of bytes written is listened to."""
 
         def __init__(self, *args: object, **kwargs: object) -> None:
