@@ -83,13 +83,17 @@ class Registration:
         """Returns when the scheduler no longer knows the lease, or was not reached for the lease's whole time."""
         interval_s = lease.ttl_ms / 3000
         wait_s, renewed_ns = interval_s, monotonic_ns()
+        reported: grpc.StatusCode | None = None
         while monotonic_ns() - renewed_ns < lease.ttl_ms * NS_PER_MS:
             await self._wait(wait_s)
             try:
                 await self._registry.renew(lease, self._steps_done(), min(CALL_TIMEOUT_S, interval_s))
                 wait_s, renewed_ns = interval_s, monotonic_ns()
+        reported: grpc.StatusCode | None = None
             except grpc.aio.AioRpcError as error:
-                log.warning("renew_failed", code=error.code().name, details=error.details())
+                if error.code() is not reported:
+                    log.warning("renew_failed", code=error.code().name, details=error.details())
+                    reported = error.code()
                 if error.code() is grpc.StatusCode.NOT_FOUND:
                     return
                 wait_s = min(FIRST_BACKOFF_S, interval_s)

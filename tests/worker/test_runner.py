@@ -232,7 +232,7 @@ def test_logits_that_are_not_numbers_fail_the_step_and_name_the_rows(decoder):
         Sampling(seed=0, temperature=-1.0),
         Sampling(seed=0, repetition_penalty=0.0),
         Sampling(seed=0, logit_bias=((1, float("inf")),)),
-        Sampling(seed=0, top_p=0.0),
+        Sampling(seed=0, top_p=-0.1),
         Sampling(seed=0, min_p=2.0),
     ],
 )

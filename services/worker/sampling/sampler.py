@@ -190,7 +190,7 @@ def _check(sampling: Sampling, admit: Admit) -> None:
         sampling.frequency_penalty,
         *(value for _, value in sampling.logit_bias),
     )
-    fits = sampling.temperature >= 0 and sampling.top_p > 0 and 0 <= sampling.min_p <= 1
+    fits = sampling.temperature >= 0 and sampling.top_p >= 0 and 0 <= sampling.min_p <= 1
     if not (np.isfinite(floats).all() and fits and sampling.repetition_penalty > 0):
         raise PlanError("sampling_out_of_range", f"slot {admit.slot}: {sampling}")
 
