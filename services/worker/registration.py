@@ -88,8 +88,7 @@ class Registration:
             await self._wait(wait_s)
             try:
                 await self._registry.renew(lease, self._steps_done(), min(CALL_TIMEOUT_S, interval_s))
-                wait_s, renewed_ns = interval_s, monotonic_ns()
-        reported: grpc.StatusCode | None = None
+                wait_s, renewed_ns, reported = interval_s, monotonic_ns(), None
             except grpc.aio.AioRpcError as error:
                 if error.code() is not reported:
                     log.warning("renew_failed", code=error.code().name, details=error.details())
