@@ -101,9 +101,9 @@ def test_the_only_one_of_its_kind_killed_ends_streams_clearly_and_comes_back(
             assert all(answer.ends[0].reason == "error" for answer in answers if answer.ends)
             assert all(answer.error.retry_after_ms > 0 for answer in answers)
         cluster.wait_restarted(name, pid)
-        expected = requests_of(2, tokens=8)
-        deadline = time.monotonic() + 30
-        while {a.status for a in (again := ask_all(cluster.address, expected))} != {"OK"}:
-            assert time.monotonic() < deadline, [a.error for a in again]
-            time.sleep(0.2)
+        wait_for(lambda: serves_again(cluster), 30, f"service again after the {name} was killed")
         cluster.assert_idle()
+
+
+def serves_again(cluster: RunningCluster) -> bool:
+    return {answer.status for answer in ask_all(cluster.address, requests_of(2, tokens=8))} == {"OK"}
