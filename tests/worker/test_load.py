@@ -6,7 +6,7 @@ import pytest
 import structlog
 import torch
 
-from services.worker.app import serve
+from services.worker.app import SPIN_COUNT, calm_openmp, serve
 from services.worker.load import (
     BUNDLED_FOLDER,
     WorkerError,
@@ -180,3 +180,13 @@ def test_a_refused_worker_returns_1_and_says_why(twin, capsys):
 
 def test_the_bundled_model_is_where_the_worker_looks_for_it():
     assert (BUNDLED_FOLDER / "config.json").is_file()
+
+
+def test_openmp_threads_soon_sleep_unless_the_user_says_otherwise():
+    environ = {}
+    calm_openmp(environ)
+    assert environ == {"GOMP_SPINCOUNT": SPIN_COUNT}
+    for mine in ({"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}):
+        environ = dict(mine)
+        calm_openmp(environ)
+        assert environ == mine
