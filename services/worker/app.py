@@ -13,10 +13,12 @@ from shared.telemetry.logs import configure_logs
 
 EXIT_REFUSED = 1
 SPIN_COUNT = "1000"
-"""How often an idle OpenMP thread of torch looks for work before it sleeps; libgomp's own default is 300,000. Decoding
-with two threads beside three busy processes: 19 ms a step at 1,000 and when sleeping at once, 241 ms by default (16 rows:
-26, 31 and 143), for a thread that spins keeps the one that computes from its core. Some spinning spares a wake-up
-between operations that follow each other closely."""
+"""How often an idle OpenMP thread of torch looks for work before it sleeps; libgomp's own default is 300,000.
+
+Decoding with two threads beside three busy processes took 19 ms a step at 1,000 and when sleeping at once, 241 ms by
+default (16 rows: 26, 31 and 143), for a thread that spins keeps the one that computes from its core. Some spinning
+spares a wake-up between operations that follow each other closely.
+"""
 
 
 async def serve(config: WorkerConfig, *, on_event: OnEvent | None = None) -> int:
