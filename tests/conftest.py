@@ -83,8 +83,8 @@ def service(tmp_path: Path) -> Iterator[StartService]:
     """`service("scheduler", port=0)`: one service by itself; ended with the test."""
     started: list[RunningService] = []
 
-    def start(name: str, **flags: Any) -> RunningService:
-        started.append(RunningService(name, tmp_path, flags))
+    def start(name: str, *, environ: dict[str, str] | None = None, **flags: Any) -> RunningService:
+        started.append(RunningService(name, tmp_path, flags, environ))
         return started[-1]
 
     yield start

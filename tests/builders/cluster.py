@@ -205,7 +205,9 @@ class RunningCluster:
 class RunningService:
     """One service as `sluice router|scheduler|worker` runs it, told of by its events."""
 
-    def __init__(self, service: str, folder: Path, flags: dict[str, Any]) -> None:
+    def __init__(
+        self, service: str, folder: Path, flags: dict[str, Any], environ: dict[str, str] | None = None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.service = service
         self.events: list[Event] = []
@@ -218,6 +220,7 @@ class RunningService:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 pass_fds=(write_fd,),
+                env={**os.environ, **(environ or {})},
             )
         os.close(write_fd)
         self._reader = threading.Thread(target=self._read, args=(read_fd,), daemon=True)

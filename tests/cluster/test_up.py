@@ -204,7 +204,12 @@ def test_the_keeping_demo_says_how_to_call_it_and_stops_on_ctrl_c(tmp_path: Path
     with out.open("wb") as output:
         process = subprocess.Popen([*SLUICE, "demo", "--keep", "--threads=1"], stdout=output, stderr=output)
     try:
-        wait_for(lambda: "Ctrl-C stops it." in out.read_text(), READY_TIMEOUT_S, "the ways to call it")
+
+        def told() -> bool:
+            assert process.poll() is None, out.read_text()
+            return "Ctrl-C stops it." in out.read_text()
+
+        wait_for(told, READY_TIMEOUT_S, "the ways to call it")
         children = [child.pid for child in psutil.Process(process.pid).children()]
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
