@@ -72,7 +72,7 @@ class Publisher:
         self._next_link += 1
         self._links[link.number] = link
         link.frame.state.CopyFrom(self.state())
-        link.frame.loads.extend(map(wire.load_message, self._loads))
+        link.frame.loads.CopyFrom(wire.loads_message(self._loads))
         link.frame.blocks_stored = b"".join(self._warm)
         link.notify()
         return link
@@ -143,8 +143,7 @@ class Publisher:
             return
         self._loads, self._loads_sent_ns = current, self._now_ns()
         for link in self._links.values():
-            del link.frame.loads[:]
-            link.frame.loads.extend(map(wire.load_message, current))
+            link.frame.loads.CopyFrom(wire.loads_message(current))
             link.notify()
 
 

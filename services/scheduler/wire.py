@@ -157,8 +157,8 @@ def split(frame: scheduling_pb2.SchedulerFrame) -> Iterator[scheduling_pb2.Sched
     yield part
 
 
-def load_message(load: GroupLoad) -> scheduling_pb2.LinkLoad:
-    return scheduling_pb2.LinkLoad(**_load_fields(load))
+def loads_message(loads: Iterable[GroupLoad]) -> scheduling_pb2.LinkLoads:
+    return scheduling_pb2.LinkLoads(groups=[scheduling_pb2.LinkLoad(**_load_fields(load)) for load in loads])
 
 
 def public_load(load: GroupLoad) -> control_pb2.GroupLoad:

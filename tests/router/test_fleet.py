@@ -171,7 +171,7 @@ def test_a_busy_scheduler_is_passed_over(tiny_model):
         busy, idle = FakeScheduler(), FakeScheduler()
         async with running_router(tiny_model, busy, idle) as router:
             load = scheduling_pb2.LinkLoad(group="0", requests_waiting=9, kv_blocks_total=10, kv_blocks_free=10)
-            busy.send(scheduling_pb2.SchedulerFrame(loads=[load]))
+            busy.send(scheduling_pb2.SchedulerFrame(loads=scheduling_pb2.LinkLoads(groups=[load])))
             await asyncio.sleep(0.05)
             for _ in range(3):
                 await router.generate(ask())

@@ -231,8 +231,8 @@ class Link:
     def _take(self, frame: pb.SchedulerFrame) -> None:
         if frame.HasField("state"):
             self._take_state(state_of(frame.state))
-        for load in frame.loads:
-            self._view.loads[load.group] = load_of(load)
+        if frame.HasField("loads"):
+            self._view.loads = {load.group: load_of(load) for load in frame.loads.groups}
             self._view.unseen = 0
         self._view.warm.difference_update(unpack_short(frame.blocks_removed))
         self._view.warm.update(unpack_short(frame.blocks_stored))

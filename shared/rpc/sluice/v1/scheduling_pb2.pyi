@@ -126,10 +126,10 @@ class SchedulerFrame(_message.Message):
     tokens: _containers.RepeatedCompositeFieldContainer[TokensEvent]
     ends: _containers.RepeatedCompositeFieldContainer[SampleEnd]
     released: _containers.RepeatedCompositeFieldContainer[Released]
-    loads: _containers.RepeatedCompositeFieldContainer[LinkLoad]
+    loads: LinkLoads
     blocks_stored: bytes
     blocks_removed: bytes
-    def __init__(self, state: _Optional[_Union[SchedulerState, _Mapping]] = ..., tokens: _Optional[_Iterable[_Union[TokensEvent, _Mapping]]] = ..., ends: _Optional[_Iterable[_Union[SampleEnd, _Mapping]]] = ..., released: _Optional[_Iterable[_Union[Released, _Mapping]]] = ..., loads: _Optional[_Iterable[_Union[LinkLoad, _Mapping]]] = ..., blocks_stored: _Optional[bytes] = ..., blocks_removed: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, state: _Optional[_Union[SchedulerState, _Mapping]] = ..., tokens: _Optional[_Iterable[_Union[TokensEvent, _Mapping]]] = ..., ends: _Optional[_Iterable[_Union[SampleEnd, _Mapping]]] = ..., released: _Optional[_Iterable[_Union[Released, _Mapping]]] = ..., loads: _Optional[_Union[LinkLoads, _Mapping]] = ..., blocks_stored: _Optional[bytes] = ..., blocks_removed: _Optional[bytes] = ...) -> None: ...
 
 class SchedulerState(_message.Message):
     __slots__ = ("protocol_version", "scheduler", "ready", "draining", "model_fingerprint", "dtype", "block_size", "max_model_len", "vocab_size")
@@ -152,6 +152,12 @@ class SchedulerState(_message.Message):
     max_model_len: int
     vocab_size: int
     def __init__(self, protocol_version: _Optional[int] = ..., scheduler: _Optional[str] = ..., ready: bool = ..., draining: bool = ..., model_fingerprint: _Optional[str] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ...) -> None: ...
+
+class LinkLoads(_message.Message):
+    __slots__ = ("groups",)
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    groups: _containers.RepeatedCompositeFieldContainer[LinkLoad]
+    def __init__(self, groups: _Optional[_Iterable[_Union[LinkLoad, _Mapping]]] = ...) -> None: ...
 
 class LinkLoad(_message.Message):
     __slots__ = ("group", "requests_running", "requests_waiting", "kv_blocks_total", "kv_blocks_free", "kv_blocks_cached", "kv_blocks_referenced")
