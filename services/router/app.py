@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -53,6 +53,7 @@ class Router:
         self._on_event = on_event
         self._stop = _Stop()
         self._announced = False
+        self._tasks: list[asyncio.Task[None]] = []
         self._address = ""
         self.admission = Admission(config.max_num_queued_reqs, monotonic_ns)
         self.fleet = Fleet(
@@ -63,9 +64,9 @@ class Router:
         )
         self._tokenizing = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="tokenize")
         self._server = create_server(max_receive_bytes=config.max_request_bytes + SIZE_HEADROOM_BYTES)
+        self._health_changed = asyncio.Event()
         self._add_servicers(instance)
         self._health = Health(self._server, SERVICES)
-        self._health_changed = asyncio.Event()
 
     def _add_servicers(self, instance: str) -> None:
         session = Session(
@@ -89,35 +90,43 @@ class Router:
             fleet=self.fleet,
             admission=self.admission,
             instance=instance,
-            drain=self._drain_asked,
+            drain=_drainer(self.admission, self._health_changed, self._stop),
             now=monotonic_ns,
         )
         add_servicers(self._server, inference, control)
 
     async def serve(self) -> int:
         """Until told to stop. 0 after a drain, however it went; 1 when a second signal cut requests off."""
+        try:
+            await self._open()
+            with self._stop.on_signals():
+                await self._until_stopped()
+                return await self._drain()
+        finally:
+            await self._server.stop(0)
+            self._tokenizing.shutdown(wait=False, cancel_futures=True)
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _open(self) -> None:
         port = bind(self._server, self._config.host, self._config.grpc_port, flag="--grpc-port")
         self._address = f"{self._config.host}:{port}"
         self.fleet.on_change(self._health_changed.set)
         await self._server.start()
         log.info("serving", grpc=self._address, models=self._model.names, schedulers=self._config.scheduler)
         self._on_event("serving", self._where())
-        linking = asyncio.create_task(self.fleet.run(), name="fleet")
-        health = asyncio.create_task(self._report_health(), name="health")
-        stopped = asyncio.create_task(self._stop.wait(), name="stop")
-        try:
-            with self._stop.on_signals():
-                await asyncio.wait((linking, health, stopped), return_when=asyncio.FIRST_COMPLETED)
-                for task in (linking, health):
-                    if task.done():  # neither ends by itself: a bug, and the process says so rather than limp on
-                        task.result()
-                return await self._drain()
-        finally:
-            await self._server.stop(0)
-            for task in (linking, health, stopped):
-                task.cancel()
-            await asyncio.gather(linking, health, stopped, return_exceptions=True)
-            self._tokenizing.shutdown(wait=False, cancel_futures=True)
+
+    async def _until_stopped(self) -> None:
+        """Neither the fleet nor the health report ends by itself: if one does it is a bug, and the process says so
+        rather than limp on."""
+        working = [asyncio.create_task(self.fleet.run(), name="fleet")]
+        working.append(asyncio.create_task(self._report_health(), name="health"))
+        self._tasks = [*working, asyncio.create_task(self._stop.wait(), name="stop")]
+        await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in working:
+            if task.done():
+                task.result()
 
     def stop(self) -> None:
         """As SIGTERM would."""
@@ -140,17 +149,9 @@ class Router:
 
     # Ending.
 
-    async def _drain_asked(self, timeout_s: float | None) -> None:
-        self._begin_drain()
-        self._stop.request(timeout_s)
-
-    def _begin_drain(self) -> None:
-        self.admission.draining = True
-        self._health_changed.set()
-
     async def _drain(self) -> int:
         """Refuses what is new, lets what is in flight end, and ends it itself when the time is up."""
-        self._begin_drain()
+        await _drainer(self.admission, self._health_changed, self._stop)(None)
         timeout_s = self._config.shutdown_timeout if self._stop.timeout_s is None else self._stop.timeout_s
         log.info("draining", requests=len(self.admission), timeout_s=timeout_s)
         ending = asyncio.create_task(self.admission.wait_empty(timeout_s), name="drain")
@@ -166,6 +167,20 @@ class Router:
         finally:
             ending.cancel()
             forced.cancel()
+
+
+def _drainer(
+    admission: Admission, health_changed: asyncio.Event, stop: "_Stop"
+) -> Callable[[float | None], Awaitable[None]]:
+    """Refuses new requests from now on, and has the router stop. It knows not the router: a server whose handlers
+    lead back to it is freed after its loop, which grpc complains about."""
+
+    async def drain(timeout_s: float | None) -> None:
+        admission.draining = True
+        health_changed.set()
+        stop.request(timeout_s)
+
+    return drain
 
 
 class _Stop:

@@ -1,6 +1,7 @@
 """A router in this process, on a port of its own, in front of fake schedulers."""
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -20,12 +21,13 @@ from shared.rpc.sluice.v1.inference_pb2_grpc import InferenceStub
 from tests.builders.fake_scheduler import FakeScheduler
 
 
-def run(test: Coroutine[Any, Any, None], timeout_s: float = 20) -> None:
+def run(test: Coroutine[Any, Any, None], timeout_s: float = 60) -> None:
     """Runs an asynchronous test."""
 
     async def bounded() -> None:
         async with asyncio.timeout(timeout_s):
             await test
+        gc.collect()  # a grpc server freed after its loop has closed complains
 
     asyncio.run(bounded())
 
@@ -50,7 +52,7 @@ class RunningRouter:
 
     async def generate(self, request: pb.GenerateRequest, **call: Any) -> list[pb.GenerateResponse]:
         """All responses; raises AioRpcError."""
-        call.setdefault("timeout", 10)
+        call.setdefault("timeout", 20)
         return [response async for response in self.inference.Generate(request, **call)]
 
     async def usable(self, number: int = 1) -> None:
@@ -63,7 +65,7 @@ class RunningRouter:
         await until(lambda: not len(admission) and not any(link.num_entries for link in fleet.links))
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 5) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
     """Waits for a condition that nobody announces."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110
