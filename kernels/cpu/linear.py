@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.cpu.activation import silu_and_mul
+
 PACKING_ROWS = 16
 FALLBACK_ROWS = 16
 
@@ -33,6 +35,17 @@ class PackedLinear:
     @property
     def out_features(self) -> int:
         return self.weight.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedGate:
+    """The two halves of a gate side by side in one product, or one after the other.
+
+    One product is 60 of 430 µs faster at one row (fewer, larger reads) and as fast at 512. Two let oneDNN fuse the
+    gate; its vectorised sigmoid has no scalar tail, unlike `F.silu`, and is therefore exact.
+    """
+
+    parts: tuple[PackedLinear, ...]
 
 
 def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
@@ -57,21 +70,24 @@ def linear_add(x: Tensor, packed: PackedLinear, residual: Tensor, *, exact: bool
     return F.linear(x, packed.weight, packed.bias).add_(residual)
 
 
-def gated_linear(x: Tensor, gate: PackedLinear, up: PackedLinear, *, exact: bool = False) -> Tensor:
-    """Both halves fused by oneDNN; its vectorised sigmoid has no scalar tail, which `F.silu` has."""
+def pack_gated(weight: Tensor, bias: Tensor | None = None) -> PackedGate:
+    """float32 is always exact and wants oneDNN's own sigmoid; bfloat16 wants one product."""
+    if weight.dtype != torch.float32:
+        return PackedGate((pack_linear(weight, bias),))
+    biases = (None, None) if bias is None else bias.chunk(2)
+    return PackedGate(tuple(pack_linear(*half) for half in zip(weight.chunk(2), biases, strict=True)))
+
+
+def gated_linear(x: Tensor, packed: PackedGate, *, exact: bool = False) -> Tensor:
+    if len(packed.parts) == 1:
+        return silu_and_mul(linear(x, packed.parts[0], exact=exact), exact=exact)
+    gate, up = packed.parts
     if exact and _needs_padding(x, gate):
-        return gated_linear(_pad(x, gate), gate, up, exact=True)[: x.shape[0]]
+        return gated_linear(_pad(x, gate), packed, exact=True)[: x.shape[0]]
     if gate.packed:
         gated = torch.ops.mkldnn._linear_pointwise(x, gate.weight, gate.bias, "swish", [], "")
         return torch.ops.mkldnn._linear_pointwise.binary(x, gated, up.weight, up.bias, "mul")
-    gated = F.linear(x, gate.weight, gate.bias)
-    gated = gated * exact_sigmoid(gated) if exact else F.silu(gated)
-    return gated.mul_(F.linear(x, up.weight, up.bias))
-
-
-def exact_sigmoid(x: Tensor) -> Tensor:
-    """sigmoid by the row-wise softmax kernel, which treats each pair [x, 0] alike wherever it stands."""
-    return torch.softmax(torch.stack((x, torch.zeros_like(x)), dim=-1), dim=-1).select(-1, 0)
+    return silu_and_mul(torch.cat((linear(x, gate), linear(x, up)), dim=-1), exact=exact)
 
 
 @functools.cache

@@ -1,19 +1,19 @@
 """Root-mean-square normalisation by torch's own kernels.
 
 In `F.rms_norm` the sum over a row does not depend on the number of rows (tests/kernels/test_exactness.py), and what
-follows it is single correctly rounded operations, so it is exact.
+follows it is single correctly rounded operations, so it is exact. It runs a dozen small operations, though: for the
+single row of a lone stream three do (7 µs against 13, thirty-odd times a step).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LONG_ROWS = 64
-
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, exact: bool = False) -> Tensor:
-    if not exact and x.dtype == torch.bfloat16 and x.ndim == 2 and x.shape[0] >= LONG_ROWS:
-        return _rms_norm_long(x, weight, eps)
+    if not exact and x.ndim == 2 and x.shape[0] == 1:
+        norm = torch.linalg.vector_norm(x, dtype=torch.float32).item()
+        return x.mul((norm * norm / x.shape[1] + eps) ** -0.5).mul_(weight)
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
@@ -22,10 +22,3 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     total = x + residual
     return rms_norm(total, weight, eps, exact=exact), total
-
-
-def _rms_norm_long(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """One pass for the norm instead of a widened copy: 265 against 500 µs at 512 × 1024."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return torch.mul(x, scale).mul_(weight).to(x.dtype)

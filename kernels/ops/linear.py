@@ -12,6 +12,7 @@ from kernels.cpu import linear as cpu
 from kernels.reference import linear as reference
 
 PackedLinear: TypeAlias = cpu.PackedLinear | reference.PackedLinear
+PackedGate: TypeAlias = cpu.PackedGate | reference.PackedLinear
 
 
 def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
@@ -22,6 +23,13 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     if weight.device.type == "cpu":
         return cpu.pack_linear(weight, bias)
     return reference.pack_linear(weight, bias)
+
+
+def pack_gated(weight: Tensor, bias: Tensor | None = None) -> PackedGate:
+    """The same for a merged gate and up projection, [2 * width, in_features], the gate first."""
+    if weight.device.type == "cpu":
+        return cpu.pack_gated(weight, bias)
+    return reference.pack_gated(weight, bias)
 
 
 def linear(x: Tensor, packed: PackedLinear, *, exact: bool = False) -> Tensor:
@@ -38,8 +46,8 @@ def linear_add(x: Tensor, packed: PackedLinear, residual: Tensor, *, exact: bool
     return reference.linear_add(x, packed, residual, exact=exact)
 
 
-def gated_linear(x: Tensor, gate: PackedLinear, up: PackedLinear, *, exact: bool = False) -> Tensor:
-    """y = silu(x · Wgᵀ + bg) * (x · Wuᵀ + bu), the first half of a SwiGLU layer."""
-    if isinstance(gate, cpu.PackedLinear) and isinstance(up, cpu.PackedLinear):
-        return cpu.gated_linear(x, gate, up, exact=exact)
-    return reference.gated_linear(x, gate, up, exact=exact)
+def gated_linear(x: Tensor, packed: PackedGate, *, exact: bool = False) -> Tensor:
+    """y = silu(g) * u with [g, u] = x · Wᵀ + b, the first half of a SwiGLU layer; [rows, out_features / 2]."""
+    if isinstance(packed, cpu.PackedGate):
+        return cpu.gated_linear(x, packed, exact=exact)
+    return reference.gated_linear(x, packed, exact=exact)

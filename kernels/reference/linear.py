@@ -23,6 +23,10 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     return PackedLinear(weight, bias)
 
 
+def pack_gated(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+    return PackedLinear(weight, bias)
+
+
 def linear(x: Tensor, packed: PackedLinear, *, exact: bool = False) -> Tensor:
     """y = x · Wᵀ + b."""
     return F.linear(x, packed.weight, packed.bias)
@@ -33,7 +37,7 @@ def linear_add(x: Tensor, packed: PackedLinear, residual: Tensor, *, exact: bool
     return F.linear(x, packed.weight, packed.bias) + residual
 
 
-def gated_linear(x: Tensor, gate: PackedLinear, up: PackedLinear, *, exact: bool = False) -> Tensor:
-    """y = silu(x · Wgᵀ + bg) * (x · Wuᵀ + bu)."""
-    gated = F.linear(x, gate.weight, gate.bias)
-    return gated * torch.sigmoid(gated) * F.linear(x, up.weight, up.bias)
+def gated_linear(x: Tensor, packed: PackedLinear, *, exact: bool = False) -> Tensor:
+    """y = silu(g) * u with [g, u] = x · Wᵀ + b."""
+    gate, up = F.linear(x, packed.weight, packed.bias).chunk(2, dim=-1)
+    return gate * torch.sigmoid(gate) * up

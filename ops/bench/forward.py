@@ -22,7 +22,6 @@ from ops.bench.machine import OthersShare, describe
 from ops.bench.model import CONFIG
 from services.worker.layers import attention as attention_layer
 from services.worker.layers import linear as linear_layer
-from services.worker.layers import mlp as mlp_layer
 from services.worker.layers import norm as norm_layer
 from services.worker.memory.layout import layout_of
 from services.worker.memory.pool import allocate_pool
@@ -35,7 +34,7 @@ OPERATIONS: list[tuple[Any, str]] = [
     (attention_layer, "paged_attention"),
     (linear_layer, "linear"),
     (linear_layer, "linear_add"),
-    (mlp_layer, "gated_linear"),
+    (linear_layer, "gated_linear"),
     (norm_layer, "rms_norm"),
     (decoder_module, "plan_attention"),
 ]

@@ -32,17 +32,17 @@ def packing(request, monkeypatch):
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
 @pytest.mark.parametrize("rows", ROWS)
 def test_linear_layers(dtype, rows, biased, exact, packing):
-    x, residual = randn(rows, 48, dtype=dtype), randn(rows, 101, dtype=dtype)
-    weights = [(randn(101, 48, dtype=dtype) * 0.2, randn(101, dtype=dtype) if biased else None) for _ in range(2)]
-    fast = [linear.pack_linear(*weight) for weight in weights]
-    spec = [linear_spec.pack_linear(*(None if part is None else part.float() for part in weight)) for weight in weights]
-    assert_same(linear.linear(x, fast[0], exact=exact), linear_spec.linear(x.float(), spec[0]).to(dtype))
+    x, residual = randn(rows, 48, dtype=dtype), randn(rows, 102, dtype=dtype)
+    weight, bias = randn(102, 48, dtype=dtype) * 0.2, randn(102, dtype=dtype) if biased else None
+    fast, gate = linear.pack_linear(weight, bias), linear.pack_gated(weight, bias)
+    spec = linear_spec.pack_linear(weight.float(), None if bias is None else bias.float())
+    assert_same(linear.linear(x, fast, exact=exact), linear_spec.linear(x.float(), spec).to(dtype))
     assert_same(
-        linear.linear_add(x, fast[0], residual, exact=exact),
-        linear_spec.linear_add(x.float(), spec[0], residual.float()).to(dtype),
+        linear.linear_add(x, fast, residual, exact=exact),
+        linear_spec.linear_add(x.float(), spec, residual.float()).to(dtype),
     )
-    gated = linear_spec.gated_linear(x.float(), *spec).to(dtype)
-    assert_same(linear.gated_linear(x, *fast, exact=exact), gated)
+    gated = linear_spec.gated_linear(x.float(), spec).to(dtype)
+    assert_same(linear.gated_linear(x, gate, exact=exact), gated)
 
 
 def test_the_public_door_takes_the_packed_path_on_a_cpu(dtype):

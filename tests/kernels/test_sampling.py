@@ -193,6 +193,23 @@ def test_the_cpu_samples_what_the_specification_samples(shape, setting):
         assert torch.equal(got_values, expected_values)
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.1, 3.0])
+def test_bounds_find_the_draw_in_every_one_of_many_rows(spread):
+    rows, vocab = 6000, 211
+    logits, keys = random_logits(rows, vocab, seed=8, spread=spread), keys_for(rows, seed=6)
+    expected = (reference.scale(logits, torch.ones(rows)) + reference.gumbel(keys, torch.arange(vocab))).argmax(-1)
+    assert torch.equal(ops.sample(logits, keys, *parameters(rows))[0], expected)
+
+
+def test_a_bound_is_above_its_score_and_near_it_where_it_matters():
+    scaled, keys = reference.scale(random_logits(50, 9000), torch.ones(50)), keys_for(50)
+    noise = reference.gumbel(keys, torch.arange(9000))
+    bounds = torch.from_numpy(cpu._score_bounds(scaled.numpy(), keys.numpy().astype(np.uint32)))
+    above = bounds - (scaled + noise)
+    assert above.min() > -cpu.BOUND_SLACK / 2
+    assert above[noise > 3].max() < 0.12
+
+
 def test_rows_with_different_settings_share_a_call():
     rows = len(SETTINGS)
     logits, keys = random_logits(rows, 900), keys_for(rows)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from kernels.ops.linear import PackedLinear, linear, linear_add, pack_linear
+from kernels.ops.linear import PackedGate, PackedLinear, gated_linear, linear, linear_add, pack_gated, pack_linear
 
 
 class Linear:
@@ -18,3 +18,15 @@ class Linear:
 
     def add(self, x: Tensor, residual: Tensor, *, exact: bool) -> Tensor:
         return linear_add(x, self.packed, residual, exact=exact)
+
+
+class GatedLinear:
+    """y = silu(g) * u with [g, u] = x · Wᵀ + b, from the merged gate and up projections."""
+
+    __slots__ = ("packed",)
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.packed: PackedGate = pack_gated(weight, bias)
+
+    def __call__(self, x: Tensor, *, exact: bool) -> Tensor:
+        return gated_linear(x, self.packed, exact=exact)

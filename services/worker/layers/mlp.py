@@ -2,17 +2,16 @@
 
 from torch import Tensor
 
-from kernels.ops.linear import gated_linear
-from services.worker.layers.linear import Linear
+from services.worker.layers.linear import GatedLinear, Linear
 
 
 class GatedMlp:
     """SwiGLU: down(silu(gate(x)) * up(x)), added to the residual."""
 
-    __slots__ = ("down", "gate", "up")
+    __slots__ = ("down", "gate_up")
 
-    def __init__(self, gate: Linear, up: Linear, down: Linear) -> None:
-        self.gate, self.up, self.down = gate, up, down
+    def __init__(self, gate_up: GatedLinear, down: Linear) -> None:
+        self.gate_up, self.down = gate_up, down
 
     def add(self, x: Tensor, residual: Tensor, *, exact: bool) -> Tensor:
-        return self.down.add(gated_linear(x, self.gate.packed, self.up.packed, exact=exact), residual, exact=exact)
+        return self.down.add(self.gate_up(x, exact=exact), residual, exact=exact)

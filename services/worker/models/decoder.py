@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.ops.attention import plan_attention
 from services.worker.layers.attention import Attention, AttentionStep
-from services.worker.layers.linear import Linear
+from services.worker.layers.linear import GatedLinear, Linear
 from services.worker.layers.mlp import GatedMlp
 from services.worker.layers.norm import RmsNorm
 from services.worker.layers.positions import RopeTable
@@ -137,23 +137,22 @@ def _build_layer(family: Family, layer_id: int, weights: WeightSource, device: s
     def norm(name: str) -> RmsNorm:
         return RmsNorm(weights.take(f"{prefix}{name}.weight").to(device), spec.norm_eps)
 
-    def linear(*parts: str, biased: bool) -> Linear:
+    def merged(*parts: str, biased: bool) -> tuple[Tensor, Tensor | None]:
         weight = weights.take(*(f"{prefix}{part}.weight" for part in parts)).to(device)
         bias = weights.take(*(f"{prefix}{part}.bias" for part in parts)).to(device) if biased else None
-        return Linear(weight, bias)
+        return weight, bias
 
     attention = Attention(
         layer_id,
         spec.heads,
-        linear(names.query, names.key, names.value, biased=spec.qkv_bias),
-        linear(names.out, biased=spec.out_bias),
+        Linear(*merged(names.query, names.key, names.value, biased=spec.qkv_bias)),
+        Linear(*merged(names.out, biased=spec.out_bias)),
         window=spec.windows[layer_id],
         q_norm=norm(names.query_norm) if spec.qk_norm else None,
         k_norm=norm(names.key_norm) if spec.qk_norm else None,
     )
     mlp = GatedMlp(
-        linear(names.gate, biased=spec.mlp_bias),
-        linear(names.up, biased=spec.mlp_bias),
-        linear(names.down, biased=spec.mlp_bias),
+        GatedLinear(*merged(names.gate, names.up, biased=spec.mlp_bias)),
+        Linear(*merged(names.down, biased=spec.mlp_bias)),
     )
     return DecoderLayer(norm(names.attention_norm), attention, norm(names.mlp_norm), mlp)
