@@ -214,9 +214,12 @@ class Answer:
     # Ending early.
 
     def abort(self, cause: AbortCause) -> None:
-        """Ends the request from this side; the scheduler is told. What is unread of a stalled client is dropped."""
+        """Ends the request from this side; the scheduler is told. What is unread of a stalled client is dropped. An
+        answer that lacks only the scheduler's account of it ends well, without one."""
         if self.terminal:
             return
+        if self.all_ended:
+            return self.give_up_account()
         self.refusal = REFUSAL_OF[cause]
         if cause is AbortCause.STALLED:
             for sample in self._samples:

@@ -57,8 +57,9 @@ def load_model(config: RouterConfig) -> ServedModel:
     folder = BUNDLED_FOLDER if config.model == BUNDLED_MODEL else None
     folder = folder or locate(config.model, revision=config.revision or None)
     try:
-        tokenizer = load_tokenizer(_tokenizer_folder(config, folder))
-        template = load_chat_template(folder, tokenizer, config.chat_template)
+        words = _tokenizer_folder(config, folder)
+        tokenizer = load_tokenizer(words)
+        template = load_chat_template(words if words.is_dir() else folder, tokenizer, config.chat_template)
     except TokenizerError as error:
         raise ModelError(str(error)) from None
     settings, generation, fingerprint = _read(folder)

@@ -1,0 +1,94 @@
+"""What the edge reads of a checkpoint."""
+
+import json
+
+import pytest
+import structlog
+
+from services.router.model import BUNDLED_FOLDER, ModelError, load_model
+from shared.checkpoint import CheckpointError, open_checkpoint
+from shared.config import RouterConfig
+from tests.builders.tiny_text import write_tiny_model
+
+
+def load(folder, **settings):
+    return load_model(RouterConfig(model=str(folder), **settings))
+
+
+def edit(folder, name, **fields):
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    return folder
+
+
+def test_a_model_is_named_after_its_folder_unless_names_are_given(tmp_path):
+    folder = write_tiny_model(tmp_path / "my-model")
+    assert load(folder).names == ("my-model",)
+    assert load(folder, served_model_name=("a", "b")).names == ("a", "b")
+
+
+def test_end_of_sequence_comes_from_generation_config_then_config_then_tokenizer(tmp_path):
+    folder = write_tiny_model(tmp_path / "m", generation={"eos_token_id": [2, 3]})
+    assert load(folder).eos_token_ids == {2, 3}
+    (folder / "generation_config.json").unlink()
+    assert load(folder).eos_token_ids == {1}
+    edit(folder, "config.json", eos_token_id=None)
+    assert load(folder).eos_token_ids == {load(folder).tokenizer.eos_token_id}
+
+
+def test_a_default_outside_our_limits_is_named_and_left_out(tmp_path):
+    folder = write_tiny_model(tmp_path / "m", generation={"temperature": 99, "top_k": 5, "top_p": True, "min_p": None})
+    with structlog.testing.capture_logs() as logs:
+        defaults = load(folder).defaults
+    assert (defaults.temperature, defaults.top_k, defaults.top_p, defaults.min_p) == (None, 5, None, None)
+    assert [entry["field"] for entry in logs if entry["event"] == "default_ignored"] == ["temperature"]
+
+
+def test_the_bundled_model_carries_the_fingerprint_that_workers_report():
+    if not (BUNDLED_FOLDER / "model.safetensors").is_file():
+        pytest.skip("the bundled model is not there yet")
+    model = load_model(RouterConfig())
+    assert model.fingerprint == open_checkpoint(BUNDLED_FOLDER).fingerprint != ""
+    assert model.names == ("bundled",)
+    assert model.chat_template is not None
+    assert model.tokenizer.size <= model.vocab_size
+
+
+def test_another_tokenizer_may_be_named(tmp_path):
+    folder = write_tiny_model(tmp_path / "m")
+    other = write_tiny_model(tmp_path / "other", chat=False)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="--tokenizer"):
+        load(folder)
+    model = load(folder, tokenizer=str(other))
+    assert model.tokenizer.encode("the fox")
+    assert model.chat_template is None
+    assert load(folder, tokenizer=str(other / "tokenizer.json")).chat_template is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error"),
+    [
+        ("config.json", None, CheckpointError),
+        ("config.json", "{", ModelError),
+        ("generation_config.json", "[", CheckpointError),
+        ("tokenizer_config.json", "{", ModelError),
+        ("tokenizer.json", "{}", ModelError),
+        ("chat_template.jinja", "{% for %}", ModelError),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named(tmp_path, name, content, error):
+    folder = write_tiny_model(tmp_path / "m")
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_text(content)
+    with pytest.raises(error, match=name.replace("chat_template.jinja", "chat template")):
+        load(folder)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "max_position_embeddings"])
+def test_a_config_without_its_sizes_is_refused_by_name(tmp_path, key):
+    folder = edit(write_tiny_model(tmp_path / "m"), "config.json", **{key: None})
+    with pytest.raises(ModelError, match=key):
+        load(folder)
