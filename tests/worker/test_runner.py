@@ -206,6 +206,38 @@ def test_min_tokens_keeps_stop_tokens_away_until_then(decoder):
     assert ignored == free
 
 
+def test_a_stop_token_may_come_right_behind_min_tokens(decoder):
+    eager = Sampling(seed=0, temperature=0.0, logit_bias=((77, 1000.0),))
+    asked = make_asked([50, 51], 5, sampling=eager, min_tokens=3, stop_token_ids=[77])
+    assert [token == 77 for token in answer_alone(make_runner(decoder), asked).tokens] == [False] * 3 + [True] * 2
+
+
+@pytest.mark.parametrize("cut", [1, 4, 9])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(seed=0, temperature=0.0, frequency_penalty=2.0, presence_penalty=1.0),
+        Sampling(seed=0, temperature=0.0, repetition_penalty=1.9),
+        EVERYTHING,
+    ],
+    ids=["presence and frequency", "repetition", "everything"],
+)
+def test_an_answer_taken_up_again_goes_on_as_if_nothing_had_happened(decoder, sampling, cut):
+    """What was generated is output and not prompt, for penalties, min_tokens and noise."""
+    more = {"sampling": sampling, "logprobs": 0, "min_tokens": 6, "stop_token_ids": list(range(20, 200))}
+    runner = make_runner(decoder)
+    prompt = [5, 6, 7, 5]
+    whole = answer_alone(runner, make_asked(prompt, 10, **more))
+    known = prompt + whole.tokens[:cut]
+    runner.reset()
+    count = len(known)
+    output = runner.run(make_plan(1, [(3, count, True, (7, 8))], [make_admit(3, known, prompt_len=4, **more)]))
+    tokens = [int(output.tokens[0])]
+    while len(tokens) < 10 - cut:
+        tokens.append(int(runner.run(make_plan(2, [(3, 1, True, ())])).tokens[0]))
+    assert tokens == whole.tokens[cut:]
+
+
 def test_a_bias_decides(decoder):
     asked = make_asked([50, 51], 4, sampling=Sampling(seed=0, temperature=0.0, logit_bias=((77, 1000.0),)))
     assert answer_alone(make_runner(decoder), asked).tokens == [77] * 4
