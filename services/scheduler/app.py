@@ -65,6 +65,7 @@ class _App:
             check_every_step=config.check_invariants,
         )
         self._publisher.state = self._state
+        self._publisher.loads = self._loop.loads
         self._workers.events = WorkerEvents(self._loop.on_ready, self._loop.on_result, self._loop.on_lost)
 
     async def run(self, on_event: OnEvent) -> int:

@@ -150,7 +150,7 @@ class Loop:
 
     def _publish(self, events: list[Event]) -> None:
         self._publish_blocks()
-        self._publisher.publish(events, self.loads)
+        self._publisher.publish(events)
 
     def _publish_blocks(self) -> None:
         for group in self._core.groups.values():

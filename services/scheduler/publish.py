@@ -57,10 +57,11 @@ class Publisher:
         self._links: dict[int, RouterLink] = {}
         self._next_link = 1
         self._warm: Counter[bytes] = Counter()
-        self._loads: list[GroupLoad] = []
+        self._loads_sent: list[GroupLoad] = []
         self._loads_sent_ns = 0
         self._loads_timer: asyncio.TimerHandle | None = None
         self.state: Callable[[], scheduling_pb2.SchedulerState] = scheduling_pb2.SchedulerState
+        self.loads: Callable[[], list[GroupLoad]] = list
 
     @property
     def links(self) -> list[RouterLink]:
@@ -72,7 +73,7 @@ class Publisher:
         self._next_link += 1
         self._links[link.number] = link
         link.frame.state.CopyFrom(self.state())
-        link.frame.loads.CopyFrom(wire.loads_message(self._loads))
+        link.frame.loads.CopyFrom(wire.loads_message(self.loads()))
         link.frame.blocks_stored = b"".join(self._warm)
         link.notify()
         return link
@@ -81,16 +82,16 @@ class Publisher:
         self._links.pop(link.number, None)
         link.close()
 
-    def publish(self, events: Iterable[Event], loads: Callable[[], list[GroupLoad]]) -> None:
-        """Adds events to the frames of their links; events of a closed link are dropped. `loads` is read now, or a
-        little later where they were sent just before."""
+    def publish(self, events: Iterable[Event]) -> None:
+        """Adds events to the frames of their links; events of a closed link are dropped. Loads follow now, or a little
+        later where they were sent just before."""
         for event in events:
             link = self._links.get(event.key[0])  # type: ignore[index]
             if link is not None:
                 wire.add_event(link.frame, event)
                 link.num_unsent += 1
                 link.notify()
-        self._publish_loads(loads)
+        self._publish_loads()
 
     def publish_state(self) -> None:
         """To every router: the scheduler's state changed."""
@@ -126,22 +127,22 @@ class Publisher:
             self._warm.pop(block, None)
         return count
 
-    def _publish_loads(self, loads: Callable[[], list[GroupLoad]]) -> None:
+    def _publish_loads(self) -> None:
         if self._loads_timer is not None or not self._links:
             return
         wait_ns = self._loads_sent_ns + LOAD_INTERVAL_NS - self._now_ns()
         if wait_ns > 0:
             loop = asyncio.get_running_loop()
-            self._loads_timer = loop.call_later(wait_ns / 1e9, self._send_loads, loads)
+            self._loads_timer = loop.call_later(wait_ns / 1e9, self._send_loads)
         else:
-            self._send_loads(loads)
+            self._send_loads()
 
-    def _send_loads(self, loads: Callable[[], list[GroupLoad]]) -> None:
+    def _send_loads(self) -> None:
         self._loads_timer = None
-        current = loads()
-        if current == self._loads:
+        current = self.loads()
+        if current == self._loads_sent:
             return
-        self._loads, self._loads_sent_ns = current, self._now_ns()
+        self._loads_sent, self._loads_sent_ns = current, self._now_ns()
         for link in self._links.values():
             link.frame.loads.CopyFrom(wire.loads_message(current))
             link.notify()
