@@ -8,6 +8,7 @@ import pytest
 
 from shared.rpc.sluice.v1 import inference_pb2 as pb
 from shared.rpc.sluice.v1 import scheduling_pb2
+from shared.rpc.sluice.v1.inference_pb2_grpc import InferenceStub
 from tests.builders.fake_scheduler import FakeScheduler
 from tests.builders.router import drained, ends, ids, refusal, rest, run, running_router, until
 from tests.counts import count
@@ -146,10 +147,12 @@ def test_a_client_that_does_not_read_is_ended_and_delays_nobody(tiny_model):
         scheduler = FakeScheduler(answer=None)
         settings = {"stall_timeout_ms": 300, "max_unread_bytes": 64 * 2**20}
         async with running_router(tiny_model, scheduler, **settings) as router:
-            stalled = router.inference.Generate(ask(), timeout=20)
+            window = [("grpc.http2.lookahead_bytes", 65536), ("grpc.http2.bdp_probe", 0)]
+            channel = grpc.aio.insecure_channel(router.address, options=window)
+            stalled = InferenceStub(channel).Generate(ask(), timeout=20)
             request = await scheduler.request()
-            for _ in range(20):  # more than any flow-control window
-                request.tokens([300] * 100_000)
+            for _ in range(8):  # more than the flow-control window
+                request.tokens([300] * 20_000)
                 await asyncio.sleep(0.01)
             other = router.inference.Generate(ask(), timeout=5)
             neighbour = await scheduler.request(1)
@@ -166,6 +169,7 @@ def test_a_client_that_does_not_read_is_ended_and_delays_nobody(tiny_model):
             await router.idle()
             _, error = await drained(stalled)
             assert refusal(error) == ("RESOURCE_EXHAUSTED", "", 0)
+            await channel.close()
 
     run(test(), timeout_s=40)
 
