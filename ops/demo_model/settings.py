@@ -38,6 +38,7 @@ class Settings:
     chat_tokens: int = 480  # a longer question and answer is left out
 
     batch_tokens: int = 4096
+    draft_batch_tokens: int = 2048
     short: int = 512  # sequence length for most of the time
     long: int = 2048  # sequence length at the end, so that every position is trained
     long_from: float = 0.82  # share of the time after which sequences are long

@@ -17,9 +17,10 @@ from ops.demo_model import corpus, evaluation, plot, tokens, training, vocabular
 from ops.demo_model.settings import HERE, WORK, Settings
 
 MODEL, DRAFT = HERE / "model", HERE / "draft"
+Prepared = tuple[PreTrainedTokenizerFast, tokens.Corpus]
 
 
-def prepare(settings: Settings) -> tuple[PreTrainedTokenizerFast, tokens.Corpus]:
+def prepare(settings: Settings) -> Prepared:
     """Read the library, train the tokenizer and tokenize; the same interpreter gives the same result."""
     sources = corpus.sources(settings.seed, settings.held_out)
     texts = tokens.tokenizer_texts(sources)
@@ -29,9 +30,9 @@ def prepare(settings: Settings) -> tuple[PreTrainedTokenizerFast, tokens.Corpus]
     return tokenizer, data
 
 
-def train_model(options: argparse.Namespace, settings: Settings) -> None:
+def train_model(options: argparse.Namespace, settings: Settings, prepared: Prepared) -> None:
     """Train the model and write its checkpoint folder."""
-    tokenizer, data = prepare(settings)
+    tokenizer, data = prepared
     model = training.build(settings.model, settings, tokenizer)
     trainer = training.Trainer("model", model, training.next_token_loss, data, settings, options.minutes * 60)
     if options.resume:
@@ -40,10 +41,11 @@ def train_model(options: argparse.Namespace, settings: Settings) -> None:
     _note(trainer)
 
 
-def train_draft(options: argparse.Namespace, settings: Settings) -> None:
+def train_draft(options: argparse.Namespace, settings: Settings, prepared: Prepared) -> None:
     """Distil the draft from the finished model and write its checkpoint folder."""
-    tokenizer, data = prepare(settings)
+    tokenizer, data = prepared
     teacher = load(MODEL)
+    settings = dataclasses.replace(settings, batch_tokens=settings.draft_batch_tokens)
     draft = training.build(settings.draft, settings, tokenizer)
     training.inherit_embedding(draft, teacher)
     loss = training.distillation_loss(teacher)
@@ -54,9 +56,9 @@ def train_draft(options: argparse.Namespace, settings: Settings) -> None:
     _note(trainer)
 
 
-def report(options: argparse.Namespace, settings: Settings) -> None:
+def report(options: argparse.Namespace, settings: Settings, prepared: Prepared) -> None:
     """Measure the two checkpoints as they are stored; write results.json and loss.png."""
-    _, data = prepare(settings)
+    _, data = prepared
     model, draft = load(MODEL), load(DRAFT)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     length, limit = 1024, options.report_tokens
@@ -132,8 +134,9 @@ def main() -> None:
     torch.set_num_threads(settings.threads)
     WORK.mkdir(exist_ok=True)
     stages = {"model": train_model, "draft": train_draft, "report": report}
+    prepared = prepare(settings)
     for name in options.stages or stages:
-        stages[name](options, settings)
+        stages[name](options, settings, prepared)
 
 
 if __name__ == "__main__":
