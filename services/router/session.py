@@ -121,11 +121,14 @@ class Session:
         life.tokenized = self._now()
         answer = life.answer = self._submit(prepared, options, life)
         place.on_abort(answer.abort)
+        deadline = _at_deadline(options, self._now() - life.arrived, answer)
         try:
             async with aclosing(self._stream(answer, options, life)) as events:
                 async for event in events:
                     yield event
         finally:
+            if deadline is not None:
+                deadline.cancel()
             expired = options.deadline_ns is not None and self._now() - life.arrived >= options.deadline_ns
             answer.close(AbortCause.DEADLINE if expired else AbortCause.CLIENT)
 
@@ -167,7 +170,7 @@ class Session:
         if accepted:
             yield _accepted(answer, options)
         while not answer.terminal:
-            await self._wait(answer, options, life)
+            await _wait(answer)
             if not accepted and answer.prompt_logprobs is None and not answer.terminal:
                 continue
             if not accepted:
@@ -183,21 +186,6 @@ class Session:
             yield finished
         if answer.refusal is not None:
             raise RefusedError(answer.refusal)
-
-    async def _wait(self, answer: Answer, options: GenerateOptions, life: _Life) -> None:
-        """For news of the answer, no longer than the deadline allows; for a mere account of it, not for ever."""
-        left_ns = _time_left(options, self._now() - life.arrived)
-        timeout_s = left_ns / NS_PER_S if left_ns else None
-        if answer.all_ended:
-            timeout_s = ACK_TIMEOUT_S if timeout_s is None else min(ACK_TIMEOUT_S, timeout_s)
-        try:
-            async with asyncio.timeout(timeout_s):
-                await answer.wait()
-        except TimeoutError:
-            if answer.all_ended:
-                answer.give_up_account()
-            else:
-                answer.abort(AbortCause.DEADLINE)
 
     def _last(self, answer: Answer, options: GenerateOptions, life: _Life) -> list[Finished]:
         """The ends that are left; usage and timing on the very last."""
@@ -215,6 +203,25 @@ class Session:
             timing = msgspec.structs.asdict(life.timing(answer, now_ns))
             facts |= {name[:-3] + "_ms": _ms(value) for name, value in timing.items() if name.endswith("_ns") and value}
         log.info("request", request_id=options.request_id, end=end, n=options.n, **facts)
+
+
+async def _wait(answer: Answer) -> None:
+    """For news of the answer, which its deadline bounds; for a mere account of it, not for ever."""
+    if not answer.all_ended:
+        return await answer.wait()
+    try:
+        async with asyncio.timeout(ACK_TIMEOUT_S):
+            await answer.wait()
+    except TimeoutError:
+        answer.give_up_account()
+
+
+def _at_deadline(options: GenerateOptions, elapsed_ns: int, answer: Answer) -> asyncio.TimerHandle | None:
+    """Ends the answer when its time is up. One timer per request: one per wait would cost as much as the wait."""
+    if options.deadline_ns is None:
+        return None
+    left_s = (options.deadline_ns - elapsed_ns) / NS_PER_S
+    return asyncio.get_running_loop().call_later(left_s, answer.abort, AbortCause.DEADLINE)
 
 
 def _accepted(answer: Answer, options: GenerateOptions) -> Accepted:

@@ -236,11 +236,26 @@ def _override(path: Path) -> dict[str, str]:
 def _sources(folder: Path) -> dict[str, str]:
     files = {"default": folder / "chat_template.jinja"}
     files |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    found = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
-    if found:
-        return found
-    config = folder / "tokenizer_config.json"
-    declared = msgspec.json.decode(config.read_bytes()).get("chat_template") if config.is_file() else None
+    try:
+        found = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
+        return found or _declared(folder / "tokenizer_config.json")
+    except (OSError, UnicodeDecodeError, msgspec.MsgspecError) as error:
+        raise TokenizerError(f"cannot read the chat template of {folder}: {error}") from None
+
+
+class _Named(msgspec.Struct):
+    name: str
+    template: str
+
+
+class _Config(msgspec.Struct):
+    chat_template: str | list[_Named] | None = None
+
+
+def _declared(config: Path) -> dict[str, str]:
+    if not config.is_file():
+        return {}
+    declared = msgspec.json.decode(config.read_bytes(), type=_Config).chat_template
     if isinstance(declared, list):
-        return {entry["name"]: entry["template"] for entry in declared}
+        return {entry.name: entry.template for entry in declared}
     return {"default": declared} if declared else {}

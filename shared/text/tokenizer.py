@@ -67,6 +67,15 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder (or of a tokenizer.json itself). Raises TokenizerError."""
     if folder.is_file():
         return Tokenizer(_from_file(folder), _Settings({}, {}).named, str(folder))
+    try:
+        return _load(folder)
+    except TokenizerError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # valid JSON of another shape than expected
+        raise TokenizerError(f"{folder}: the tokenizer's JSON files are malformed ({error!r})") from None
+
+
+def _load(folder: Path) -> Tokenizer:
     settings = _Settings(_json(folder / "tokenizer_config.json"), _json(folder / "special_tokens_map.json"))
     layout = _layout(settings.config.get("tokenizer_class"), _json(folder / "config.json").get("model_type"))
     file = folder / "tokenizer.json"
@@ -125,8 +134,8 @@ def _content(token: Any) -> str | None:
 def _added_token(token: Any, special: bool | None = None) -> AddedToken:
     if isinstance(token, str):
         return AddedToken(token, special=bool(special), normalized=not special)
-    known = {key: token[key] for key in ("content", "single_word", "lstrip", "rstrip", "normalized") if key in token}
-    return AddedToken(**known, special=token.get("special", False) if special is None else special)
+    known = {key: token[key] for key in ("single_word", "lstrip", "rstrip", "normalized") if key in token}
+    return AddedToken(token["content"], **known, special=token.get("special", False) if special is None else special)
 
 
 def _json(path: Path) -> dict[str, Any]:

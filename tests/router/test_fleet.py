@@ -6,7 +6,8 @@ import grpc
 import pytest
 import structlog
 
-from services.router.fleet.addresses import resolve
+from services.router.fleet.addresses import check_addresses, resolve
+from shared.config import ConfigError
 from shared.prefix import chain, root_hash, short
 from shared.rpc.sluice.v1 import control_pb2, scheduling_pb2
 from shared.rpc.sluice.v1 import inference_pb2 as pb
@@ -258,6 +259,13 @@ def test_addresses_are_resolved_to_every_process_behind_them(monkeypatch):
         assert await resolve("schedulers.cluster:9") == ["10.0.0.1:9", "10.0.0.2:9"]
 
     run(test())
+
+
+@pytest.mark.parametrize("addresses", [(), ("localhost",), ("host:",), ("host:0",), ("host:99999",), ("host:port",)])
+def test_an_impossible_address_is_refused_by_name(addresses):
+    with pytest.raises(ConfigError, match="--scheduler"):
+        check_addresses(addresses)
+    check_addresses(["localhost:1", "[::1]:50052", "unix:/tmp/x"])
 
 
 def test_a_scheduler_that_leaves_dns_finishes_its_requests(tiny_model, monkeypatch):

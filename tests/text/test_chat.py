@@ -148,6 +148,13 @@ def test_named_templates_are_chosen_as_transformers_chooses(tmp_path):
         load_chat_template(folder, load_tokenizer(folder)).render(MESSAGES)
 
 
+@pytest.mark.parametrize("declared", [7, [{"name": "default"}], {"default": "x"}])
+def test_a_malformed_template_is_refused_by_name(tmp_path, declared):
+    folder = write_tokenizer(tmp_path / "odd", byte_level(), **CONFIG, chat_template=declared)
+    with pytest.raises(TokenizerError, match=r"chat template of .*odd"):
+        load_chat_template(folder, load_tokenizer(folder))
+
+
 def test_additional_template_files_are_read(tmp_path):
     folder = write_tokenizer(tmp_path / "a", byte_level(), **CONFIG)
     (folder / "chat_template.jinja").write_text("plain")

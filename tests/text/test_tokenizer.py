@@ -154,6 +154,22 @@ def test_a_damaged_tokenizer_json_is_refused_by_name(tmp_path, content):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"added_tokens_decoder": {"x": {"content": "a"}}},
+        {"added_tokens_decoder": []},
+        {"added_tokens_decoder": {"1": {}}},
+        {"tokenizer_class": 7},
+        {"extra_special_tokens": 7},
+    ],
+)
+def test_a_malformed_configuration_is_refused_by_name(tmp_path, config):
+    folder = write_tokenizer(tmp_path / "odd", byte_level(), **config)
+    with pytest.raises(TokenizerError, match="odd"):
+        load_tokenizer(folder)
+
+
 def test_a_decoder_that_cannot_stream_is_refused_by_name(tmp_path):
     folder = write_tokenizer(tmp_path / "ctc", byte_level(), **FAST)
     data = json.loads((folder / "tokenizer.json").read_text())

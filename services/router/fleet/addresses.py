@@ -3,8 +3,21 @@
 import asyncio
 import ipaddress
 import socket
+from collections.abc import Sequence
+
+from shared.config import ConfigError
 
 RESOLVE_TIMEOUT_S = 5.0
+
+
+def check_addresses(addresses: Sequence[str]) -> None:
+    """Raises ConfigError for what no scheduler could have."""
+    if not addresses:
+        raise ConfigError("--scheduler: at least one HOST:PORT is needed")
+    for address in addresses:
+        _, _, port = address.rpartition(":")
+        if not address.startswith("unix:") and not (":" in address and port.isdecimal() and 0 < int(port) < 65536):
+            raise ConfigError(f"--scheduler: {address!r} is not HOST:PORT")
 
 
 async def resolve(address: str) -> list[str]:

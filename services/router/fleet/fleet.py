@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from services.router.fleet.addresses import resolve
+from services.router.fleet.addresses import check_addresses, resolve
 from services.router.fleet.link import Link
 from services.router.fleet.values import Expected, Load, Sink, Submission, Ticket
 from services.router.limits import too_long
@@ -23,9 +23,10 @@ Chains = dict[int, list[BlockHash]]
 
 
 class Fleet:
-    """Owns the links and their tasks, for as long as `run` runs."""
+    """Owns the links and their tasks, for as long as `run` runs. Raises ConfigError for an impossible address."""
 
     def __init__(self, addresses: Sequence[str], *, router: str, token: str, expected: Expected) -> None:
+        check_addresses(addresses)
         self._addresses = tuple(addresses)
         self._make = lambda target: Link(target, router=router, token=token, expected=expected)
         self._links: dict[str, Link] = {}
