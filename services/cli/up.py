@@ -12,9 +12,11 @@ import msgspec
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
+from rich.text import Text
 
 from services.cli.cluster import Cluster, plan_cluster, up_flags
 from services.cli.flags import with_flags
+from services.cli.loglines import compact
 from services.cli.output import REFUSED, fail
 from services.cli.serve import ConfigFile
 from services.cli.supervise import (
@@ -106,6 +108,7 @@ class View:
             TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=self._console, transient=True
         )
         self._tasks: dict[str, TaskID] = {}
+        self._stopping = False
 
     def observe(self, notice: Notice) -> None:
         match notice:
@@ -126,6 +129,7 @@ class View:
                 self._say(self.ready_line())
                 self._write_ready_file()
             case Stopping(names):
+                self._stopping = True
                 self._stop_progress()
                 self._say(f"stopping {', '.join(names)}")
 
@@ -173,9 +177,9 @@ class View:
         if self._log:
             self._log.write(f"{name} | {text}\n")
         elif self._console.is_terminal:
-            colour = COLOURS[name.partition("-")[0]]
-            self._console.print(f"[{colour}]{name}[/] │ ", end="")
-            self._console.print(text, markup=False)
+            line = compact(text, stopping=self._stopping)
+            if line is not None:
+                self._console.print(Text.assemble((name, COLOURS[name.partition("-")[0]]), " │ ", line))
         else:
             print(f"{name} | {text}", file=sys.stderr, flush=True)
 
