@@ -1,11 +1,13 @@
 """Requests that end early: cancelled, abandoned, stalled, late, aborted by name."""
 
 import asyncio
+import gc
 import random
 
 import grpc
 import pytest
 
+from services.router.answer import Answer
 from shared.rpc.sluice.v1 import inference_pb2 as pb
 from shared.rpc.sluice.v1 import scheduling_pb2
 from shared.rpc.sluice.v1.inference_pb2_grpc import InferenceStub
@@ -57,6 +59,9 @@ def test_cancels_at_random_points_leave_nothing_behind(tiny_model):
                 await asyncio.gather(*(one() for _ in range(10)))
             await router.idle()
             assert all(request.aborts for request in scheduler.requests)
+            await asyncio.sleep(0.1)
+            gc.collect()
+            assert not [one for one in gc.get_objects() if isinstance(one, Answer)]
 
     run(test(), timeout_s=120)
 

@@ -117,6 +117,28 @@ def test_mutated_messages_end_in_documented_statuses(tiny_model):
     run(test(), timeout_s=900)
 
 
+OTHER_METHODS = [
+    "/sluice.v1.Inference/ListModels",
+    "/sluice.v1.Inference/Abort",
+    "/sluice.v1.Control/GetServerInfo",
+    "/sluice.v1.Control/GetLoad",
+    "/grpc.health.v1.Health/Check",
+]
+
+
+def test_noise_on_the_other_methods_is_refused_or_answered(tiny_model):
+    async def test():
+        rng = random.Random(13)
+        allowed = {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND}
+        async with running_router(tiny_model, FakeScheduler()) as router:
+            for number in range(count("fuzz_messages") // 10):
+                method = OTHER_METHODS[number % len(OTHER_METHODS)]
+                call = router.channel.unary_unary(method)(rng.randbytes(rng.randrange(40)), timeout=10)
+                assert await call.code() in allowed, method
+
+    run(test(), timeout_s=900)
+
+
 FLOATS = [math.nan, math.inf, -math.inf, -1.0, 0.0, 1e-30, 1e30, 1.0, 2.5, -100.5]
 COUNTS = [0, 1, 16, 17, 2**31, 2**32 - 1]
 TEXTS = ["", "a", "\x00", "é" * 200, "{", "[]", "x" * 70_000, "🙂" * 3]
