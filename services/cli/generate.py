@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import sys
 from typing import Annotated, Any
 
@@ -105,6 +106,9 @@ def generate(
     except KeyboardInterrupt:
         print(file=sys.stderr)
         code = 130
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
     raise typer.Exit(code)
 
 
@@ -185,6 +189,8 @@ def _input(prompt: str, *, chat: bool, system: str, token_ids: str) -> dict[str,
 
     if token_ids:
         return {"token_ids": _ids(token_ids, "--token-ids")}
+    if prompt == "-" and sys.stdin.isatty():
+        print("the prompt, ended by Ctrl-D:", file=sys.stderr)
     text = sys.stdin.read() if prompt == "-" else prompt
     if not chat:
         return {"prompt": text}

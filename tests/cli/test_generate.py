@@ -92,6 +92,19 @@ def test_a_prompt_can_come_from_standard_input(served: Served) -> None:
     assert served.router.requests[0].prompt == "from a pipe"
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(served: Served) -> None:
+    served.router.answer = ("many words ",) * 20_000
+    command = [sys.executable, "-m", "services.cli.main", "generate", f"--address={served.address}", "hi"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    with process.stdout, process.stderr:
+        process.stdout.read(100)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.wait(20) == 141
+
+
 def test_a_refusal_is_one_sentence_with_its_status_and_when_to_try_again(served: Served) -> None:
     done = generate(served, "refuse")
     assert done.returncode == 1

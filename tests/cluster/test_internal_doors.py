@@ -147,6 +147,17 @@ def test_an_internal_port_stays_on_loopback_without_a_token(service) -> None:
     assert "Traceback" not in running.tail()
 
 
+@pytest.mark.parametrize("name", ["scheduler", "worker", "router"])
+def test_a_service_whose_port_is_taken_says_so_and_ends(service, name: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port, flag = holder.getsockname()[1], "grpc_port" if name == "router" else "port"
+        running = service(name, **{flag: port})
+        assert running.process.wait(60) == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in running.tail()
+    assert "Traceback" not in running.tail()
+    assert [event.name for event in running.events if event.name != "loading"] == ["refused"]
+
+
 def test_a_drain_ends_a_scheduler_with_0(service) -> None:
     running = service("scheduler", port=0)
     address = running.wait_event("ready")["address"]
