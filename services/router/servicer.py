@@ -11,6 +11,7 @@ from services.router import wire
 from services.router.admission import Admission
 from services.router.fleet import Fleet
 from services.router.model import ServedModel
+from services.router.request import Accepted
 from services.router.session import Session
 from shared import __version__
 from shared.clock import NS_PER_MS, NowNs
@@ -57,9 +58,10 @@ class RouterInference(InferenceServicer):
         length = self._fleet.max_model_len or self._model.max_model_len
         prompt = wire.prompt_of(request, self._model, max_bytes=self._max_request_bytes, max_model_len=length)
         options = wire.options_of(request, self._model, request_id, deadline_ns)
-        await context.send_initial_metadata(((REQUEST_ID_HEADER, request_id),))
         async with aclosing(self._session.run(prompt, options)) as events:
             async for event in events:
+                if isinstance(event, Accepted):  # not before: a refusal without headers may be retried by gRPC itself
+                    await context.send_initial_metadata(((REQUEST_ID_HEADER, request_id),))
                 await self._write(context, request_id, wire.response_of(event))
         return
         yield  # an async generator, as grpc wants it

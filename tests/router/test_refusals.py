@@ -1,6 +1,7 @@
 """Every request that is not served, with its status and details."""
 
 import asyncio
+import json
 import math
 
 import grpc
@@ -9,6 +10,7 @@ import pytest
 from services.router.limits import RANGES
 from shared.outcome import REFUSALS
 from shared.rpc.sluice.v1 import inference_pb2 as pb
+from shared.rpc.sluice.v1.inference_pb2_grpc import InferenceStub
 from tests.builders.fake_scheduler import FakeScheduler
 from tests.builders.router import ends, refusal, rest, run, running_router
 from tests.builders.tiny_text import write_tiny_model
@@ -198,6 +200,37 @@ def test_one_request_too_many_is_told_when_to_come_back(tiny_model):
             request.end()
             request.release()
             await third
+
+    run(test())
+
+
+def test_a_refusal_comes_without_headers_so_that_grpc_may_retry_it(tiny_model):
+    async def test():
+        scheduler = FakeScheduler(answer=None)
+        policy = {
+            "name": [{"service": "sluice.v1.Inference"}],
+            "retryPolicy": {
+                "maxAttempts": 5,
+                "initialBackoff": "0.05s",
+                "maxBackoff": "0.1s",
+                "backoffMultiplier": 1,
+                "retryableStatusCodes": ["RESOURCE_EXHAUSTED"],
+            },
+        }
+        options = [("grpc.service_config", json.dumps({"methodConfig": [policy]})), ("grpc.enable_retries", 1)]
+        async with running_router(tiny_model, scheduler, max_num_queued_reqs=1) as router:
+            first = router.inference.Generate(ask(), timeout=5)
+            request = await scheduler.request()
+            async with grpc.aio.insecure_channel(router.address, options=options) as channel:
+                second = asyncio.create_task(rest(InferenceStub(channel).Generate(ask(), timeout=10)))
+                await asyncio.sleep(0.02)
+                request.end()
+                request.release()
+                await rest(first)
+                again = await scheduler.request(1)
+                again.end()
+                again.release()
+                assert len(ends(await second)) == 1
 
     run(test())
 
