@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "ops" / "bench" / "results"
 NOISY = 0.05
 """Above this share of the machine's CPU for others, a repeat is marked noisy and left out of the medians."""
-PEERS = ("hf_sequential", "hf_static", "hf_continuous")
+IN_PROCESS = "in_process"
+PEERS = (IN_PROCESS, "hf_sequential", "hf_static", "hf_continuous")
 START_TIMEOUT_S = 120.0
 
 
@@ -61,11 +62,12 @@ class Ours:
 
 
 class Peer:
-    """transformers in a process of its own, fed line by line."""
+    """Another way to answer, in a process of its own, fed line by line: transformers, or our runner without gRPC."""
 
     def __init__(self, model: Path, dtype: str, threads: int, way: str) -> None:
         self.way = way
-        command = [sys.executable, "-m", "ops.bench.peers", str(model), f"--dtype={dtype}", f"--threads={threads}"]
+        module = "ops.bench.in_process" if way == IN_PROCESS else "ops.bench.peers"
+        command = [sys.executable, "-m", module, str(model), f"--dtype={dtype}", f"--threads={threads}"]
         environ = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
@@ -151,6 +153,8 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
         base = by_who.get("hf_sequential")
         for figures in by_who.values() if base else ():
             figures["times_hf_sequential"] = base["wall_s"] / figures["wall_s"]
+        if IN_PROCESS in by_who and "sluice" in by_who:
+            by_who["sluice"]["in_process_over_grpc_wall"] = by_who[IN_PROCESS]["wall_s"] / by_who["sluice"]["wall_s"]
         _add_cpu(by_who.get("sluice"), sum(job.max_tokens for job in WORKLOADS[workload](0)))
     return summary
 
