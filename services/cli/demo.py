@@ -12,8 +12,9 @@ from services.cli.generate import CONNECT_TIMEOUT_S, stream
 from services.cli.output import fail_call
 from services.cli.up import LogFile, start
 
-PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n'
-MAX_TOKENS = 96
+PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n    with open(path'
+SETTINGS: dict[str, Any] = {"max_tokens": 96, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 3}
+"""A seed, so that everybody sees the same answer; some warmth, because a model this small repeats itself greedily."""
 
 Keep = Annotated[bool, typer.Option("--keep", help="Leave the cluster up, and say how to call it.")]
 Prompt = Annotated[str, typer.Option("--prompt", help="What to ask.")]
@@ -43,8 +44,9 @@ async def _ask(cluster: Cluster, prompt: str) -> int:
     from services.cli.client import CallError, Client, Request
 
     console = Console(highlight=False)
-    console.print(f"\n[dim]{prompt.rstrip()}[/]", markup=True)
-    request = Request(prompt=prompt, max_tokens=MAX_TOKENS, temperature=0, include_timing=True)
+    console.print()
+    console.print(prompt, style="dim", end="", markup=False)
+    request = Request(prompt=prompt, include_timing=True, **SETTINGS)
     async with Client(cluster.router) as client:
         try:
             await client.connect(CONNECT_TIMEOUT_S)
