@@ -4,7 +4,9 @@ The pool is one tensor [num_blocks, num_layers, 2, num_kv_heads, block_size, hea
 of rows; row r owns tokens `query_starts[r]:query_starts[r + 1]`, its last token at position `context_lens[r] - 1`.
 Position p of row r lives in block `block_tables[r, p // block_size]` at slot `p % block_size`; entries of the table
 beyond the context are never read. Rows may share blocks: call `write_kv` for all tokens of a layer before
-`paged_attention` of that layer. What unused slots hold, NaNs included, has no influence.
+`paged_attention` of that layer. What unused slots hold has no influence as long as it is finite, for a weight of zero
+times NaN is NaN; so `write_kv` never writes anything else, and one sequence's overflow cannot reach the next owner of
+its blocks.
 
 With `exact`, a token's result has the same bits however its sequence was cut into chunks and whatever the other rows
 are: scores and products are computed on whole tiles of 128 absolute positions and 16 rows, masked to zero.
@@ -43,7 +45,10 @@ def plan_attention(
 
 
 def write_kv(kv: Tensor, pool: Tensor, layer_id: int, plan: AttentionPlan) -> None:
-    """Write K and V, `kv` being [tokens, 2, num_kv_heads, head_dim], into the pages of `layer_id`."""
+    """Write K and V, `kv` being [tokens, 2, num_kv_heads, head_dim], into the pages of `layer_id`.
+
+    `kv` may be a strided view. NaNs and infinities are written as zeros.
+    """
     (cpu if pool.device.type == "cpu" else reference).write_kv(kv, pool, layer_id, plan)
 
 

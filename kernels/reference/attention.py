@@ -37,8 +37,9 @@ def plan_attention(
 
 
 def write_kv(kv: Tensor, pool: Tensor, layer_id: int, plan: AttentionPlan) -> None:
-    """pool[block, layer, k or v, head, slot] = kv[token, k or v, head] for every token with a slot."""
+    """pool[block, layer, k or v, head, slot] = kv[token, k or v, head], what is not finite becoming zero."""
     block_size = pool.shape[4]
+    kv = torch.nan_to_num(kv, nan=0.0, posinf=0.0, neginf=0.0)
     for token_id, slot in enumerate(plan.slots.tolist()):
         pool[slot // block_size, layer_id, :, :, slot % block_size] = kv[token_id]
 

@@ -1,4 +1,4 @@
-"""Builds paged caches: sequences of random K and V laid into shuffled blocks, all other slots holding NaN."""
+"""Builds paged caches: sequences of random K and V laid into shuffled blocks, all other slots holding huge numbers."""
 
 from dataclasses import dataclass
 
@@ -9,6 +9,9 @@ from kernels.ops.attention import paged_attention, plan_attention, write_kv
 
 LAYERS = 3
 """Pools have more layers than the one used, so that strides and offsets are put to the test."""
+
+POISON = 3e38
+"""What unused slots hold: its products overflow, and a single one that counts shows."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Cache:
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed)).tolist()
         self.tables = [[order.pop() for _ in range(count)] for count in needed]
         shape = (num_blocks, LAYERS, 2, heads.num_kv_heads, heads.block_size, heads.head_dim)
-        self.pool = torch.full(shape, float("nan"), dtype=sequences[0].kv.dtype)
+        self.pool = torch.full(shape, POISON, dtype=sequences[0].kv.dtype)
 
     def step(self, chunks: list[Chunk], *, body=None, window: int | None = None, exact: bool = False) -> list[Tensor]:
         """Write and attend the chunks in one step; the result of each. `body` defaults to the public door."""

@@ -10,8 +10,8 @@ from services.worker.memory.layout import layout_of
 from services.worker.memory.pool import allocate_pool
 from services.worker.models.decoder import Decoder, StepBatch
 
-POISON = float("nan")
-"""What unused slots hold: a single read of them shows."""
+POISON = 3e38
+"""What unused slots hold: a single one that counts shows."""
 
 
 @dataclass
