@@ -15,7 +15,7 @@ PROMPTS = (
     "def fibonacci(n):",
     "import os\n",
     "class Stack:\n",
-    "def read_lines(path):\n    \"\"\"Return the file's lines.\"\"\"\n",
+    'def read_lines(path):\n    """Return the file\'s lines."""\n',
 )
 QUESTIONS = (
     "Return the sum of two numbers.",

@@ -84,9 +84,7 @@ def load(folder: Path) -> LlamaForCausalLM:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def _measure(
-    name: str, model: LlamaForCausalLM, folder: Path, losses: dict[str, evaluation.HeldOut]
-) -> dict[str, Any]:
+def _measure(name: str, model: LlamaForCausalLM, folder: Path, losses: dict[str, evaluation.HeldOut]) -> dict[str, Any]:
     """Describe one trained model: sizes, time and held-out losses."""
     noted = _noted(name)
     return {

@@ -44,9 +44,7 @@ def test_chat_template():
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
     chat = corpus.Chat("Return one.", "def one():\n    return 1", "Be brief.").messages()
     text = tokenizer.apply_chat_template(chat, tokenize=False)
-    assert text == (
-        "<|bos|><|system|>Be brief.<|user|>Return one.<|assistant|>def one():\n    return 1<|eos|>"
-    )
+    assert text == ("<|bos|><|system|>Be brief.<|user|>Return one.<|assistant|>def one():\n    return 1<|eos|>")
     opened = tokenizer.apply_chat_template(chat[:2], add_generation_prompt=True)["input_ids"]
     assert tokenizer.decode(opened).endswith("<|assistant|>")
 
