@@ -1,5 +1,6 @@
 """Same tokens, same logits, to the bit: whatever the chunks, the batch, the cache hits and the order of rows."""
 
+import dataclasses
 import random
 
 import pytest
@@ -110,6 +111,20 @@ def test_float32_is_exact_without_being_asked(decoders):
     row: Row = harness.row(tokens)
     unasked = torch.cat([harness.step([(row, part)], exact=False) for part in (1, 30, 1, 38)])
     assert torch.equal(asked, unasked)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_may_want_logits_of_some_tokens_or_of_none(decoders, dtype):
+    harness = Harness(decoders["llama", dtype])
+    tokens = torch.randint(0, 389, (30,), generator=torch.Generator().manual_seed(2)).tolist()
+    whole = harness.step([(harness.row(tokens), 30)], exact=True)
+    row = harness.row(tokens)
+    batch = harness.batch([(row, 20)], exact=True)
+    for wanted in ([], [19], [3, 7]):
+        chosen = dataclasses.replace(batch, logit_rows=torch.tensor(wanted, dtype=torch.int64))
+        logits = harness.decoder.forward(chosen, harness.pages)
+        assert logits.dtype == torch.float32
+        assert torch.equal(logits, whole[wanted])
 
 
 def test_bfloat16_takes_the_fast_path_unless_asked(decoders):

@@ -30,7 +30,7 @@ class StepBatch:
     context_lens   R numbers: tokens of the row in the cache after this step's write; the row's last token sits at
                    position context_lens[r] - 1
     block_tables   [R, max_blocks] int32; entries beyond a row's context are never read
-    logit_rows     [S] int64: which of the T tokens want logits
+    logit_rows     [S] int64: which of the T tokens want logits; may be empty
     exact          a token's logits then have the same bits whatever it shares its steps with
     """
 
@@ -87,6 +87,8 @@ class Decoder:
         for layer in self._layers:
             hidden = layer.forward(hidden, step)
         wanted = hidden.index_select(0, batch.logit_rows)
+        if wanted.shape[0] == 0:
+            return wanted.new_empty((0, self.spec.vocab_size), dtype=torch.float32)
         return self._head(self._norm(wanted, exact=exact), exact=exact).float()
 
     def _plan(self, batch: StepBatch, pool: Tensor, exact: bool) -> AttentionStep:

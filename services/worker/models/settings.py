@@ -1,6 +1,7 @@
 """Reading config.json: typed, with the family's defaults, refusing by name what is not implemented."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from services.worker.layers.positions import (
@@ -117,7 +118,7 @@ class _Rotary:
 
     def choice(self) -> Rope:
         kind = self._parameters.get("rope_type", self._parameters.get("type", "default"))
-        makers = {
+        makers: dict[str, Callable[[], Rope]] = {
             "default": lambda: DefaultRope(self._theta),
             "linear": lambda: LinearRope(self._theta, self._number("factor")),
             "dynamic": self._dynamic,
