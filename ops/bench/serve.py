@@ -39,7 +39,8 @@ class Ours:
         flags = ["--grpc-port=0", f"--ready-file={ready}", f"--model={model}", f"--dtype={dtype}"]
         flags += [f"--threads={threads}", "--max-num-seqs=16", "--max-model-len=1024", *extra]
         command = [sys.executable, "-m", "services.cli.main", "up", *flags]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+        null = subprocess.DEVNULL
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=null, stdout=null, stderr=null)
         deadline = time.monotonic() + START_TIMEOUT_S
         while not ready.exists():
             if self.process.poll() is not None or time.monotonic() > deadline:
