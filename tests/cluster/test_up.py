@@ -97,6 +97,23 @@ def test_ctrl_c_stops_all_and_leaves_nothing(own_cluster) -> None:
     assert not c._ready_file.exists()
 
 
+@pytest.mark.parametrize("after_s", [0.0, 0.5, 1.5])
+def test_ctrl_c_before_it_is_ready_stops_well_too(after_s: float) -> None:
+    process = subprocess.Popen(
+        [*SLUICE, "up", "--grpc-port=0", "--threads=1"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    with process.stdout:
+        wait_for(lambda: len(psutil.Process(process.pid).children()) == 3, 20, "three processes")
+        children = [child.pid for child in psutil.Process(process.pid).children()]
+        time.sleep(after_s)
+        process.send_signal(signal.SIGINT)
+        said = process.stdout.read()
+    assert process.wait(30) == 0, said
+    assert "Traceback" not in said
+    assert not any(is_alive(pid) for pid in children)
+
+
 def test_a_killed_service_is_reported_restarted_and_serves_again(own_cluster) -> None:
     with own_cluster() as c:
         expected = text_of(ask(c.address))
