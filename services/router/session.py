@@ -234,7 +234,9 @@ def _accepted(answer: Answer, options: GenerateOptions) -> Accepted:
 
 
 def _ms(value_ns: Any) -> Any:
-    return round(value_ns / NS_PER_MS, 3) if isinstance(value_ns, int) else value_ns
+    if isinstance(value_ns, dict):
+        return {reason: _ms(waited_ns) for reason, waited_ns in value_ns.items()}
+    return round(value_ns / NS_PER_MS, 3)
 
 
 def _time_left(options: GenerateOptions, elapsed_ns: int) -> int:
