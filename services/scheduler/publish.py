@@ -5,11 +5,10 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 
-from services.scheduler import wire
 from services.scheduler.core.events import Event
 from services.scheduler.core.worker_group import GroupLoad
+from services.scheduler.wire import Frame, FrameMessage, SchedulerState
 from shared.clock import NS_PER_MS, NowNs
-from shared.rpc.sluice.v1 import scheduling_pb2
 
 MAX_UNSENT_EVENTS = 200_000
 """A link with more is closed: its router is gone in all but name."""
@@ -22,7 +21,7 @@ class RouterLink:
 
     number: int
     router: str
-    frame: scheduling_pb2.SchedulerFrame = field(default_factory=scheduling_pb2.SchedulerFrame)
+    frame: Frame = field(default_factory=Frame)
     num_unsent: int = 0
     taken_ns: int = 0
     """When the writer last took a frame, or found none."""
@@ -36,16 +35,16 @@ class RouterLink:
         self.closed = True
         self._ready.set()
 
-    async def frames(self, now_ns: NowNs) -> AsyncIterator[scheduling_pb2.SchedulerFrame]:
+    async def frames(self, now_ns: NowNs) -> AsyncIterator[FrameMessage]:
         """Frames as they come, until the link is closed."""
         while not self.closed:
             self.taken_ns = now_ns()
             await self._ready.wait()
             self._ready.clear()
-            frame, self.frame, self.num_unsent = self.frame, scheduling_pb2.SchedulerFrame(), 0
+            frame, self.frame, self.num_unsent = self.frame, Frame(), 0
             self.taken_ns = now_ns()
-            for part in wire.split(frame):
-                yield part
+            for message in frame.messages():
+                yield message
 
 
 class Publisher:
@@ -60,7 +59,7 @@ class Publisher:
         self._loads_sent: list[GroupLoad] = []
         self._loads_sent_ns = 0
         self._loads_timer: asyncio.TimerHandle | None = None
-        self.state: Callable[[], scheduling_pb2.SchedulerState] = scheduling_pb2.SchedulerState
+        self.state: Callable[[], SchedulerState] = SchedulerState
         self.loads: Callable[[], list[GroupLoad]] = list
 
     @property
@@ -72,9 +71,9 @@ class Publisher:
         link = RouterLink(self._next_link, router)
         self._next_link += 1
         self._links[link.number] = link
-        link.frame.state.CopyFrom(self.state())
-        link.frame.loads.CopyFrom(wire.loads_message(self.loads()))
-        link.frame.blocks_stored = b"".join(self._warm)
+        link.frame.tell_state(self.state())
+        link.frame.tell_loads(self.loads())
+        link.frame.tell_blocks(set(self._warm), set())
         link.notify()
         return link
 
@@ -88,7 +87,7 @@ class Publisher:
         for event in events:
             link = self._links.get(event.key[0])  # type: ignore[index]
             if link is not None:
-                wire.add_event(link.frame, event)
+                link.frame.tell_event(event)
                 link.num_unsent += 1
                 link.notify()
         self._publish_loads()
@@ -96,7 +95,7 @@ class Publisher:
     def publish_state(self) -> None:
         """To every router: the scheduler's state changed."""
         for link in self._links.values():
-            link.frame.state.CopyFrom(self.state())
+            link.frame.tell_state(self.state())
             link.notify()
 
     def publish_blocks(self, stored: Iterable[bytes], removed: Iterable[bytes]) -> None:
@@ -107,8 +106,7 @@ class Publisher:
         if not came and not gone:
             return
         for link in self._links.values():
-            link.frame.blocks_stored = _without(link.frame.blocks_stored, gone) + b"".join(came)
-            link.frame.blocks_removed = _without(link.frame.blocks_removed, came) + b"".join(gone)
+            link.frame.tell_blocks(came, gone)
 
     def stalled(self) -> list[RouterLink]:
         """Links whose writer took nothing for too long, or that hold too much."""
@@ -144,13 +142,5 @@ class Publisher:
             return
         self._loads_sent, self._loads_sent_ns = current, self._now_ns()
         for link in self._links.values():
-            link.frame.loads.CopyFrom(wire.loads_message(current))
+            link.frame.tell_loads(current)
             link.notify()
-
-
-def _without(packed: bytes, blocks: set[bytes]) -> bytes:
-    if not packed or not blocks:
-        return packed
-    size = len(next(iter(blocks)))
-    parts = (packed[i : i + size] for i in range(0, len(packed), size))
-    return b"".join(part for part in parts if part not in blocks)

@@ -12,6 +12,7 @@ from services.scheduler.core.worker_group import GroupLoad, GroupSpec
 from shared import PROTOCOL_VERSION
 from shared.net.options import SPLIT_BYTES
 from shared.outcome import AbortCause
+from shared.prefix import SHORT_HASH_BYTES
 from shared.rpc.sluice.v1 import control_pb2, execution_pb2, scheduling_pb2
 from shared.sampling import Sampling, Stopping, TokenLogprobs, Want
 
@@ -89,6 +90,7 @@ def _sampling_of(message: scheduling_pb2.RowSampling) -> Sampling:
 
 PROMPT_LOGPROBS_PER_EVENT = 1024
 SchedulerState = scheduling_pb2.SchedulerState
+FrameMessage = scheduling_pb2.SchedulerFrame
 
 
 def state_message(
@@ -123,42 +125,65 @@ def tokens_messages(event: Tokens) -> Iterator[scheduling_pb2.TokensEvent]:
     return (yield message)
 
 
-def add_event(frame: scheduling_pb2.SchedulerFrame, event: Event) -> None:
-    """Appends an event of one link to its frame."""
-    match event:
-        case Tokens():
-            frame.tokens.extend(tokens_messages(event))
-        case SampleEnded():
-            frame.ends.add(
-                key=event.key[1],  # type: ignore[index]
-                index=event.index,
-                reason=event.reason.value,
-                stop_token_id=event.stop_token_id,
-            )
-        case Released():
-            frame.released.append(_released_message(event))
+class Frame:
+    """What a router has yet to be told: grows event by event until its writer takes it."""
+
+    def __init__(self) -> None:
+        self._message = scheduling_pb2.SchedulerFrame()
+
+    def tell_event(self, event: Event) -> None:
+        match event:
+            case Tokens():
+                self._message.tokens.extend(tokens_messages(event))
+            case SampleEnded():
+                self._message.ends.add(
+                    key=event.key[1],  # type: ignore[index]
+                    index=event.index,
+                    reason=event.reason.value,
+                    stop_token_id=event.stop_token_id,
+                )
+            case Released():
+                self._message.released.append(_released_message(event))
+
+    def tell_state(self, state: SchedulerState) -> None:
+        self._message.state.CopyFrom(state)
+
+    def tell_loads(self, loads: Iterable[GroupLoad]) -> None:
+        """Of all groups that there are now."""
+        del self._message.loads.groups[:]
+        self._message.loads.SetInParent()
+        self._message.loads.groups.extend(scheduling_pb2.LinkLoad(**_load_fields(load)) for load in loads)
+
+    def tell_blocks(self, came: set[bytes], gone: set[bytes]) -> None:
+        """Short hashes; the later word on a block is the one that counts."""
+        message = self._message
+        message.blocks_stored = _without(message.blocks_stored, gone) + b"".join(came)
+        message.blocks_removed = _without(message.blocks_removed, came) + b"".join(gone)
+
+    def messages(self) -> Iterator[scheduling_pb2.SchedulerFrame]:
+        """The frame in one message or, over SPLIT_BYTES, in several of at most about that size, in order: a sample's
+        tokens come before its end, and its end before its request's release."""
+        whole = self._message
+        if whole.ByteSize() <= SPLIT_BYTES:
+            yield whole
+            return
+        part, size = scheduling_pb2.SchedulerFrame(), 0
+        for message in whole.tokens:
+            part.tokens.append(message)
+            size += message.ByteSize()
+            if size > SPLIT_BYTES:
+                yield part
+                part, size = scheduling_pb2.SchedulerFrame(), 0
+        whole.ClearField("tokens")
+        part.MergeFrom(whole)
+        yield part
 
 
-def split(frame: scheduling_pb2.SchedulerFrame) -> Iterator[scheduling_pb2.SchedulerFrame]:
-    """The frame itself or, over SPLIT_BYTES, several of at most about that size, in order: a sample's tokens come
-    before its end, and its end before its request's release."""
-    if frame.ByteSize() <= SPLIT_BYTES:
-        yield frame
-        return
-    part, size = scheduling_pb2.SchedulerFrame(), 0
-    for message in frame.tokens:
-        part.tokens.append(message)
-        size += message.ByteSize()
-        if size > SPLIT_BYTES:
-            yield part
-            part, size = scheduling_pb2.SchedulerFrame(), 0
-    frame.ClearField("tokens")
-    part.MergeFrom(frame)
-    yield part
-
-
-def loads_message(loads: Iterable[GroupLoad]) -> scheduling_pb2.LinkLoads:
-    return scheduling_pb2.LinkLoads(groups=[scheduling_pb2.LinkLoad(**_load_fields(load)) for load in loads])
+def _without(packed: bytes, blocks: set[bytes]) -> bytes:
+    if not packed or not blocks:
+        return packed
+    parts = (packed[i : i + SHORT_HASH_BYTES] for i in range(0, len(packed), SHORT_HASH_BYTES))
+    return b"".join(part for part in parts if part not in blocks)
 
 
 def public_load(load: GroupLoad) -> control_pb2.GroupLoad:

@@ -6,11 +6,13 @@ import contextlib
 import grpc
 import pytest
 
+from services.scheduler.core.events import SampleEnded, Tokens
+from services.scheduler.wire import Frame
 from shared import PROTOCOL_VERSION
+from shared.outcome import FinishReason
 from shared.rpc.sluice.v1 import control_pb2, control_pb2_grpc
 from shared.rpc.sluice.v1 import execution_pb2 as epb
 from shared.rpc.sluice.v1 import execution_pb2_grpc as erpc
-from shared.rpc.sluice.v1 import scheduling_pb2 as pb
 from shared.sampling import Sampling
 from tests.builders.link import linked, running_scheduler, running_worker
 from tests.builders.pretend_worker import pretend_token
@@ -381,13 +383,11 @@ async def _guarded_scheduler():
 
 
 def test_frames_over_a_megabyte_are_split_in_order():
-    from services.scheduler import wire
-
-    frame = pb.SchedulerFrame()
+    frame = Frame()
     for key in range(40):
-        frame.tokens.add(key=key, token_ids=bytes(60_000))
-    frame.ends.add(key=39, reason="length")
-    parts = list(wire.split(frame))
+        frame.tell_event(Tokens((1, key), 0, tuple(range(15_000))))
+    frame.tell_event(SampleEnded((1, 39), 0, FinishReason.LENGTH))
+    parts = list(frame.messages())
     assert len(parts) > 2 and all(part.ByteSize() < 2 * 2**20 for part in parts)
     assert [event.key for part in parts for event in part.tokens] == list(range(40))
     assert [len(part.ends) for part in parts] == [0] * (len(parts) - 1) + [1]
