@@ -128,3 +128,15 @@ def test_a_sequence_that_overflowed_does_not_reach_the_next_owner_of_its_blocks(
     cache.tables[1] = cache.tables[0]
     first, second = (cache.step([Chunk(1, *part)], body=attention, exact=exact)[0] for part in ((0, 20), (20, 40)))
     assert_same(torch.cat((first, second)), expected)
+
+
+def test_decode_rows_of_very_different_contexts(dtype):
+    heads, lengths = Heads(head_dim=8, num_heads=2, num_kv_heads=1), [3000, 5, 2900, 33, 8]
+    sequences = [draw(heads, length, dtype, seed) for seed, length in enumerate(lengths)]
+    fast, spec = Cache(heads, sequences), Cache(heads, sequences)
+    for cache in (fast, spec):
+        cache.step([Chunk(index, 0, length - 1) for index, length in enumerate(lengths)], body=attention)
+    last = [Chunk(index, length - 1, length) for index, length in enumerate(lengths)]
+    actual, expected = fast.step(last, body=attention), spec.step(last, body=attention_spec)
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert_same(mine, theirs)
