@@ -34,11 +34,12 @@ EXACT_DIMS = 8
 """head_dim is padded to a multiple of this: MKL treats rows of P · V unlike one another at 6 and 10 columns."""
 FAST_TILE = 16
 PIECE_QUERIES = 64
-BUCKET_WASTE = 1.5
-"""Decode rows share a product while their padded contexts cost at most this much of the true ones, …"""
-BUCKET_SLACK = 1536
-"""… or this many positions more. Between the layers of a model another group costs about 100 µs of cold code and a
-position 0.1 to 0.2: 16 rows of 64 to 514 took 18 to 20 ms a step as one group, 20 to 25 as three."""
+FAST_WASTE = (1.5, 1536)
+EXACT_WASTE = (1.1, 128)
+"""Decode rows are attended together while their padded contexts cost at most (this many times the true ones, and this
+many positions more). 16 rows of 64 to 514 in a model: bfloat16 18 to 20 ms a step in one group, 20 to 25 in three, for
+the code of another group comes cold from memory; float32, whose positions cost more, 70 to 95 in one, 48 to 55 in four.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,7 @@ def plan_attention(
             decodes.append(span)
         elif span.num_queries > 1:
             groups.append(planner.prompt(span))
-    groups += [planner.decodes(bucket) for bucket in _bucket(decodes)]
+    groups += [planner.decodes(bucket) for bucket in _bucket(decodes, *(EXACT_WASTE if exact else FAST_WASTE))]
     most_lines = max((len(group.lines) for group in groups), default=0)
     buffer = torch.empty(most_lines, pool.shape[4] * pool.shape[5], dtype=pool.dtype)
     return AttentionPlan(planner.slot_lines(slots), groups, buffer, exact)
@@ -201,13 +202,13 @@ def _mask(scores: Tensor, piece: Piece, num_rows: int) -> None:
         by_query[..., piece.masked_from :].masked_fill_(piece.hidden[:, None, None], lowest)
 
 
-def _bucket(decodes: list[_Span]) -> list[list[_Span]]:
+def _bucket(decodes: list[_Span], most_times: float, most_more: int) -> list[list[_Span]]:
     """Decode rows, longest first, in buckets whose padding wastes little."""
     buckets: list[list[_Span]] = []
     longest = total = 0
     for span in sorted(decodes, key=lambda span: (-span.num_positions, span.row)):
         total += span.num_positions
-        if not buckets or longest * (len(buckets[-1]) + 1) > BUCKET_WASTE * total + BUCKET_SLACK:
+        if not buckets or longest * (len(buckets[-1]) + 1) > most_times * total + most_more:
             buckets.append([])
             longest = total = span.num_positions
         buckets[-1].append(span)
