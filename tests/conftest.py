@@ -98,7 +98,7 @@ def service(tmp_path: Path) -> Iterator[StartService]:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """A failure brings the words of the clusters that run."""
     report: pytest.TestReport = yield
-    if report.failed:
+    if report.failed and "shared_clusters" in getattr(item, "fixturenames", ()):
         for running_cluster in item.config.stash[CLUSTERS]:
             report.sections.append(("cluster", running_cluster.tail()))
     return report

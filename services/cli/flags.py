@@ -184,7 +184,7 @@ def to_argv(flags: Mapping[str, Any]) -> list[str]:
             continue
         if isinstance(value, bool):
             argv.append(flag(name) if value else "--no-" + flag(name).removeprefix("--"))
-        elif isinstance(value, tuple):
+        elif isinstance(value, tuple | list):
             argv.extend(f"{flag(name)}={item}" for item in value)
         else:
             argv.append(f"{flag(name)}={value}")

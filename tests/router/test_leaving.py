@@ -61,7 +61,9 @@ def test_cancels_at_random_points_leave_nothing_behind(tiny_model):
             assert all(request.aborts for request in scheduler.requests)
             await asyncio.sleep(0.1)
             gc.collect()
-            assert not [one for one in gc.get_objects() if isinstance(one, Answer)]
+            assert not [
+                one for one in gc.get_objects() if type(one) is Answer
+            ]  # isinstance would wake torch's lazy objects
 
     run(test(), timeout_s=120)
 
