@@ -3,8 +3,6 @@
 import random
 from dataclasses import dataclass, field
 
-import torch
-
 from services.worker.execute.runner import Runner
 from services.worker.execute.slots import Slots
 from services.worker.memory.layout import layout_of
@@ -13,6 +11,8 @@ from services.worker.models.decoder import Decoder
 from services.worker.plan import RowLogprobs, RowPromptLogprobs, StepRunner
 from services.worker.sampling.sampler import Sampler
 from tests.builders.plans import GREEDY, make_admit, make_plan
+
+POISON = 1e4
 
 
 def make_runner(
@@ -25,10 +25,11 @@ def make_runner(
     poison: bool = True,
     **fields,
 ) -> Runner:
-    """A runner with its own pool, whose pages begin as NaN, so that reading what was never written shows."""
+    """A runner with its own pool, whose pages begin absurdly large, so that reading what was never written shows; but
+    finite, as kernels.ops.attention asks of every slot."""
     pool = allocate_pool(layout_of(decoder.spec, decoder.dtype, block_size), num_blocks)
     if poison:
-        pool.pages.fill_(torch.nan)
+        pool.pages.fill_(POISON)
     vocab_size = decoder.spec.vocab_size
     slots = Slots(
         max_num_seqs=max_num_seqs,
