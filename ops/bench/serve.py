@@ -20,6 +20,7 @@ from ops.bench.machine import OthersShare, cpu_seconds, describe
 from ops.bench.model import ensure_model
 from ops.bench.workload import WORKLOADS, Job
 from services.cli.client import Client, Delta, Finished, Request
+from services.worker.environment import worker_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "ops" / "bench" / "results"
@@ -70,6 +71,8 @@ class Peer:
         module = "ops.bench.in_process" if way == IN_PROCESS else "ops.bench.peers"
         command = [sys.executable, "-m", module, str(model), f"--dtype={dtype}", f"--threads={threads}"]
         environ = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        if way == IN_PROCESS:
+            environ |= worker_environment(environ)
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
             command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=environ

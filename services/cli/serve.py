@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import os
 import sys
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 from services.cli.events import OnEvent, die_with, write_events
 from services.cli.flags import KINDS, Kind, build, make_flags, with_flags
 from services.cli.output import REFUSED, fail, user_message
+from services.worker.environment import worker_environment
 
 ConfigFile = Annotated[
     str, typer.Option("--config", envvar="SLUICE_CONFIG", metavar="FILE", help="A TOML file with settings.")
@@ -31,6 +33,8 @@ def add_service(app: typer.Typer, section: str) -> None:
     def command(
         config: ConfigFile = "", event_fd: EventFd = -1, parent_pid: ParentPid = 0, *, flags: dict[str, Any]
     ) -> None:
+        if section == "worker":
+            _start_again_with(worker_environment(os.environ))
         if parent_pid:
             die_with(parent_pid)
         on_event = write_events(event_fd) if event_fd >= 0 else _terminal_events(section)
@@ -39,6 +43,12 @@ def add_service(app: typer.Typer, section: str) -> None:
     command.__doc__ = ABOUT[section]
     command.__name__ = section
     app.command(section)(with_flags(command, make_flags([kind])))
+
+
+def _start_again_with(added: dict[str, str]) -> None:
+    """Replaces this process by itself with more environment; returns where there is nothing to add."""
+    if added:
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **added})
 
 
 def run_service(section: str, *, file: str, flags: dict[str, Any], on_event: OnEvent) -> int:

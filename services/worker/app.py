@@ -1,8 +1,6 @@
 """The worker process: constructs everything, serves until it is told to stop."""
 
-import os
 import sys
-from collections.abc import MutableMapping
 from typing import Any
 
 from services.worker.host import Loaded, OnEvent, Progress, host
@@ -12,13 +10,6 @@ from shared.ids import new_instance_id
 from shared.telemetry.logs import configure_logs
 
 EXIT_REFUSED = 1
-SPIN_COUNT = "1000"
-"""How often an idle OpenMP thread of torch looks for work before it sleeps; libgomp's own default is 300,000.
-
-Decoding with two threads beside three busy processes took 19 ms a step at 1,000 and when sleeping at once, 241 ms by
-default (16 rows: 26, 31 and 143), for a thread that spins keeps the one that computes from its core. Some spinning
-spares a wake-up between operations that follow each other closely.
-"""
 
 
 async def serve(config: WorkerConfig, *, on_event: OnEvent | None = None) -> int:
@@ -40,14 +31,7 @@ async def serve(config: WorkerConfig, *, on_event: OnEvent | None = None) -> int
         return EXIT_REFUSED
 
 
-def calm_openmp(environ: MutableMapping[str, str]) -> None:
-    """Before torch is imported. What the user has set stays."""
-    if not environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
-        environ["GOMP_SPINCOUNT"] = SPIN_COUNT
-
-
 def _load(config: WorkerConfig, progress: Progress) -> Loaded:
-    calm_openmp(os.environ)
     from services.worker.load import load  # torch comes with it, after the port is bound and health is answered
 
     return load(config, progress)

@@ -6,7 +6,8 @@ import pytest
 import structlog
 import torch
 
-from services.worker.app import SPIN_COUNT, calm_openmp, serve
+from services.worker.app import serve
+from services.worker.environment import SPIN_COUNT, worker_environment
 from services.worker.load import (
     BUNDLED_FOLDER,
     WorkerError,
@@ -182,11 +183,8 @@ def test_the_bundled_model_is_where_the_worker_looks_for_it():
     assert (BUNDLED_FOLDER / "config.json").is_file()
 
 
-def test_openmp_threads_soon_sleep_unless_the_user_says_otherwise():
-    environ = {}
-    calm_openmp(environ)
-    assert environ == {"GOMP_SPINCOUNT": SPIN_COUNT}
-    for mine in ({"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}):
-        environ = dict(mine)
-        calm_openmp(environ)
-        assert environ == mine
+def test_a_workers_environment_keeps_what_the_user_has_set():
+    assert worker_environment({})["GOMP_SPINCOUNT"] == SPIN_COUNT
+    assert "GOMP_SPINCOUNT" not in worker_environment({"OMP_WAIT_POLICY": "ACTIVE"})
+    whole = worker_environment({})
+    assert worker_environment(whole) == {}

@@ -50,8 +50,9 @@ class Attention:
         self.qkv, self.out, self.q_norm, self.k_norm = qkv, out, q_norm, k_norm
         self.scale = heads.head_dim**-0.5
 
-    def add(self, x: Tensor, residual: Tensor, step: AttentionStep) -> Tensor:
-        """residual + attention(x); K and V of all tokens are in their pages before any is read."""
+    def add(self, x: Tensor, residual: Tensor, step: AttentionStep, wanted: Tensor | None = None) -> Tensor:
+        """residual + attention(x); K and V of all tokens are in their pages before any is read. `wanted` [S] selects
+        the tokens to answer for, where that is not all of them."""
         num_heads, num_kv_heads = self.heads.num_heads, self.heads.num_kv_heads
         heads = self.qkv(x, exact=step.exact).view(-1, num_heads + 2 * num_kv_heads, self.heads.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
@@ -61,5 +62,10 @@ class Attention:
         apply_rope_(heads[:, : num_heads + num_kv_heads], step.cos, step.sin)
         plan = step.plans[self.window]
         write_kv(heads[:, num_heads:], step.pool, self.layer_id, plan)
+        if wanted is not None and wanted.shape[0] == 0:
+            return residual[:0]
         attended = paged_attention(heads[:, :num_heads], step.pool, self.layer_id, plan, self.scale)
-        return self.out.add(attended.view(x.shape[0], -1), residual, exact=step.exact)
+        flat = attended.view(x.shape[0], -1)
+        if wanted is not None:
+            flat, residual = flat.index_select(0, wanted), residual.index_select(0, wanted)
+        return self.out.add(flat, residual, exact=step.exact)

@@ -53,8 +53,11 @@ class DecoderLayer:
     mlp_norm: RmsNorm
     mlp: GatedMlp
 
-    def forward(self, hidden: Tensor, step: AttentionStep) -> Tensor:
-        hidden = self.attention.add(self.attention_norm(hidden, exact=step.exact), hidden, step)
+    def forward(self, hidden: Tensor, step: AttentionStep, wanted: Tensor | None = None) -> Tensor:
+        """`wanted` [S]: of these tokens only; behind the last layer nobody needs the others."""
+        hidden = self.attention.add(self.attention_norm(hidden, exact=step.exact), hidden, step, wanted)
+        if hidden.shape[0] == 0:
+            return hidden
         return self.mlp.add(self.mlp_norm(hidden, exact=step.exact), hidden, exact=step.exact)
 
 
@@ -84,12 +87,12 @@ class Decoder:
         exact = batch.exact or self.dtype == torch.float32
         step = self._plan(batch, pool, exact)
         hidden = self._embedding.index_select(0, _padded(batch.token_ids, exact))
-        for layer in self._layers:
+        for layer in self._layers[:-1]:
             hidden = layer.forward(hidden, step)
-        wanted = hidden.index_select(0, batch.logit_rows)
-        if wanted.shape[0] == 0:
-            return wanted.new_empty((0, self.spec.vocab_size), dtype=torch.float32)
-        return self._head(self._norm(wanted, exact=exact), exact=exact).float()
+        hidden = self._layers[-1].forward(hidden, step, batch.logit_rows)
+        if hidden.shape[0] == 0:
+            return hidden.new_empty((0, self.spec.vocab_size), dtype=torch.float32)
+        return self._head(self._norm(hidden, exact=exact), exact=exact).float()
 
     def _plan(self, batch: StepBatch, pool: Tensor, exact: bool) -> AttentionStep:
         starts, contexts = list(batch.query_starts), list(batch.context_lens)
