@@ -46,7 +46,7 @@ def plan_cluster(flags: Mapping[str, Any], *, file: str = "") -> Cluster:
     ports = _choose_ports(up, router, scheduler.port, worker.port, given=flags)
     scheduler_at, worker_ports = f"{INTERNAL_HOST}:{ports['scheduler']}", _worker_ports(ports)
     secrets = {f"SLUICE_{name.upper()}": str(flags[name]) for name in SECRETS if name in flags}
-    threads = _threads(worker, up.workers)
+    shares = _shares(worker, up.workers)
 
     def spec(name: str, section: str, rank: int, own: Mapping[str, Any], drain_s: float) -> ServiceSpec:
         known = {key: value for key, value in flags.items() if key in fields_of(KINDS[section])}
@@ -65,7 +65,7 @@ def plan_cluster(flags: Mapping[str, Any], *, file: str = "") -> Cluster:
     specs = [
         spec("scheduler", "scheduler", 1, {**at_home, "port": ports["scheduler"]}, scheduler.shutdown_timeout),
         *(
-            spec(name, "worker", 2, {**at_home, "port": port, "scheduler": scheduler_at, "advertise": "", **threads}, 0)
+            spec(name, "worker", 2, {**at_home, "port": port, "scheduler": scheduler_at, "advertise": "", **shares}, 0)
             for name, port in worker_ports.items()
         ),
         spec(
@@ -125,11 +125,15 @@ def _worker_ports(ports: Mapping[str, int]) -> dict[str, int]:
     return {name: port for name, port in ports.items() if name.startswith("worker-")}
 
 
-def _threads(worker: WorkerConfig, workers: int) -> dict[str, int]:
-    """Several workers share the cores: without this each would take them all."""
-    if workers == 1 or worker.threads:
+def _shares(worker: WorkerConfig, workers: int) -> dict[str, float]:
+    """Several workers share cores and memory: without this each would take them all."""
+    if workers == 1:
         return {}
-    return {"threads": max(1, (psutil.cpu_count(logical=False) or 1) // workers)}
+    shares: dict[str, float] = {}
+    if not worker.threads:
+        shares["threads"] = max(1, (psutil.cpu_count(logical=False) or 1) // workers)
+    shares["gpu_memory_utilization"] = worker.gpu_memory_utilization / workers
+    return shares
 
 
 def _bindable(host: str) -> str:

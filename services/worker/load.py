@@ -142,7 +142,8 @@ def _require_room(spec: ModelSpec, dtype: torch.dtype, free: int) -> None:
 
 
 def size_pool(config: WorkerConfig, layout: BlockLayout, max_positions: int, free: int) -> PoolSize:
-    """Blocks as told, else for `max_num_seqs` whole contexts, else what half of the free memory holds.
+    """Blocks as told, else for `max_num_seqs` whole contexts, else what half of this worker's share
+    (`gpu_memory_utilization`) of the free memory holds.
 
     Raises WorkerError where what was asked for does not fit, PoolTooSmall where not one block does.
     """
@@ -155,7 +156,7 @@ def size_pool(config: WorkerConfig, layout: BlockLayout, max_positions: int, fre
         num_blocks = count_blocks(layout, memory_bytes=config.kv_cache_memory_bytes)
     else:
         enough = config.max_num_seqs * layout.blocks_for(longest)
-        num_blocks = min(enough, count_blocks(layout, available_bytes=free))
+        num_blocks = min(enough, count_blocks(layout, available_bytes=int(free * config.gpu_memory_utilization)))
     needed = num_blocks * layout.bytes_per_block
     if needed > free:
         raise WorkerError(

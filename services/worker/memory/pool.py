@@ -30,7 +30,9 @@ class Pool(msgspec.Struct, frozen=True):
 
 
 def allocate_pool(layout: BlockLayout, num_blocks: int, device: str = "cpu") -> Pool:
-    return Pool(layout, torch.zeros(num_blocks, *layout.shape, dtype=layout.dtype, device=device))
+    """Every page is written to: memory that is only promised would be taken in live traffic, fault by fault."""
+    pages = torch.empty(num_blocks, *layout.shape, dtype=layout.dtype, device=device)
+    return Pool(layout, pages.zero_())
 
 
 def count_blocks(layout: BlockLayout, *, memory_bytes: int | None = None, available_bytes: int | None = None) -> int:
