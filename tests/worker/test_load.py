@@ -84,9 +84,11 @@ def test_a_pool_holds_every_slots_whole_context_and_no_more_where_memory_allows(
     assert (size.num_blocks, size.max_model_len) == (3 * 7, 100)
 
 
-def test_a_pool_takes_half_of_the_free_memory_at_most_and_the_context_shrinks_with_it():
-    size = size_pool(WorkerConfig(max_num_seqs=64), LAYOUT, 1000, 20 * 2048)
-    assert (size.num_blocks, size.max_model_len) == (10, 160)
+@pytest.mark.parametrize("share, num_blocks", [(1.0, 10), (0.5, 5)])
+def test_a_pool_takes_half_of_its_share_of_the_free_memory_at_most_and_the_context_shrinks_with_it(share, num_blocks):
+    config = WorkerConfig(max_num_seqs=64, gpu_memory_utilization=share)
+    size = size_pool(config, LAYOUT, 1000, 20 * 2048)
+    assert (size.num_blocks, size.max_model_len) == (num_blocks, 16 * num_blocks)
 
 
 def test_told_sizes_are_taken_as_they_are():
