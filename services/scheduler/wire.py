@@ -209,6 +209,7 @@ def _released_message(event: Released) -> scheduling_pb2.Released:
         key=event.key[1],  # type: ignore[index]
         refusal=refusal.name if refusal else "",
         message=refusal.message if refusal else "",
+        field=refusal.field if refusal else "",
         retry_after_ms=refusal.retry_after_ms if refusal else 0,
         cached_tokens=event.cached_tokens,
         completion_tokens=event.completion_tokens,

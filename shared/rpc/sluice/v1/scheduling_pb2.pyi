@@ -216,7 +216,7 @@ class SampleEnd(_message.Message):
     def __init__(self, key: _Optional[int] = ..., index: _Optional[int] = ..., reason: _Optional[str] = ..., stop_token_id: _Optional[int] = ...) -> None: ...
 
 class Released(_message.Message):
-    __slots__ = ("key", "refusal", "message", "retry_after_ms", "cached_tokens", "completion_tokens", "durations")
+    __slots__ = ("key", "refusal", "message", "retry_after_ms", "cached_tokens", "completion_tokens", "durations", "field")
     KEY_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
@@ -224,6 +224,7 @@ class Released(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DURATIONS_FIELD_NUMBER: _ClassVar[int]
+    FIELD_FIELD_NUMBER: _ClassVar[int]
     key: int
     refusal: str
     message: str
@@ -231,7 +232,8 @@ class Released(_message.Message):
     cached_tokens: int
     completion_tokens: int
     durations: PhaseDurations
-    def __init__(self, key: _Optional[int] = ..., refusal: _Optional[str] = ..., message: _Optional[str] = ..., retry_after_ms: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., durations: _Optional[_Union[PhaseDurations, _Mapping]] = ...) -> None: ...
+    field: str
+    def __init__(self, key: _Optional[int] = ..., refusal: _Optional[str] = ..., message: _Optional[str] = ..., retry_after_ms: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., durations: _Optional[_Union[PhaseDurations, _Mapping]] = ..., field: _Optional[str] = ...) -> None: ...
 
 class PhaseDurations(_message.Message):
     __slots__ = ("total_ns", "queue_ns", "prefill_ns", "decode_ns", "preemptions", "prefill_steps", "decode_steps", "queue_reason_ns")
