@@ -24,7 +24,7 @@ class RouterLink:
     frame: Frame = field(default_factory=Frame)
     num_unsent: int = 0
     taken_ns: int = 0
-    """When the writer last took a frame, or found none."""
+    """When the writer last took a frame, or was first given something to take."""
     closed: bool = False
     _ready: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -88,6 +88,8 @@ class Publisher:
             link = self._links.get(event.key[0])  # type: ignore[index]
             if link is not None:
                 link.frame.tell_event(event)
+                if link.num_unsent == 0:
+                    link.taken_ns = self._now_ns()  # it had nothing to take until now
                 link.num_unsent += 1
                 link.notify()
         self._publish_loads()

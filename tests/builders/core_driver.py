@@ -46,6 +46,7 @@ class CoreDriver:
     max_lens: dict[object, int] = field(default_factory=dict)
     tokens: dict[tuple[object, int], list[int]] = field(default_factory=dict)
     ends: dict[tuple[object, int], SampleEnded] = field(default_factory=dict)
+    prompt_logprobs: dict[object, tuple] = field(default_factory=dict)
     released: dict[object, Released] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -83,6 +84,7 @@ class CoreDriver:
         plan = self.core.schedule(name, self.now_ns)
         if plan:
             self.steps += 1
+            assert plan.num_tokens <= self.config.max_num_batched_tokens, "a step keeps to its budget"
             self.plans.append(plan)
             self.flying[name].append(plan)
         self._absorb()
@@ -132,6 +134,9 @@ class CoreDriver:
             release = self.released[key]
             if release.refusal and (key, 0) not in self.ends:
                 continue
+            if one.want.prompt_logprobs >= 0 and release.refusal is None and key not in self.cut_short:
+                told = [entry.rank for entry in self.prompt_logprobs[key]]
+                assert told == list(one.token_ids[1:]), (key, told)
             for index in range(one.n):
                 answer, expected = self.answer(key, index), self.expected(key, index)
                 end = self.ends[key, index]
@@ -153,6 +158,9 @@ class CoreDriver:
             match event:
                 case Tokens(key, index, token_ids):
                     assert (key, index) not in self.ends, "no token after the end"
+                    if event.prompt_logprobs:
+                        assert key not in self.prompt_logprobs, "prompt logprobs are sent once"
+                        self.prompt_logprobs[key] = event.prompt_logprobs
                     self.tokens.setdefault((key, index), []).extend(token_ids)
                 case SampleEnded(key, index):
                     assert (key, index) not in self.ends, "one end per sample"

@@ -10,6 +10,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from services.scheduler.core.plan import Admission, StepPlan, StepResult
+from shared.sampling import TokenLogprobs
 
 POISON = b"poison"
 
@@ -80,15 +81,17 @@ class PretendDevice:
             row.blocks += [next(blocks) for _ in range(new)]
             self._write(row, count)
         assert next(blocks, None) is None, "every block belongs to a row"
-        tokens = []
-        for row, samples in zip(rows, plan.samples, strict=True):
+        tokens, prompt_logprobs = [], {}
+        for i, (row, samples) in enumerate(zip(rows, plan.samples, strict=True)):
             self._check(row)
+            if row.admission.prompt_logprobs >= 0:
+                prompt_logprobs[i] = self._prompt_logprobs(row, plan.counts[i])
             if samples:
                 tokens.append(self._sample(row))
             else:
                 assert row.computed < len(row.tokens), "a row that reaches its last token samples"
         self.seen_tokens += sum(plan.counts)
-        return StepResult(step=plan.step, tokens=tokens, run_ns=run_ns)
+        return StepResult(step=plan.step, tokens=tokens, prompt_logprobs=prompt_logprobs, run_ns=run_ns)
 
     def _admit(self, admission: Admission) -> None:
         tokens = list(array("I", admission.token_ids))
@@ -110,6 +113,12 @@ class PretendDevice:
         for position in range(row.computed):
             found = self.content[row.blocks[position // self.block_size]][position % self.block_size]
             assert found == row.digests[position], f"position {position} reads what another request wrote"
+
+    def _prompt_logprobs(self, row: Row, count: int) -> tuple[int, tuple[TokenLogprobs, ...]]:
+        """Of the prompt tokens that this chunk predicts; the rank tells which token was meant."""
+        start = row.computed - count + 1
+        described = row.tokens[start : min(row.computed + 1, row.admission.prompt_len)]
+        return start, tuple(TokenLogprobs(-1.0, token) for token in described)
 
     def _sample(self, row: Row) -> int:
         assert row.computed == len(row.tokens)

@@ -52,14 +52,15 @@ class Scheduler:
     # What comes in.
 
     def add_group(self, spec: GroupSpec, now_ns: int) -> None:
-        """A worker group is ready. Raises ValueError for an id in use."""
+        """A worker group is ready. Raises ValueError for an id in use.
+
+        A step holds no more sequences than tokens: with a smaller budget than `max_num_seqs` fewer run at once.
+        """
         if spec.id in self.groups:
             raise ValueError(f"group {spec.id} exists")
-        capped = msgspec.structs.replace(
-            spec,
-            max_num_seqs=min(spec.max_num_seqs, self.config.max_num_seqs),
-            max_num_batched_tokens=min(spec.max_num_batched_tokens, self.config.max_num_batched_tokens),
-        )
+        budget = min(spec.max_num_batched_tokens, self.config.max_num_batched_tokens)
+        max_num_seqs = min(spec.max_num_seqs, self.config.max_num_seqs, budget)
+        capped = msgspec.structs.replace(spec, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
         group = WorkerGroup(capped)
         group.clock.since_ns = now_ns
         self.groups[spec.id] = group
@@ -121,8 +122,7 @@ class Scheduler:
         """The group's next step, or None where there is nothing to do. The plan is in flight from now on."""
         self.expire(now_ns)
         group = self.groups[group_id]
-        budget = group.spec.max_num_batched_tokens
-        step = Step(prefill_budget=max(1, budget - len(group.running)))
+        step = Step(prefill_budget=group.spec.max_num_batched_tokens - len(group.running))
         self._grant_running(group, step, now_ns)
         self._admit_waiting(group, step, now_ns)
         return step.seal(group) if step.rows else None
@@ -298,7 +298,7 @@ class Scheduler:
         self, sample: Sample, token: int, logprobs: TokenLogprobs | None, group: WorkerGroup, now_ns: int
     ) -> None:
         prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-        if sample.wants_prompt_logprobs:
+        if sample.wants_prompt_logprobs and len(sample.prompt_logprobs) == sample.prompt_len - 1:
             prompt_logprobs = tuple(sample.prompt_logprobs)
             sample.wants_prompt_logprobs = False
             sample.prompt_logprobs = []

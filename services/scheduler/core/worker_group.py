@@ -12,6 +12,9 @@ from services.scheduler.core.queue import OrderedSamples
 from services.scheduler.core.request import Sample
 from shared.prefix import next_hash
 
+DRIFT = 0.001
+"""How fast a best figure is forgotten: by half in 700 steps."""
+
 
 class GroupSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker group brings."""
@@ -48,22 +51,25 @@ class InFlight:
 
 @dataclass(slots=True)
 class Pace:
-    """What this group was seen to do; 0 while unknown."""
+    """What this group was seen to do; 0 while unknown. Both figures are the best of late, so that an estimate never
+    refuses what could have been done; both drift towards the worse, step by step of their own kind."""
 
-    tokens_per_ns: float = 0.0
-    """The best rate of late: estimates made with it never refuse what could have been done."""
+    prefill_tokens_per_ns: float = 0.0
     decode_step_ns: float = 0.0
 
     def learn(self, num_tokens: int, num_rows: int, run_ns: int) -> None:
+        """Steps that cut a prompt tell of prefill, the others of decoding."""
         if run_ns <= 0:
             return
-        self.tokens_per_ns = max(self.tokens_per_ns * 0.999, num_tokens / run_ns)
-        if num_tokens == num_rows:
-            self.decode_step_ns += (run_ns - self.decode_step_ns) * (0.2 if self.decode_step_ns else 1.0)
+        if num_tokens > num_rows:
+            self.prefill_tokens_per_ns = max(self.prefill_tokens_per_ns * (1 - DRIFT), num_tokens / run_ns)
+        else:
+            drifted = self.decode_step_ns * (1 + DRIFT)
+            self.decode_step_ns = min(drifted, run_ns) if drifted else run_ns
 
     def estimate_ns(self, prompt_tokens: int, decode_steps: int) -> float:
         """The least time for so much work; 0 while nothing was measured."""
-        prefill = prompt_tokens / self.tokens_per_ns if self.tokens_per_ns else 0.0
+        prefill = prompt_tokens / self.prefill_tokens_per_ns if self.prefill_tokens_per_ns else 0.0
         return prefill + decode_steps * self.decode_step_ns
 
 

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from services.scheduler.core.scheduler import CoreConfig
 from shared.outcome import AbortCause
+from shared.sampling import Want
 from tests.builders.core_driver import CoreDriver, submission
 from tests.counts import count
 
@@ -49,6 +50,7 @@ def operate(driver: CoreDriver, kind: int, number: int) -> None:
                 n=1 + (number % 7 == 0) * 2,
                 priority=number % 3 - 1,
                 deterministic=number % 11 == 0,
+                want=Want(prompt_logprobs=0 if number % 6 == 1 else -1),
                 seed=number % 5,
                 salt=b"tenant" if number % 5 == 0 else b"",
                 deadline_ns=driver.now_ns + number * 1000 if number % 13 == 0 else 0,

@@ -5,6 +5,7 @@ import pytest
 from services.scheduler.core.events import Released
 from services.scheduler.core.plan import StepResult
 from services.scheduler.core.scheduler import CoreConfig
+from services.scheduler.core.worker_group import Pace
 from shared.outcome import AbortCause, FinishReason
 from shared.sampling import Want
 from tests.builders.core_driver import CoreDriver, submission
@@ -387,3 +388,34 @@ def test_waiting_time_is_told_by_its_reason():
     d.run()
     reasons = d.released["b"].durations.queue_reason_ns
     assert max(reasons, key=reasons.get) == "max_num_seqs"
+
+
+def test_a_budget_smaller_than_the_slots_bounds_the_sequences():
+    d = driver(max_num_batched_tokens=4, max_num_seqs=16)
+    for i in range(9):
+        d.submit(submission(i, range(i, i + 7), max_tokens=5))
+    d.run()
+    assert max(plan.num_tokens for plan in d.plans) == 4
+    d.assert_answers()
+
+
+def test_prompt_logprobs_survive_a_preemption_behind_the_last_chunk():
+    d = driver(num_blocks=6, max_in_flight=2)
+    for i in range(3):
+        d.submit(submission(i, range(i * 10, i * 10 + 8), max_tokens=12, want=Want(prompt_logprobs=0)))
+    d.run()
+    assert sum(d.released[i].durations.preemptions for i in range(3)) > 0
+    d.assert_answers()
+
+
+def test_estimates_come_from_the_best_of_late_and_from_steps_of_their_own_kind():
+    pace = Pace()
+    pace.learn(1000, 1, 1_000_000_000)
+    for _ in range(64):
+        pace.learn(64, 64, 400_000_000)
+    pace.learn(1, 1, 20_000_000)
+    assert pace.estimate_ns(1000, 0) == pytest.approx(1e9)
+    for _ in range(3000):
+        pace.learn(1, 1, 20_000_000)
+    assert pace.estimate_ns(1000, 0) == pytest.approx(1e9)
+    assert pace.estimate_ns(0, 100) == pytest.approx(2e9, rel=0.01)
