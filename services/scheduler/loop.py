@@ -162,14 +162,23 @@ class Loop:
         """Integrity whenever the scheduler falls idle; after every step where configured."""
         idle = not self._core.requests
         if self._check_every_step or (idle and not self._was_idle):
-            for text in violations(self._core):
+            found = violations(self._core)
+            for text in found:
                 self.num_violations += 1
                 log.error("invariant_violated", what=text)
+            if found:
+                self._start_groups_afresh()
         self._was_idle = idle
         if idle:
             self.idle.set()
         else:
             self.idle.clear()
+
+    def _start_groups_afresh(self) -> None:
+        """The books are in doubt: the workers are let go of, and come back with empty pools. What still runs is
+        planned again, or ends with a retryable error."""
+        for group in list(self._core.groups):
+            self._workers.give_up(group, "an invariant was violated")
 
     def _arm_deadline(self) -> None:
         """A deadline passes even while no step runs."""

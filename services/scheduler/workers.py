@@ -116,6 +116,11 @@ class Workers:
         worker.outbox = asyncio.Queue()
         worker.begin_again = True
 
+    def give_up(self, group: str, reason: str) -> None:
+        """Lets go of a worker; it registers again as a new one."""
+        if group in self._workers:
+            self._lose(self._workers[group], reason)
+
     def watch(self) -> None:
         """Gives up workers whose lease ran out or whose step makes no progress. Called a few times a second."""
         now_ns = self._now_ns()

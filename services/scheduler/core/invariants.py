@@ -1,4 +1,5 @@
-"""What must hold after every step. In tests a violation fails; in production it is counted and the group drained."""
+"""What must hold after every step. In tests a violation fails; in production it is counted and
+the workers start afresh."""
 
 from collections import Counter
 from collections.abc import Iterator

@@ -1,0 +1,82 @@
+"""The loop around the core, without processes: what happens when the books are in doubt."""
+
+import asyncio
+
+from services.scheduler.core.plan import StepPlan, StepResult
+from services.scheduler.core.scheduler import CoreConfig, Scheduler
+from services.scheduler.core.worker_group import GroupSpec
+from services.scheduler.loop import Loop
+from services.scheduler.publish import Publisher
+from shared.clock import monotonic_ns
+from tests.builders.core_driver import submission
+
+
+class FakeWorkers:
+    """Takes plans, and forgets a worker that it is told to give up."""
+
+    def __init__(self) -> None:
+        self.plans: list[StepPlan] = []
+        self.given_up: list[str] = []
+        self.loop: Loop | None = None
+
+    def send(self, group: str, plan: StepPlan) -> None:
+        self.plans.append(plan)
+
+    def give_up(self, group: str, reason: str) -> None:
+        self.given_up.append(group)
+        self.loop.on_lost(group, reason)
+
+
+def make_loop() -> tuple[Loop, Scheduler, FakeWorkers]:
+    core, workers = Scheduler(CoreConfig()), FakeWorkers()
+    publisher = Publisher(monotonic_ns, stall_timeout_ns=10**10)
+    errors: list[BaseException] = []
+    loop = Loop(core, workers, publisher, max_plans_in_flight=1, now_ns=monotonic_ns, fatal=errors.append)
+    publisher.loads = loop.loads
+    workers.loop = loop
+    loop.on_ready(GroupSpec(id="g", num_blocks=8, block_size=4, max_num_seqs=4, max_num_batched_tokens=64))
+    return loop, core, workers
+
+
+async def answer_one(loop: Loop, workers: FakeWorkers) -> None:
+    loop.submit(submission((1, 1), range(5), max_tokens=1))
+    await asyncio.sleep(0)
+    loop.on_result("g", StepResult(step=workers.plans[-1].step, tokens=[7]))
+    await asyncio.sleep(0.01)
+
+
+def test_a_sound_core_keeps_its_workers_when_it_falls_idle():
+    async def run() -> None:
+        loop, _, workers = make_loop()
+        await answer_one(loop, workers)
+        assert loop.num_violations == 0 and workers.given_up == [] and loop.ready
+
+    asyncio.run(run())
+
+
+def test_a_violated_invariant_is_counted_and_the_workers_start_afresh():
+    async def run() -> None:
+        loop, core, workers = make_loop()
+        core.groups["g"].pool.free.append(0)  # a block that is free twice
+        await answer_one(loop, workers)
+        assert loop.num_violations > 0 and workers.given_up == ["g"] and not core.groups
+
+    asyncio.run(run())
+
+
+def test_a_stale_link_is_stalled_only_once_it_holds_something():
+    async def run() -> None:
+        now = [0]
+        publisher = Publisher(lambda: now[0], stall_timeout_ns=100)
+        link = publisher.open("router")
+        link.frame, link.num_unsent = type(link.frame)(), 0
+        now[0] = 1000
+        assert publisher.stalled() == []
+        from services.scheduler.core.events import Tokens
+
+        publisher.publish([Tokens((link.number, 1), 0, (5,))])
+        assert publisher.stalled() == []
+        now[0] = 1200
+        assert publisher.stalled() == [link]
+
+    asyncio.run(run())
