@@ -117,7 +117,17 @@ def test_a_client_that_does_not_read_slows_nobody(cluster, twin: dict) -> None:
     assert ratio < 3.0, pairs  # two rows a step instead of one, on a busy machine
 
 
-def test_a_deadline_ends_a_stream_in_time_and_an_impossible_one_is_refused(cluster, twin: dict) -> None:
+def test_an_impossible_deadline_is_refused_at_once(cluster, twin: dict) -> None:
+    running = cluster(**twin)
+    for i in range(3):  # the scheduler learns its pace
+        ask_one(running.address, Request(token_ids=prompt(i), max_tokens=20, ignore_eos=True))
+    began = time.monotonic()
+    answer = ask_one(running.address, Request(token_ids=prompt(9), **LONG), timeout_s=0.3)
+    assert answer.status == "DEADLINE_EXCEEDED" and time.monotonic() - began < 0.25
+    assert "allow more time or ask for fewer tokens" in answer.error.message and answer.only == []
+
+
+def test_a_deadline_ends_a_stream_in_time(cluster, twin: dict) -> None:
     running = cluster(**twin)
     began = time.monotonic()
     answer = ask_one(running.address, Request(token_ids=prompt(4), n=8, **LONG), timeout_s=0.15)
