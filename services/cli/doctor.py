@@ -23,8 +23,11 @@ from shared.config import ConfigError
 GIB = 2**30
 MIN_PYTHON = (3, 11)
 MIN_FREE_BYTES = 2 * GIB
+CPUINFO = Path("/proc/cpuinfo")
 PORTS = {50051: "--grpc-port", 50052: "--scheduler-port", 50053: "--worker-port"}
-BUNDLED = Path("ops/demo_model")
+BUNDLED = Path("ops/demo_model/model")
+BFLOAT16_FLAGS = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16", "bf16": "ARM BF16"}
+"""What /proc/cpuinfo calls it, and how it is shown; a worker asks for the same flags."""
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -90,19 +93,20 @@ def look_at_cpu() -> Iterable[Finding]:
     if flags:
         yield Finding("bfloat16", "ok", f"fast: {', '.join(flags)}")
     else:
-        yield Finding("bfloat16", "note", "no AVX512-BF16 or AMX: bfloat16 works but slowly", "prefer --dtype float32")
+        yield Finding(
+            "bfloat16", "note", "no AVX512-BF16, AMX or ARM BF16: bfloat16 works but slowly", "prefer --dtype float32"
+        )
 
 
 def _bf16_flags() -> list[str]:
-    """Of the first core, by /proc/cpuinfo; empty where that is not there."""
+    """Of the first core, by CPUINFO; empty where that is not there."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = CPUINFO.read_text()
     except OSError:
         return []
-    line = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    line = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
     have = set(line.partition(":")[2].split())
-    names = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16"}
-    return [shown for name, shown in names.items() if name in have]
+    return [shown for name, shown in BFLOAT16_FLAGS.items() if name in have]
 
 
 def look_at_memory() -> Iterable[Finding]:
@@ -128,7 +132,7 @@ def look_at_packages() -> Iterable[Finding]:
     if triton:
         yield Finding("triton", "ok", triton)
     elif sys.platform == "linux":
-        yield Finding("triton", "note", "not installed: needed for a GPU only", "pip install 'sluice[gpu]'")
+        yield Finding("triton", "note", "not installed: needed for a GPU only", "sh ops/scripts/setup")
 
 
 def look_at_gpu() -> Iterable[Finding]:
@@ -164,8 +168,8 @@ def look_at_model() -> Iterable[Finding]:
 
 
 def _bundled_folder() -> Path | None:
-    root = Path(__file__).resolve().parents[2] / BUNDLED
-    return next((config.parent for config in sorted(root.glob("**/config.json"))), None)
+    folder = Path(__file__).resolve().parents[2] / BUNDLED
+    return folder if (folder / "config.json").is_file() else None
 
 
 def _version(package: str) -> str | None:

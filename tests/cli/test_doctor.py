@@ -2,10 +2,12 @@
 
 import json
 import socket
+from pathlib import Path
 
 import pytest
 
 from services.cli import doctor
+from services.worker.load import BUNDLED_FOLDER, FAST_BFLOAT16_FLAGS
 from tests.cli.test_flags import sluice
 
 
@@ -43,3 +45,24 @@ def test_little_memory_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.psutil, "virtual_memory", Memory)
     (finding,) = doctor.look_at_memory()
     assert (finding.level, finding.what) == ("note", "0.2 GiB available of 1.0")
+
+
+def test_the_bundled_model_is_the_one_that_workers_load_and_not_its_draft() -> None:
+    (finding,) = doctor.look_at_model()
+    assert (finding.level, finding.what.endswith(f" MiB at {BUNDLED_FOLDER}")) == ("ok", True)
+
+
+@pytest.mark.parametrize("flag", sorted(FAST_BFLOAT16_FLAGS))
+def test_bfloat16_is_fast_where_a_worker_takes_it_for_fast(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flag: str
+) -> None:
+    label = "Features" if flag == "bf16" else "flags"
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{label}\t\t: fp {flag} crc32\n")
+    monkeypatch.setattr(doctor, "CPUINFO", tmp_path / "cpuinfo")
+    assert [f.level for f in doctor.look_at_cpu() if f.subject == "bfloat16"] == ["ok"]
+
+
+def test_what_to_do_about_a_missing_package_is_the_setup_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    monkeypatch.setattr(doctor.sys, "platform", "linux")
+    assert {f.do for f in doctor.look_at_packages()} <= {"sh ops/scripts/setup", ""}
