@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from shared.checkpoint.errors import CheckpointError
-from shared.checkpoint.headers import TensorHeader, read_headers
+from shared.checkpoint.headers import TensorHeader, read_headers, read_samples
 from shared.checkpoint.source import Progress, locate
 
 SINGLE_FILE = "model.safetensors"
@@ -22,13 +22,7 @@ class Checkpoint(msgspec.Struct, frozen=True):
     config: dict[str, Any]
     generation_config: dict[str, Any]
     tensors: dict[str, TensorHeader]
-    has_tokenizer: bool
     fingerprint: str
-
-    @property
-    def architecture(self) -> str:
-        names = self.config.get("architectures") or []
-        return names[0] if names else ""
 
     @property
     def dtype(self) -> str:
@@ -38,16 +32,6 @@ class Checkpoint(msgspec.Struct, frozen=True):
             return stated.removeprefix("torch.")
         first = next(iter(self.tensors.values()))
         return {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(first.dtype, "float32")
-
-    @property
-    def num_parameters(self) -> int:
-        total = 0
-        for tensor in self.tensors.values():
-            size = 1
-            for extent in tensor.shape:
-                size *= extent
-            total += size
-        return total
 
 
 def open_checkpoint(model: str | Path, *, revision: str | None = None, progress: Progress | None = None) -> Checkpoint:
@@ -63,7 +47,6 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, progress:
         config=config,
         generation_config=_read_json(folder / "generation_config.json", required=False),
         tensors=tensors,
-        has_tokenizer=(folder / "tokenizer.json").is_file(),
         fingerprint=_fingerprint(config, tensors),
     )
 
@@ -122,10 +105,10 @@ def _read_sharded(folder: Path, index: Path) -> dict[str, TensorHeader]:
 
 
 def _fingerprint(config: dict[str, Any], tensors: dict[str, TensorHeader]) -> str:
-    """SHA-256 over the configuration and every tensor's name, dtype, shape and file size: the same on any machine.
+    """SHA-256 over the configuration, every tensor's name, dtype, shape and file size, and a few bytes from both ends
+    of every tensor: the same on any machine.
 
-    It tells checkpoints of different shape or configuration apart, not two trainings of the same shape, for it
-    reads no weights.
+    It tells two trainings of one shape apart unless they agree at all those ends; it does not notice damage between.
     """
     sizes = {tensor.file: tensor.file.stat().st_size for tensor in tensors.values()}
     files = {file.name: size for file, size in sizes.items()}
@@ -135,5 +118,14 @@ def _fingerprint(config: dict[str, Any], tensors: dict[str, TensorHeader]) -> st
             [name, tensor.dtype, list(tensor.shape), tensor.file.name] for name, tensor in tensors.items()
         ),
         "files": files,
+        "samples": _samples(tensors),
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def _samples(tensors: dict[str, TensorHeader]) -> dict[str, str]:
+    """Name → bytes in hexadecimal; each file is opened once."""
+    by_file: dict[Path, list[TensorHeader]] = {}
+    for tensor in tensors.values():
+        by_file.setdefault(tensor.file, []).append(tensor)
+    return {name: raw.hex() for file, inside in by_file.items() for name, raw in read_samples(file, inside)}

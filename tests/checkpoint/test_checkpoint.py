@@ -4,9 +4,12 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from shared.checkpoint import CheckpointError, open_checkpoint
+from shared.checkpoint.headers import SAMPLE_BYTES, read_samples
 from tests.checkpoint.builders import write_checkpoint
 
 
@@ -16,24 +19,19 @@ def test_tensors_are_found_in_one_file_or_in_shards(tmp_path, shards):
     assert sorted(checkpoint.tensors) == [f"tensor.{index}" for index in range(4)]
     assert checkpoint.tensors["tensor.2"].shape == (3, 3)
     assert checkpoint.tensors["tensor.2"].dtype == "F32"
-    assert checkpoint.num_parameters == 3 * (1 + 2 + 3 + 4)
-    assert checkpoint.architecture == "LlamaForCausalLM"
     assert checkpoint.dtype == "bfloat16"
     assert checkpoint.generation_config == {}
-    assert not checkpoint.has_tokenizer
 
 
 def test_the_dtype_is_that_of_the_weights_where_the_config_is_silent(tmp_path):
     assert open_checkpoint(write_checkpoint(tmp_path, torch_dtype=None)).dtype == "float32"
 
 
-def test_generation_config_and_tokenizer_are_noticed(tmp_path):
+def test_a_generation_config_is_noticed(tmp_path):
     write_checkpoint(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.6}')
-    (tmp_path / "tokenizer.json").write_text("{}")
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.generation_config == {"temperature": 0.6}
-    assert checkpoint.has_tokenizer
 
 
 def test_the_fingerprint_knows_a_checkpoint_anywhere_and_no_other(tmp_path):
@@ -46,6 +44,38 @@ def test_the_fingerprint_knows_a_checkpoint_anywhere_and_no_other(tmp_path):
         open_checkpoint(write_checkpoint(tmp_path / "shards", shards=2)).fingerprint,
     ]
     assert len({here, *others}) == 4
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("at", ["start", "end"])
+@pytest.mark.parametrize("name", ["tensor.0", "tensor.3"])
+def test_the_fingerprint_tells_two_trainings_of_one_shape_apart(tmp_path, shards, at, name):
+    """One byte at either end of a tensor, anywhere in the files."""
+    before = open_checkpoint(write_checkpoint(tmp_path, shards=shards))
+    tensor = before.tensors[name]
+    content = bytearray(tensor.file.read_bytes())
+    content[tensor.start if at == "start" else tensor.end - 1] ^= 1
+    tensor.file.write_bytes(content)
+    after = open_checkpoint(tmp_path)
+    assert after.tensors == before.tensors
+    assert after.fingerprint != before.fingerprint
+
+
+def test_the_fingerprint_reads_little_of_the_weights(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"large": np.zeros(100_000, np.float32)}, tmp_path / "model.safetensors")
+    tensor = open_checkpoint(tmp_path).tensors["large"]
+    ((name, sample),) = read_samples(tensor.file, [tensor])
+    assert (name, len(sample)) == ("large", 2 * SAMPLE_BYTES)
+
+
+@pytest.mark.parametrize("offsets", [[-4, 96], [12, 0], ["a", 96], [96]])
+def test_a_tensor_that_lies_nowhere(tmp_path, offsets):
+    header = json.dumps({"t": {"dtype": "U8", "shape": [96], "data_offsets": offsets}})
+    (tmp_path / "config.json").write_text("{}")
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(96))
+    refused(tmp_path, str(file), "damaged")
 
 
 def refused(folder, *parts):
@@ -143,7 +173,7 @@ def test_reading_a_checkpoint_needs_no_torch(tmp_path):
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "from shared.checkpoint import open_checkpoint\n"
-        f"print(open_checkpoint({str(tmp_path)!r}).num_parameters)"
+        f"print(open_checkpoint({str(tmp_path)!r}).dtype)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "30"
+    assert done.stdout.strip() == "bfloat16"
