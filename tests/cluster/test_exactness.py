@@ -1,5 +1,5 @@
 """Same request, same tokens and the same logprobs, to the bit: alone, in a batch of 64, with a cache hit, after
-preemption, at any chunk size, on either worker (float32 on a CPU)."""
+preemption, at any chunk size, on either worker (float32 on a CPU; bfloat16 where a request asks for it)."""
 
 import random
 
@@ -83,6 +83,14 @@ def test_on_either_worker(cluster, model: str) -> None:
     running = cluster(model=model, workers=2, **ROOMY)
     same(ask_all(running.address, requests), reference)
     assert all(group.kv_blocks_cached > 0 for group in running.load().groups)
+
+
+def test_bfloat16_alone_and_in_a_batch_where_asked(cluster, model: str) -> None:
+    """A request that asks for `deterministic`; its neighbours in the batch need not."""
+    running = cluster(model=model, **{**ROOMY, "dtype": "bfloat16"})
+    requests = [Request(**{**as_dict(request), "deterministic": True}) for request in requests_of(16, seed=4)]
+    together = ask_all(running.address, requests)
+    same([ask_one(running.address, request) for request in requests], together)
 
 
 def test_seeds_are_echoed_and_bring_the_answer_back(cluster, model: str) -> None:

@@ -257,6 +257,22 @@ def test_logits_that_are_not_numbers_fail_the_step_and_name_the_rows(decoder):
         runner.run(make_plan(1, [(slot, 2, True, (slot,)) for slot in range(3)], admits))
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_step_is_exact_where_its_plan_or_the_worker_says_so(decoder, asked, deterministic):
+    recorded = []
+
+    class Recording:
+        def forward(self, batch, pool):
+            recorded.append(batch.exact)
+            return decoder.forward(batch, pool)
+
+    runner = make_runner(decoder, deterministic=deterministic)
+    runner._decoder = Recording()
+    runner.run(make_plan(1, [(0, 2, True, (0,))], [make_admit(0, [4, 5])], exact=asked))
+    assert recorded == [asked or deterministic]
+
+
 @pytest.mark.parametrize(
     "sampling",
     [
