@@ -29,8 +29,3 @@ def configure_logs(service: str, instance: str, format: str = "auto") -> None:
     )
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(service=service, instance=instance)
-
-
-def _without_locals() -> structlog.tracebacks.ExceptionDictTransformer:
-    """Tracebacks that show no local variables: those hold prompts and answers."""
-    return structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
