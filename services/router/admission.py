@@ -9,7 +9,9 @@ from shared.clock import NS_PER_MS, NS_PER_S, NowNs
 from shared.outcome import AbortCause, refuse
 
 RATE_WINDOW = 64
-"""Finished requests over which the service rate is measured."""
+"""Finished requests over which the service rate is measured, at most."""
+RATE_SPAN_NS = 60 * NS_PER_S
+"""And the time: an end longer before the last says nothing of now, and what lies between may have been idle."""
 UNKNOWN_RETRY_MS = 1_000
 LONGEST_RETRY_MS = 30_000
 SHORTEST_RETRY_MS = 50
@@ -79,6 +81,8 @@ class Admission:
     def _leave(self, request_id: str) -> None:
         del self._live[request_id]
         self._ended_ns.append(self._now())
+        while self._ended_ns[-1] - self._ended_ns[0] > RATE_SPAN_NS:
+            self._ended_ns.popleft()
         self._refused_since_end = 0
         if not self._live:
             self._empty.set()
@@ -87,9 +91,8 @@ class Admission:
         """When a place should be free for the next refused request, at the rate measured of late."""
         if len(self._ended_ns) < 2:
             return UNKNOWN_RETRY_MS
-        span_ns = max(1, self._now() - self._ended_ns[0])
-        per_s = len(self._ended_ns) * NS_PER_S / span_ns
-        wait_ms = int(max(1, self._refused_since_end) / per_s * NS_PER_S / NS_PER_MS)
+        each_ns = (self._ended_ns[-1] - self._ended_ns[0]) / (len(self._ended_ns) - 1)
+        wait_ms = int(max(1, self._refused_since_end) * each_ns / NS_PER_MS)
         return min(LONGEST_RETRY_MS, max(SHORTEST_RETRY_MS, wait_ms))
 
     def abort(self, request_id: str, cause: AbortCause) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Collection, Mapping, Sequence
 
 import msgspec
 
@@ -48,6 +49,8 @@ MAX_REQUEST_ID_CHARS = 128
 MAX_MESSAGES = 4096
 MAX_TOOLS = 256
 MAX_JSON_DEPTH = 32
+MAX_JSON_BYTES = 256 * 1024
+"""Of a JSON text in a field of its own: it is parsed on the loop, before there is a place for the request."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]+")
 
 
@@ -78,23 +81,23 @@ class Limits(msgspec.Struct, frozen=True):
 
     vocab_size: int
 
-    def check_token_ids(self, field: str, token_ids: tuple[int, ...] | frozenset[int]) -> None:
+    def check_token_ids(self, field: str, token_ids: Collection[int]) -> None:
         if token_ids and max(token_ids) >= self.vocab_size:
             raise invalid(field, f"token ids are below the vocabulary's size, {self.vocab_size}")
 
-    def check_logit_bias(self, entries: tuple[tuple[int, float], ...]) -> None:
+    def check_logit_bias(self, entries: Mapping[int, float]) -> None:
         field = "sampling.logit_bias"
         if len(entries) > MAX_LOGIT_BIAS_ENTRIES:
             raise invalid(field, f"{len(entries)} entries; {MAX_LOGIT_BIAS_ENTRIES} are allowed")
-        for _, bias in entries:
+        for bias in entries.values():
             check_range(field, bias)
-        self.check_token_ids(field, tuple(token_id for token_id, _ in entries))
+        self.check_token_ids(field, entries)
 
-    def check_stop(self, stop: tuple[str, ...], stop_token_ids: frozenset[int]) -> None:
+    def check_stop(self, stop: Sequence[str], stop_token_ids: Collection[int]) -> None:
         if len(stop) > MAX_STOP_STRINGS:
             raise invalid("stopping.stop", f"{len(stop)} stop strings; {MAX_STOP_STRINGS} are allowed")
-        if any(not string or len(string.encode()) > MAX_STOP_BYTES for string in stop):
-            raise invalid("stopping.stop", f"a stop string has 1 to {MAX_STOP_BYTES} bytes")
         if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
             raise invalid("stopping.stop_token_ids", f"{MAX_STOP_TOKEN_IDS} stop token ids are allowed")
+        if any(not string or len(string.encode()) > MAX_STOP_BYTES for string in stop):
+            raise invalid("stopping.stop", f"a stop string has 1 to {MAX_STOP_BYTES} bytes")
         self.check_token_ids("stopping.stop_token_ids", stop_token_ids)

@@ -5,6 +5,7 @@ from typing import Any
 import msgspec
 
 from services.router.limits import (
+    MAX_JSON_BYTES,
     MAX_JSON_DEPTH,
     MAX_MESSAGES,
     MAX_TOOLS,
@@ -86,6 +87,8 @@ def _chat_prompt(message: pb.Chat, model: ServedModel) -> ChatPrompt:
 
 
 def _json(field: str, text: str, kind: type) -> Any:
+    if len(text) > MAX_JSON_BYTES or len(text.encode()) > MAX_JSON_BYTES:
+        raise invalid(field, f"exceeds {MAX_JSON_BYTES} bytes")
     try:
         value: Any = msgspec.json.decode(text, type=kind)
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
@@ -96,11 +99,12 @@ def _json(field: str, text: str, kind: type) -> Any:
 
 
 def _depth(value: Any) -> int:
+    """How many arrays and objects are inside each other, counted to one more than is allowed."""
     level, depth = [value], 0
     while level and depth <= MAX_JSON_DEPTH:
         depth += 1
-        children = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
-        level = [child for group in children for child in group]
+        groups = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [child for group in groups for child in group if isinstance(child, (dict, list))]
     return depth
 
 
@@ -111,17 +115,15 @@ def options_of(
     if message.structured.WhichOneof("constraint") is not None:
         raise refuse("unsupported", "structured output is not served by this version", field="structured")
     n = _given(message.sampling, "sampling", "n", 1)
-    stopping = _stopping(message.stopping, model)
-    stop = tuple(message.stopping.stop)
-    model.limits.check_stop(stop, frozenset(message.stopping.stop_token_ids))
+    model.limits.check_stop(message.stopping.stop, message.stopping.stop_token_ids)
     return GenerateOptions(
         request_id=request_id,
         model=message.model or model.names[0],
         sampling=_sampling(message.sampling, model),
-        stopping=stopping,
+        stopping=_stopping(message.stopping, model),
         want=_want(message.response),
         n=n,
-        stop=stop,
+        stop=tuple(message.stopping.stop),
         priority=message.priority,
         deterministic=message.deterministic,
         include_timing=message.response.include_timing,
@@ -140,8 +142,7 @@ def _given(message: Any, prefix: str, name: str, default: Any) -> Any:
 
 def _sampling(message: pb.Sampling, model: ServedModel) -> Sampling:
     defaults = model.defaults
-    bias = tuple(sorted(message.logit_bias.items()))
-    model.limits.check_logit_bias(bias)
+    model.limits.check_logit_bias(message.logit_bias)
     temperature = _given(message, "sampling", "temperature", _or(defaults.temperature, 1.0))
     return Sampling(
         seed=_given(message, "sampling", "seed", None) if message.HasField("seed") else new_seed(),
@@ -152,7 +153,7 @@ def _sampling(message: pb.Sampling, model: ServedModel) -> Sampling:
         repetition_penalty=_given(message, "sampling", "repetition_penalty", _or(defaults.repetition_penalty, 1.0)),
         presence_penalty=_given(message, "sampling", "presence_penalty", 0.0),
         frequency_penalty=_given(message, "sampling", "frequency_penalty", 0.0),
-        logit_bias=bias,
+        logit_bias=tuple(sorted(message.logit_bias.items())),
     )
 
 

@@ -52,9 +52,22 @@ def test_the_delay_has_bounds_and_a_first_guess():
     clock.ms += 1
     with places.admit("holder"):
         assert refused(places).retry_after_ms == SHORTEST_RETRY_MS
-    clock.ms += 10_000_000
+    serve(places, clock, 4, 40_000)
     with places.admit("holder"):
         assert refused(places).retry_after_ms == LONGEST_RETRY_MS
+
+
+def test_idle_time_is_no_part_of_the_rate():
+    places, clock = admission(1)
+    serve(places, clock, 64, 200)
+    clock.ms += 3_600_000
+    with places.admit("first of a burst"):
+        assert refused(places).retry_after_ms == pytest.approx(200, rel=0.05)
+    with places.admit("second"):
+        assert refused(places).retry_after_ms == UNKNOWN_RETRY_MS
+    serve(places, clock, 40, 300)
+    with places.admit("the next"):
+        assert refused(places).retry_after_ms == pytest.approx(300, rel=0.05)
 
 
 def test_a_place_is_given_back_whatever_ends_the_block():

@@ -7,8 +7,9 @@ import math
 import grpc
 import pytest
 
-from services.router.limits import RANGES
-from shared.outcome import REFUSALS
+from services.router import wire
+from services.router.limits import MAX_JSON_BYTES, RANGES, Limits
+from shared.outcome import REFUSALS, RefusedError
 from shared.rpc.sluice.v1 import inference_pb2 as pb
 from shared.rpc.sluice.v1.inference_pb2_grpc import InferenceStub
 from tests.builders.fake_scheduler import FakeScheduler
@@ -43,6 +44,8 @@ INVALID = {
     "chat.tools_json ": chat(messages=[USER], tools_json="{}"),
     "chat.tools_json  ": chat(messages=[USER], tools_json="[1]"),
     "chat.tools_json   ": chat(messages=[USER], tools_json="[" * 100_000),
+    "chat.tools_json    ": chat(messages=[USER], tools_json=f'[{{"a": "{"é" * 150_000}"}}]'),
+    "chat.template_kwargs_json  ": chat(messages=[USER], template_kwargs_json='{"a": [' + "1," * 150_000 + "1]}"),
     "chat.template_kwargs_json": chat(messages=[USER], template_kwargs_json="[]"),
     "chat.template_kwargs_json ": chat(messages=[USER], template_kwargs_json='{"a":' * 50 + "1" + "}" * 50),
     "sampling.logit_bias": ask(sampling=pb.Sampling(logit_bias={400: 1})),
@@ -71,6 +74,28 @@ def test_invalid_requests_name_their_field_and_never_reach_the_scheduler(tiny_mo
             await router.generate(ask())
 
     run(test())
+
+
+def test_what_is_too_much_is_refused_by_its_length_alone():
+    class Uncountable(dict):
+        def __len__(self):
+            return 10**6
+
+        items = values = __iter__ = None
+
+    with pytest.raises(RefusedError) as caught:
+        Limits(400).check_logit_bias(Uncountable())
+    assert caught.value.refusal.field == "sampling.logit_bias"
+    with pytest.raises(RefusedError) as caught:
+        Limits(400).check_stop([], Uncountable())
+    assert caught.value.refusal.field == "stopping.stop_token_ids"
+
+
+def test_json_that_is_too_long_is_not_parsed(monkeypatch):
+    monkeypatch.setattr(wire.msgspec.json, "decode", None)
+    with pytest.raises(RefusedError) as caught:
+        wire._json("chat.tools_json", "[" + "1," * MAX_JSON_BYTES + "1]", list)
+    assert str(MAX_JSON_BYTES) in caught.value.refusal.message
 
 
 def outside(field):
@@ -264,12 +289,12 @@ def test_a_scheduler_s_refusal_becomes_its_status(tiny_model, name):
         async with running_router(tiny_model, scheduler) as router:
             call = router.inference.Generate(ask(sampling=pb.Sampling(n=2)), timeout=5)
             request = await scheduler.request()
-            request.release(name, message="because", retry_after_ms=250)
+            request.release(name, message="because", retry_after_ms=250, field="stopping.max_tokens")
             responses = []
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 async for response in call:
                     responses.append(response)
-            assert refusal(caught.value) == (REFUSALS[name].grpc_status, "", 0.25)
+            assert refusal(caught.value) == (REFUSALS[name].grpc_status, "stopping.max_tokens", 0.25)
             assert caught.value.details() == "because"
             assert sorted(one.index for one in ends(responses)) == [0, 1]
             reasons = {one.reason for one in ends(responses)}

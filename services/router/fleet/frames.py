@@ -135,7 +135,12 @@ def release_of(message: pb.Released) -> Release:
     refusal = None
     if message.refusal:
         name = message.refusal if message.refusal in REFUSALS else "internal"
-        refusal = Refusal(name=name, message=message.message or name, retry_after_ms=message.retry_after_ms)
+        refusal = Refusal(
+            name=name,
+            message=message.message or name,
+            field=message.field,
+            retry_after_ms=message.retry_after_ms,
+        )
     durations = message.durations
     return Release(
         refusal=refusal,
