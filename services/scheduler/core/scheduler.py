@@ -171,7 +171,7 @@ class Scheduler:
             known = len(sample.tokens) + sample.unknown  # at max_len the last token is known or on its way
             count = known - sample.planned if known < sample.max_len else 0
             if count > 1:
-                count = self._prefill_grant(step, count)
+                count = 1 + step.cut(self._chunk(count) - 1)  # one token was set aside for it
             if count <= 0:
                 continue
             end = sample.planned + count
@@ -187,11 +187,9 @@ class Scheduler:
             if end // block_size > sample.num_indexed:
                 step.pending += group.index_full_blocks(sample, min(end, len(sample.tokens)))
 
-    def _prefill_grant(self, step: Step, remaining: int) -> int:
-        threshold = self.config.long_prefill_token_threshold or remaining
-        count = min(remaining, threshold, step.prefill_budget)
-        step.prefill_budget -= count
-        return count
+    def _chunk(self, remaining: int) -> int:
+        """The most that one step takes of a prompt."""
+        return min(remaining, self.config.long_prefill_token_threshold or remaining)
 
     def _make_room(self, group: WorkerGroup, sample: Sample, missing: int, now_ns: int) -> bool:
         """Preempts from the end of the order until `missing` blocks are available; False where that took `sample`."""
@@ -240,7 +238,7 @@ class Scheduler:
             sample.request.cached_tokens = sample.planned
         group.running.add(sample)
         step.admit(sample)
-        count = self._prefill_grant(step, len(sample.tokens) - sample.planned)
+        count = step.cut(self._chunk(len(sample.tokens) - sample.planned))
         step.grant(sample, count)
         step.pending += group.index_full_blocks(sample, sample.planned)
 

@@ -24,6 +24,12 @@ class Step:
     blocks: list[int] = field(default_factory=list)
     exact: bool = False
 
+    def cut(self, wanted: int) -> int:
+        """How much of a prompt the step takes, out of the budget that nobody has a claim on."""
+        count = min(wanted, self.prefill_budget)
+        self.prefill_budget -= count
+        return count
+
     def grant(self, sample: Sample, count: int, new_blocks: list[int] | tuple[()] = ()) -> None:
         """Adds a row: the sample's next `count` tokens, after `new_blocks` were appended to its table."""
         sample.planned += count

@@ -38,7 +38,7 @@ def test_a_long_prompt_is_cut_into_chunks_of_the_budget():
     while (plan := d.schedule()) is not None:
         counts.append((list(plan.counts), list(plan.samples)))
         d.deliver()
-    assert counts == [([8], [0]), ([7], [0]), ([5], [1])]
+    assert counts == [([8], [0]), ([8], [0]), ([4], [1])]
     assert d.answer("a") == d.expected("a")
 
 
@@ -419,3 +419,17 @@ def test_estimates_come_from_the_best_of_late_and_from_steps_of_their_own_kind()
         pace.learn(1, 1, 20_000_000)
     assert pace.estimate_ns(1000, 0) == pytest.approx(1e9)
     assert pace.estimate_ns(0, 100) == pytest.approx(2e9, rel=0.01)
+
+
+def test_a_prompt_goes_on_while_decodes_claim_the_whole_budget():
+    d = driver(max_num_batched_tokens=4, max_num_seqs=4)
+    for i in range(3):
+        d.submit(submission(i, [i], max_tokens=200))
+    while any(len(d.answer(i)) < 2 for i in range(3)):
+        d.schedule()
+        d.deliver()
+    d.submit(submission("prompt", range(20, 40), max_tokens=1))
+    for _ in range(25):
+        d.schedule()
+        d.deliver()
+    assert d.answer("prompt") == d.expected("prompt")
