@@ -1,6 +1,7 @@
 """Frames to routers: one per step and link, merged while a router does not read, bounded."""
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from shared.clock import NS_PER_MS, NowNs
 
 MAX_UNSENT_EVENTS = 200_000
 """A link with more is closed: its router is gone in all but name."""
+BEAT_S = 1.0
+"""A router hears something this often: a scheduler whose loop hangs keeps its connection alive, but not this."""
 LOAD_INTERVAL_NS = 20 * NS_PER_MS
 
 
@@ -36,10 +39,12 @@ class RouterLink:
         self._ready.set()
 
     async def frames(self, now_ns: NowNs) -> AsyncIterator[FrameMessage]:
-        """Frames as they come, until the link is closed."""
+        """Frames as they come, until the link is closed; an empty one where nothing came for a while."""
         while not self.closed:
             self.taken_ns = now_ns()
-            await self._ready.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(BEAT_S):
+                    await self._ready.wait()
             self._ready.clear()
             frame, self.frame, self.num_unsent = self.frame, Frame(), 0
             self.taken_ns = now_ns()

@@ -94,6 +94,7 @@ class FakeScheduler(SchedulingServicer):
             }
         )
         self.warm = b""
+        self.beat_s = 1.0
         self.hellos: list[pb.LinkHello] = []
         self.requests: list[FakeRequest] = []
         self.port = 0
@@ -149,7 +150,12 @@ class FakeScheduler(SchedulingServicer):
         try:
             yield pb.SchedulerFrame(state=self.state, blocks_stored=self.warm)
             while True:
-                yield await outbox.get()
+                try:
+                    async with asyncio.timeout(self.beat_s):
+                        frame = await outbox.get()
+                except TimeoutError:
+                    frame = pb.SchedulerFrame()
+                yield frame
         finally:
             self._outboxes.remove(outbox)
             reader.cancel()

@@ -50,6 +50,24 @@ def test_a_lost_scheduler_ends_its_requests_within_a_second_and_is_found_again(t
     run(test())
 
 
+def test_a_scheduler_that_falls_silent_is_lost_though_its_connection_lives(tiny_model, monkeypatch):
+    monkeypatch.setattr("services.router.fleet.link.SILENCE_TIMEOUT_S", 0.4)
+
+    async def test():
+        scheduler = FakeScheduler(answer=None)
+        scheduler.beat_s = 0.1
+        async with running_router(tiny_model, scheduler) as router:
+            call = router.inference.Generate(ask(), timeout=5)
+            await scheduler.request()
+            await asyncio.sleep(1)
+            assert not call.done()
+            scheduler.beat_s = 60.0
+            _, error = await drained(call)
+            assert refusal(error) == ("UNAVAILABLE", "", 0.5)
+
+    run(test())
+
+
 def test_a_complete_answer_that_only_lacks_its_account_survives_a_lost_scheduler(tiny_model):
     async def test():
         scheduler = FakeScheduler(answer=None)

@@ -84,6 +84,16 @@ def test_a_link_tells_state_loads_and_warm_blocks_from_its_first_frame():
     asyncio.run(run())
 
 
+def test_a_link_with_nothing_to_say_beats():
+    async def run() -> None:
+        async with running_scheduler() as scheduler, running_worker(scheduler), linked(scheduler) as link:
+            await asyncio.sleep(0.1)
+            link.changed.clear()
+            await asyncio.wait_for(link.changed.wait(), 2.5)
+
+    asyncio.run(run())
+
+
 def test_a_prompt_in_parts_is_one_prompt():
     async def run() -> None:
         async with running_scheduler() as scheduler, running_worker(scheduler), linked(scheduler) as link:

@@ -26,6 +26,8 @@ from shared.rpc.sluice.v1.scheduling_pb2_grpc import SchedulingStub
 
 log = structlog.get_logger("fleet")
 
+SILENCE_TIMEOUT_S = 5.0
+"""A scheduler that is well says something every second."""
 FIRST_FRAME_TIMEOUT_S = 5.0
 WRITE_TIMEOUT_S = 10.0
 """A scheduler that takes nothing for so long is lost."""
@@ -195,7 +197,8 @@ class Link:
             raise LinkBrokenError("its first frame carries no state")
         while True:
             self._take(frame)
-            frame = await self._next(call)
+            async with asyncio.timeout(SILENCE_TIMEOUT_S):
+                frame = await self._next(call)
 
     async def _next(self, call: grpc.aio.StreamStreamCall) -> pb.SchedulerFrame:
         try:

@@ -45,7 +45,8 @@ class SchedulingServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Link(self, request_iterator, context):
-        """The first RouterFrame carries `hello`; the first SchedulerFrame carries `state`.
+        """The first RouterFrame carries `hello`; the first SchedulerFrame carries `state`. A scheduler sends a frame every
+        second, empty where it has nothing to say: one that is silent for five is lost.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
