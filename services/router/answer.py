@@ -51,8 +51,8 @@ class _Sample:
 class Answer:
     """Takes a link's events for one request (a fleet Sink) and keeps what the client has not read, bounded.
 
-    Ends in one of two ways: every sample ended well and the scheduler released the request (`complete`), or a
-    refusal (`refusal`).
+    Ends in one of two ways: every sample ended well, or a refusal (`refusal`). Either is `over`; `terminal` is it once
+    the scheduler has released the request, or is no longer waited for.
     """
 
     def __init__(
@@ -94,9 +94,14 @@ class Answer:
         return all(sample.reason is not None for sample in self._samples)
 
     @property
+    def over(self) -> bool:
+        """Nothing more can come but the scheduler's account."""
+        return self.refusal is not None or self.all_ended
+
+    @property
     def terminal(self) -> bool:
         """Nothing more can come."""
-        return self.refusal is not None or (self.all_ended and self.release is not None)
+        return self.release is not None and self.over
 
     @property
     def durations(self) -> Durations:
@@ -125,11 +130,13 @@ class Answer:
         prompt_logprobs: Sequence[TokenLogprobs],
     ) -> None:
         """Decodes, looks for stop strings, and ends the sample where one is found: what follows is dropped."""
+        if self.refusal is not None:
+            return
         sample = self._samples[index]
         if prompt_logprobs:
             self._take_prompt_logprobs(prompt_logprobs)
         for position, token_id in enumerate(token_ids):
-            if sample.reason is not None or self.refusal is not None:
+            if sample.reason is not None:
                 break
             given = logprobs[position] if position < len(logprobs) else None
             self._take_token(index, sample, token_id, given)
@@ -140,6 +147,8 @@ class Answer:
     def on_end(self, index: int, reason: FinishReason, stop_token_id: int) -> None:
         """The scheduler ended a sample; one that a stop string ended before keeps that end."""
         sample = self._samples[index]
+        if self.refusal is not None:
+            return
         if sample.reason is None and reason in (FinishReason.STOP, FinishReason.LENGTH):
             self._flush(sample)
             if sample.stop is None:
@@ -155,7 +164,7 @@ class Answer:
         self._settle()
 
     def give_up_account(self) -> None:
-        """The answer is complete and the scheduler does not say what it took: usage lacks cached tokens, timing the
+        """The answer is over and the scheduler does not say what it took: usage lacks cached tokens, timing the
         scheduler's part."""
         self.release = self.release or Release()
         self._settle()
@@ -214,9 +223,9 @@ class Answer:
     # Ending early.
 
     def abort(self, cause: AbortCause) -> None:
-        """Ends the request from this side; the scheduler is told. What is unread of a stalled client is dropped. An
-        answer that lacks only the scheduler's account of it ends well, without one."""
-        if self.terminal:
+        """Ends the request from this side; the scheduler is told, and its account may still come. What is unread of a
+        stalled client is dropped. An answer that lacks only the scheduler's account of it ends well, without one."""
+        if self.terminal or self.refusal is not None:
             return
         if self.all_ended:
             return self.give_up_account()
@@ -224,19 +233,16 @@ class Answer:
         if cause is AbortCause.STALLED:
             for sample in self._samples:
                 sample.text, sample.token_ids, sample.logprobs = [], [], []
-        self._tell(cause)
-        self._settle()
-
-    def close(self, cause: AbortCause) -> None:
-        """The session ends: a scheduler that still works on it is told, and nothing more is taken."""
-        if not self.terminal:
-            self._tell(cause)
-        if self._ticket is not None:
-            self._ticket.forget()
-
-    def _tell(self, cause: AbortCause) -> None:
         if self._ticket is not None and self.release is None:
             self._ticket.abort(EVERY_SAMPLE, cause)
+        self._changed.set()
+
+    def close(self) -> None:
+        """The session is over, and so is the answer: nothing more is taken."""
+        if not self.terminal:
+            self.give_up_account()
+        if self._ticket is not None:
+            self._ticket.forget()
 
     # What the client has not read.
 

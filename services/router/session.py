@@ -34,6 +34,12 @@ log = structlog.get_logger("session")
 
 ACK_TIMEOUT_S = 5.0
 """How long a complete answer waits for the scheduler's account of it (usage and durations)."""
+ABORT_ACK_TIMEOUT_S = 1.0
+"""How long one that was ended early does."""
+DRAIN_ACK_TIMEOUT_S = 0.1
+"""And one that the drain ended: a second signal leaves its client little time to be told."""
+DEADLINE_SLACK_NS = 20 * NS_PER_MS
+"""A client that goes so shortly before its deadline went because of it: its clock started before ours."""
 INLINE_TOKENS = 2048
 """A token prompt up to this size is prepared on the loop: hopping to a thread would cost more."""
 
@@ -89,6 +95,8 @@ class Session:
         self._tokenizing = tokenizing
         self._max_unread_bytes = max_unread_bytes
         self._now = now
+        self._accounts: set[asyncio.Task[None]] = set()
+        """Of requests whose client is gone: nobody but the log waits for what the scheduler says of them."""
 
     async def run(self, prompt: Prompt, options: GenerateOptions) -> AsyncGenerator[Event, None]:
         """Accepted, Deltas, one Finished per sample. Raises RefusedError, after ending the samples that had begun.
@@ -107,7 +115,7 @@ class Session:
             raise
         finally:
             if life.admitted:
-                self._log(options, life, end)
+                self._account(options, life, self._why_left(options, life) if end == "left" else end)
 
     async def _live(
         self, prompt: Prompt, options: GenerateOptions, place: Place, life: _Life
@@ -129,8 +137,18 @@ class Session:
         finally:
             if deadline is not None:
                 deadline.cancel()
-            expired = options.deadline_ns is not None and self._now() - life.arrived >= options.deadline_ns
-            answer.close(AbortCause.DEADLINE if expired else AbortCause.CLIENT)
+            answer.abort(AbortCause.DEADLINE if self._expired(options, life) else AbortCause.CLIENT)
+
+    def _why_left(self, options: GenerateOptions, life: _Life) -> str:
+        """How a request ended that nobody could be told of: its caller was gone, and perhaps for a reason."""
+        if self._expired(options, life):
+            return REFUSAL_OF[AbortCause.DEADLINE].name
+        refusal = life.answer.refusal if life.answer is not None else None
+        return "left" if refusal is None or refusal is REFUSAL_OF[AbortCause.CLIENT] else refusal.name
+
+    def _expired(self, options: GenerateOptions, life: _Life) -> bool:
+        elapsed_ns = self._now() - life.arrived
+        return options.deadline_ns is not None and elapsed_ns + DEADLINE_SLACK_NS >= options.deadline_ns
 
     async def _prepare(self, prompt: Prompt, options: GenerateOptions) -> Prepared:
         max_model_len = self._fleet.max_model_len or self._model.max_model_len
@@ -176,22 +194,46 @@ class Session:
             if not accepted:
                 accepted = True
                 yield _accepted(answer, options)
-            for event in answer.take():
-                if isinstance(event, Delta) and not life.first_token:
-                    life.first_token = self._now()
+            for event in self._take(answer, life):
                 yield event
-        for event in answer.take():
+        for event in self._take(answer, life):
             yield event
         for finished in self._last(answer, options, life):
             yield finished
         if answer.refusal is not None:
             raise RefusedError(answer.refusal)
 
+    def _take(self, answer: Answer, life: _Life) -> list[Event]:
+        """What is unread, noting when the first of it was."""
+        events = answer.take()
+        if not life.first_token and any(isinstance(event, Delta) for event in events):
+            life.first_token = self._now()
+        return events
+
     def _last(self, answer: Answer, options: GenerateOptions, life: _Life) -> list[Finished]:
         """The ends that are left; usage and timing on the very last."""
         *others, last = answer.take_last()
         timing = life.timing(answer, self._now()) if options.include_timing else None
         return [*others, msgspec.structs.replace(last, usage=answer.usage, timing=timing)]
+
+    def _account(self, options: GenerateOptions, life: _Life, end: str) -> None:
+        """Logs the request, once the scheduler has said what it took."""
+        answer = life.answer
+        if answer is None or answer.terminal:
+            if answer is not None:
+                answer.close()
+            return self._log(options, life, end)
+        waiting = asyncio.create_task(self._log_later(options, life, answer, end), name="account")
+        self._accounts.add(waiting)
+        waiting.add_done_callback(self._accounts.discard)
+
+    async def _log_later(self, options: GenerateOptions, life: _Life, answer: Answer, end: str) -> None:
+        try:
+            while not answer.terminal:
+                await _wait(answer)
+        finally:
+            answer.close()
+            self._log(options, life, end)
 
     def _log(self, options: GenerateOptions, life: _Life, end: str) -> None:
         """One wide event per request that had a place. Neither prompt nor answer."""
@@ -207,13 +249,19 @@ class Session:
 
 async def _wait(answer: Answer) -> None:
     """For news of the answer, which its deadline bounds; for a mere account of it, not for ever."""
-    if not answer.all_ended:
+    if not answer.over:
         return await answer.wait()
     try:
-        async with asyncio.timeout(ACK_TIMEOUT_S):
+        async with asyncio.timeout(_patience(answer)):
             await answer.wait()
     except TimeoutError:
         answer.give_up_account()
+
+
+def _patience(answer: Answer) -> float:
+    if answer.refusal is None:
+        return ACK_TIMEOUT_S
+    return DRAIN_ACK_TIMEOUT_S if answer.refusal is REFUSAL_OF[AbortCause.DRAIN] else ABORT_ACK_TIMEOUT_S
 
 
 def _at_deadline(options: GenerateOptions, elapsed_ns: int, answer: Answer) -> asyncio.TimerHandle | None:

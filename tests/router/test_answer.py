@@ -122,7 +122,9 @@ def test_the_first_abort_stays_and_is_told_once():
     made, ticket = answer()
     made.abort(AbortCause.DEADLINE)
     made.abort(AbortCause.CLIENT)
-    made.close(AbortCause.CLIENT)
+    assert not made.terminal
+    made.close()
+    assert made.terminal
     assert made.refusal.name == "deadline_exceeded"
     assert ticket.aborts == [(-1, AbortCause.DEADLINE)]
     assert ticket.forgotten

@@ -3,14 +3,20 @@
 import asyncio
 import gc
 import random
+from contextlib import aclosing
 
 import grpc
 import pytest
 
+from services.router import session
 from services.router.answer import Answer
+from services.router.request import GenerateOptions, TokenPrompt
+from services.router.session import Session
+from shared.clock import monotonic_ns
 from shared.rpc.sluice.v1 import inference_pb2 as pb
 from shared.rpc.sluice.v1 import scheduling_pb2
 from shared.rpc.sluice.v1.inference_pb2_grpc import InferenceStub
+from shared.sampling import Sampling, Stopping, Want
 from tests.builders.fake_scheduler import FakeScheduler
 from tests.builders.router import drained, ends, ids, refusal, rest, run, running_router, until
 from tests.counts import count
@@ -214,8 +220,6 @@ def test_deltas_of_a_slow_client_arrive_merged_and_complete(tiny_model):
 def test_a_request_aborted_before_it_was_submitted_never_reaches_the_scheduler(tiny_model, monkeypatch):
     import threading
 
-    from services.router import session
-
     gate, entered = threading.Event(), threading.Event()
     prepare = session.prepare
 
@@ -236,5 +240,123 @@ def test_a_request_aborted_before_it_was_submitted_never_reaches_the_scheduler(t
             _, error = await drained(call)
             assert error.code() is grpc.StatusCode.CANCELLED
             assert scheduler.requests == []
+
+    run(test())
+
+
+class Events(list):
+    """The wide events of requests, as a log."""
+
+    def info(self, event, **facts):
+        self.append(facts)
+
+
+@pytest.fixture
+def events(monkeypatch):
+    log = Events()
+    monkeypatch.setattr(session, "log", log)
+    return log
+
+
+def test_an_aborted_request_has_an_account(tiny_model, events):
+    async def test():
+        scheduler = FakeScheduler(answer=None)
+        async with running_router(tiny_model, scheduler) as router:
+            wanted = pb.ResponseOptions(include_timing=True)
+            call = router.inference.Generate(ask(request_id="mine", response=wanted), timeout=5)
+            request = await scheduler.request()
+            request.tokens([9])
+            await call.read()
+            await router.inference.Abort(pb.AbortRequest(request_id="mine"), timeout=5)
+            responses, error = await drained(call)
+            assert error.code() is grpc.StatusCode.CANCELLED
+            (finished,) = ends(responses)
+            timing = finished.timing
+            assert (timing.queue_ns, timing.prefill_ns, timing.decode_ns) == (10, 20, 30)
+            assert timing.link_ns == timing.schedule_ns - 60
+            assert finished.usage.cached_tokens == 3
+            assert events[0]["end"] == "cancelled"
+
+    run(test())
+
+
+def test_an_aborted_request_that_the_scheduler_does_not_release_ends_all_the_same(tiny_model, monkeypatch):
+    monkeypatch.setattr(session, "ABORT_ACK_TIMEOUT_S", 0.1)
+
+    async def test():
+        scheduler = FakeScheduler(answer=None)
+        async with running_router(tiny_model, scheduler) as router:
+            call = router.inference.Generate(ask(request_id="mine"), timeout=5)
+            (await scheduler.request()).released = True  # so it says
+            await router.inference.Abort(pb.AbortRequest(request_id="mine"), timeout=5)
+            async with asyncio.timeout(1):
+                responses, error = await drained(call)
+            assert error.code() is grpc.StatusCode.CANCELLED
+            assert [one.reason for one in ends(responses)] == [pb.FINISH_REASON_ABORT]
+
+    run(test())
+
+
+def test_a_request_that_hit_its_deadline_says_so_in_the_log_with_its_phases(tiny_model, events):
+    async def test():
+        scheduler = FakeScheduler(answer=None)
+        async with running_router(tiny_model, scheduler) as router:
+            with pytest.raises(grpc.aio.AioRpcError):
+                await rest(router.inference.Generate(ask(), timeout=0.3))
+            await until(lambda: events)
+            assert events[0]["end"] == "deadline_exceeded"
+            assert {"queue_ms", "prefill_ms", "decode_ms"} <= events[0].keys()
+
+    run(test())
+
+
+def test_nobody_waits_for_the_account_of_a_client_that_is_gone(tiny_model, events, monkeypatch):
+    monkeypatch.setattr(session, "ABORT_ACK_TIMEOUT_S", 30)
+
+    async def test():
+        scheduler = FakeScheduler(answer=None)
+        async with running_router(tiny_model, scheduler, max_num_queued_reqs=1) as router:
+            call = router.inference.Generate(ask(request_id="again"), timeout=5)
+            request = await scheduler.request()
+            request.released = True  # so it says
+            call.cancel()
+            async with asyncio.timeout(0.5):
+                await request.aborted.wait()
+            await until(lambda: not len(router.router.admission))
+            assert not events
+            request.release()
+            await until(lambda: events)
+            assert events[0]["end"] == "left"
+            assert "decode_ms" in events[0]
+
+    run(test())
+
+
+def test_a_first_token_has_its_time_though_the_answer_was_over_before_it_was_read(tiny_model):
+    async def test():
+        scheduler = FakeScheduler()
+        async with running_router(tiny_model, scheduler) as router:
+            inference = Session(
+                model=router.router._model,
+                fleet=router.router.fleet,
+                admission=router.router.admission,
+                tokenizing=router.router._tokenizing,
+                max_unread_bytes=1 << 20,
+                now=monotonic_ns,
+            )
+            options = GenerateOptions(
+                request_id="slow",
+                model="tiny",
+                sampling=Sampling(seed=1),
+                stopping=Stopping(max_tokens=4),
+                want=Want(),
+                include_timing=True,
+            )
+            async with aclosing(inference.run(TokenPrompt((1, 2, 3)), options)) as events:
+                await anext(events)
+                await scheduler.request()
+                await asyncio.sleep(0.2)
+                *_, last = [event async for event in events]
+            assert 0.2e9 < last.timing.time_to_first_token_ns <= last.timing.total_ns
 
     run(test())
