@@ -2,7 +2,7 @@
 
 import enum
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -128,6 +128,13 @@ class Sample:
             raise ValueError(f"sample {self.request.key}/{self.index}: {self.status.value} → {status.value}")
         self.status = status
 
+    def describe_prompt(self, start: int, logprobs: Sequence[TokenLogprobs]) -> None:
+        """Takes the logprobs of prompt positions from `start` on (1 is the first that has one). A prompt computed
+        again after a preemption says again what is known, which is then passed over."""
+        known = len(self.prompt_logprobs)
+        if self.wants_prompt_logprobs and start - 1 <= known:
+            self.prompt_logprobs += logprobs[known - (start - 1) :]
+
     def forget_progress(self) -> None:
         """Back to nothing computed: what preemption and a lost worker have in common. Known tokens stay."""
         self.incarnation += 1
@@ -136,7 +143,6 @@ class Sample:
         self.num_indexed = 0
         self.planned = 0
         self.computed = 0
-        self.prompt_logprobs = []
 
 
 def make_samples(request: Request) -> Iterable[Sample]:

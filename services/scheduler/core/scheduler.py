@@ -275,6 +275,8 @@ class Scheduler:
     ) -> None:
         if sample.status is Status.ENDED:
             return
+        if result.prompt_logprobs and row in result.prompt_logprobs:
+            sample.describe_prompt(*result.prompt_logprobs[row])
         if token is not None:
             sample.unknown -= 1
             sample.tokens.append(token)
@@ -287,8 +289,6 @@ class Scheduler:
                 ledger.prefill_steps += 1
             if sample.computed // group.spec.block_size > sample.num_indexed:
                 group.index_full_blocks(sample, sample.computed)
-            if result.prompt_logprobs and row in result.prompt_logprobs:
-                sample.prompt_logprobs += result.prompt_logprobs[row][1]
         if token is not None:
             self._emit_token(sample, token, result.logprobs.get(row), group, now_ns)
 

@@ -408,6 +408,19 @@ def test_prompt_logprobs_survive_a_preemption_behind_the_last_chunk():
     d.assert_answers()
 
 
+def test_the_last_token_of_a_preempted_sample_brings_the_prompt_logprobs_along():
+    d = driver(num_blocks=5, max_in_flight=2)
+    d.submit(submission("old", range(11), max_tokens=9))
+    d.schedule()
+    d.deliver()
+    d.submit(submission("asks", range(20, 25), max_tokens=1, want=Want(prompt_logprobs=0)))
+    while d.core.requests:
+        while d.schedule():
+            pass
+        d.deliver()
+    d.assert_answers()
+
+
 def test_estimates_come_from_the_best_of_late_and_from_steps_of_their_own_kind():
     pace = Pace()
     pace.learn(1000, 1, 1_000_000_000)
