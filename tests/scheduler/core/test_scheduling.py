@@ -409,15 +409,18 @@ def test_prompt_logprobs_survive_a_preemption_behind_the_last_chunk():
 
 
 def test_the_last_token_of_a_preempted_sample_brings_the_prompt_logprobs_along():
-    d = driver(num_blocks=5, max_in_flight=2)
-    d.submit(submission("old", range(11), max_tokens=9))
+    d = driver(num_blocks=6, max_in_flight=2)
+    d.submit(submission("one", range(7), max_tokens=20))
+    d.submit(submission("two", range(10, 17), max_tokens=20))
     d.schedule()
     d.deliver()
-    d.submit(submission("asks", range(20, 25), max_tokens=1, want=Want(prompt_logprobs=0)))
-    while d.core.requests:
-        while d.schedule():
-            pass
-        d.deliver()
+    d.submit(submission("asks", range(20, 23), max_tokens=1, want=Want(prompt_logprobs=0)))
+    d.schedule()
+    d.schedule()  # both decodes want a block: the newcomer, still in flight, is preempted
+    assert d.core.requests["asks"].ledger.preemptions == 1
+    d.deliver()
+    assert d.answer("asks") == d.expected("asks") and len(d.prompt_logprobs["asks"]) == 2
+    d.run()
     d.assert_answers()
 
 
