@@ -410,8 +410,8 @@ def test_prompt_logprobs_survive_a_preemption_behind_the_last_chunk():
 
 def test_the_last_token_of_a_preempted_sample_brings_the_prompt_logprobs_along():
     d = driver(num_blocks=6, max_in_flight=2)
-    d.submit(submission("one", range(7), max_tokens=20))
-    d.submit(submission("two", range(10, 17), max_tokens=20))
+    d.submit(submission("one", range(7), max_tokens=10))
+    d.submit(submission("two", range(10, 17), max_tokens=10))
     d.schedule()
     d.deliver()
     d.submit(submission("asks", range(20, 23), max_tokens=1, want=Want(prompt_logprobs=0)))
