@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -113,8 +114,8 @@ class Session:
         self._history.append(("user", line))
         parts: list[str] = []
         try:
-            self._runner.run(self._answer(parts))
-        except KeyboardInterrupt:
+            self._runner.run(self._interruptible(parts))
+        except (KeyboardInterrupt, asyncio.CancelledError):
             self._console.print("\n[dim](ended)[/]")
         except CallError as error:
             sys.stdout.flush()
@@ -123,6 +124,17 @@ class Session:
             self._history.append(("assistant", "".join(parts)))
         else:
             self._history.pop()  # nothing came: as if it had not been asked
+
+    async def _interruptible(self, parts: list[str]) -> None:
+        """An answer that Ctrl-C ends. The loop is told of the signal itself: gRPC's threads may be the ones to get it,
+        and Python's own handler would wait until this one wakes up."""
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        loop.add_signal_handler(signal.SIGINT, task.cancel)
+        try:
+            await self._answer(parts)
+        finally:
+            loop.remove_signal_handler(signal.SIGINT)
 
     async def _answer(self, parts: list[str]) -> None:
         from services.cli.client import Delta, Finished, Message, Request

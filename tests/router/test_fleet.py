@@ -170,6 +170,23 @@ def test_a_prompt_goes_where_its_prefix_is_warm(tiny_model):
     run(test())
 
 
+def test_short_requests_stay_where_they_are_warm_before_a_load_is_told(tiny_model):
+    async def test():
+        first, second = FakeScheduler(), FakeScheduler()
+        async with running_router(tiny_model, first, second, usable=2) as router:
+            prompt = pb.TokenIds(ids=[7] * 64)
+            await router.generate(pb.GenerateRequest(token_ids=prompt, stopping=pb.Stopping(max_tokens=2)))
+            home = first if first.requests else second
+            stored = b"".join(map(short, chain([7] * 64, home.state.block_size, root_hash(b"", exact=False))))
+            home.send(scheduling_pb2.SchedulerFrame(blocks_stored=stored))
+            await asyncio.sleep(0.05)
+            for _ in range(4):
+                await router.generate(pb.GenerateRequest(token_ids=prompt, stopping=pb.Stopping(max_tokens=2)))
+            assert len(home.requests) == 5
+
+    run(test())
+
+
 def test_requests_spread_over_equal_schedulers_before_their_loads_are_told(tiny_model):
     async def test():
         schedulers = FakeScheduler(answer=None), FakeScheduler(answer=None)

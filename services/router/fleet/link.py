@@ -293,6 +293,8 @@ class Link:
     def _release(self, key: int, release: Release) -> None:
         entry = self._entries.pop(key, None)
         if entry is not None:
+            # It may be over before a load ever told of it.
+            self._view.unseen = max(0, self._view.unseen - 1)
             _tell_release(entry, release)
 
 
