@@ -23,6 +23,14 @@ MALLOC = {
 }
 
 
+CACHED_PRIMITIVES = "256"
+"""How many prepared products oneDNN and its wrapper in torch each keep; their own default is 1,024.
+
+They are kept by shape, so mixed traffic fills the caches: a worker grew from 362 to over 900 MiB within 1,350
+requests. With 256 it stays at 515. A missing one costs 0.2 to 0.5 ms, and a step uses about ten.
+"""
+
+
 def worker_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """What to add to `environ` for a worker. What the user has set stays."""
     added = {}
@@ -30,4 +38,7 @@ def worker_environment(environ: Mapping[str, str]) -> dict[str, str]:
         added["GOMP_SPINCOUNT"] = SPIN_COUNT
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in environ:
         added["GLIBC_TUNABLES"] = ":".join(f"{name}={value}" for name, value in MALLOC.items())
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        if name not in environ:
+            added[name] = CACHED_PRIMITIVES
     return added

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.cluster
 
 LONG = {"max_tokens": 400, "ignore_eos": True, "temperature": 0.0}
 CONCURRENT = 16
-GROWTH_BYTES = 96 * 2**20
+GROWTH_BYTES = 48 * 2**20
 """What a process may gain over all the cancels: caches fill, leaks would go on."""
 ABORT_MS = 50
 
