@@ -1,0 +1,146 @@
+"""Compiles every declared form without a GPU and reports what it needs.
+
+    python -m kernels.fused.prove [--target 80 90 100] [--model NAME] [--only KERNEL] [--json FILE]
+
+Exits 1 when a form does not compile, or a hot kernel spills registers to memory.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels.fused.declared import SHAPES, ModelShape, forms_of
+from kernels.fused.launch import Form
+
+WARP_SIZE = 32
+TARGETS = (80, 90, 100)
+MAX_SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""What a block may ask for on A100, H100 and B200 (CUDA programming guide, compute capabilities)."""
+USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One form on one target. `spilled_bytes` is the stack that a thread needs, 0 where nothing spills."""
+
+    model: str
+    kernel: str
+    target: int
+    constants: dict[str, str]
+    num_warps: int
+    num_stages: int
+    registers: int = 0
+    shared_bytes: int = 0
+    spilled_bytes: int = 0
+    error: str = ""
+
+    @property
+    def problem(self) -> str:
+        if self.error:
+            return self.error
+        if self.spilled_bytes:
+            return f"spills {self.spilled_bytes} bytes a thread"
+        limit = MAX_SHARED_BYTES[self.target]
+        return f"{self.shared_bytes} bytes of shared memory, at most {limit}" if self.shared_bytes > limit else ""
+
+
+def prove(model: str, form: Form, target: int) -> Report:
+    """Compile one form; a failure is told in the report."""
+    constants = {name: str(value) for name, value in form.constants}
+    about = (model, form.name, target, constants, form.num_warps, form.num_stages)
+    try:
+        compiled = _compile(form, target)
+    except Exception as error:
+        return Report(*about, error=f"{type(error).__name__}: {error}"[:600])
+    registers, stack, local = _usage(compiled.asm["cubin"])
+    return Report(*about, registers, compiled.metadata.shared, stack + local)
+
+
+def _compile(form: Form, target: int) -> triton.compiler.CompiledKernel:
+    names = form.kernel.arg_names
+    types = dict(form.types)
+    source = ASTSource(
+        fn=form.kernel,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in form.constants},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in form.aligned},
+    )
+    options = {"num_warps": form.num_warps, "num_stages": form.num_stages, "enable_fp_fusion": False}
+    return triton.compile(source, target=GPUTarget("cuda", target, WARP_SIZE), options=options)
+
+
+def _usage(cubin: bytes) -> tuple[int, int, int]:
+    """(registers a thread, stack bytes, local bytes) as NVIDIA's own tool reads them from the machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run([_cuobjdump(), "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = USAGE.search(told.stdout + told.stderr)
+    if found is None:
+        raise RuntimeError(f"cuobjdump told no resource usage: {told.stdout[:200]}{told.stderr[:200]}")
+    registers, stack, _, local = map(int, found.groups())
+    return registers, stack, local
+
+
+@cache
+def _cuobjdump() -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def _prove_task(task: tuple[ModelShape, str, int]) -> list[Report]:
+    shape, kernel, target = task
+    return [prove(shape.name, form, target) for form in forms_of(shape) if form.name == kernel]
+
+
+def prove_all(shapes: Iterable[ModelShape], targets: Iterable[int], only: str | None = None) -> list[Report]:
+    """Every declared form of the models on the targets, one task per kernel, on all cores."""
+    tasks = [
+        (shape, kernel, target)
+        for shape in shapes
+        for kernel in dict.fromkeys(form.name for form in forms_of(shape))
+        for target in targets
+        if only is None or only in kernel
+    ]
+    with ProcessPoolExecutor(os.cpu_count()) as workers:
+        return [report for reports in workers.map(_prove_task, tasks) for report in reports]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--target", type=int, nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--model", nargs="+", choices=[shape.name for shape in SHAPES])
+    parser.add_argument("--only", help="kernels whose name holds this")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    shapes = [shape for shape in SHAPES if not options.model or shape.name in options.model]
+    reports = prove_all(shapes, options.target, options.only)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(report) for report in reports], indent=1) + "\n")
+    for report in reports:
+        flags = " ".join(f"{name}={value}" for name, value in report.constants.items())
+        print(
+            f"sm_{report.target} {report.model:13} {report.kernel:28} regs {report.registers:3} "
+            f"shared {report.shared_bytes:6} spilled {report.spilled_bytes:4} {flags[:110]} {report.problem[:400]}"
+        )
+    problems = [report for report in reports if report.problem]
+    print(f"{len(reports)} forms compiled, {len(problems)} with problems")
+    return 1 if problems or not reports else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
