@@ -16,6 +16,7 @@ from services.router.session import Session
 from shared import __version__
 from shared.clock import NS_PER_MS, NowNs
 from shared.net.deadlines import remaining_ns
+from shared.net.peers import require_local
 from shared.outcome import AbortCause, refuse
 from shared.rpc.sluice.v1 import control_pb2, inference_pb2
 from shared.rpc.sluice.v1.control_pb2_grpc import ControlServicer, add_ControlServicer_to_server
@@ -144,6 +145,7 @@ class RouterControl(ControlServicer):
         return control_pb2.GetLoadResponse(groups=groups, requests_in_flight=len(self._admission))
 
     async def Drain(self, request: control_pb2.DrainRequest, context: Context) -> control_pb2.DrainResponse:
+        require_local(context, "Control.Drain", "call it there, or send the router SIGTERM")
         await self._drain(request.timeout_ms / 1000 if request.timeout_ms else None)
         return control_pb2.DrainResponse(requests_in_flight=len(self._admission))
 

@@ -3,17 +3,21 @@
 import asyncio
 import os
 import signal
+import socket
 
 import grpc
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from services.router.app import serve
 from shared.config import RouterConfig
+from shared.net.peers import is_local
 from shared.net.server import BindError
 from shared.rpc.sluice.v1 import control_pb2
 from shared.rpc.sluice.v1 import inference_pb2 as pb
+from shared.rpc.sluice.v1.control_pb2_grpc import ControlStub
 from tests.builders.fake_scheduler import FakeScheduler
 from tests.builders.router import drained, ends, refusal, rest, run, running_router, until
 
@@ -78,6 +82,59 @@ def test_drain_by_rpc_may_name_its_own_time(tiny_model):
             assert await router.serving == 0
 
     run(test())
+
+
+def address_beyond_loopback():
+    every = (one for addresses in psutil.net_if_addrs().values() for one in addresses)
+    own = [one.address for one in every if one.family == socket.AF_INET]
+    return next((address for address in own if not address.startswith("127.")), None)
+
+
+def test_a_drain_is_not_taken_from_another_machine(tiny_model):
+    here = address_beyond_loopback()
+    if here is None:
+        pytest.skip("this machine has no address but loopback")
+
+    async def test():
+        async with running_router(tiny_model, FakeScheduler(), host="0.0.0.0") as router:
+            port = router.address.rpartition(":")[2]
+            async with grpc.aio.insecure_channel(f"{here}:{port}") as channel:
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await ControlStub(channel).Drain(control_pb2.DrainRequest(), timeout=5)
+                assert refusal(caught.value)[0] == "UNAUTHENTICATED"
+                assert "SIGTERM" in caught.value.details()
+                await ControlStub(channel).GetLoad(control_pb2.GetLoadRequest(), timeout=5)
+            await router.generate(ask(stopping=pb.Stopping(max_tokens=2)))
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                await ControlStub(channel).Drain(control_pb2.DrainRequest(), timeout=5)
+            assert await router.serving == 0
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("peer", "local"),
+    [
+        ("ipv4:127.0.0.1:50000", True),
+        ("ipv4:127.8.9.1:50000", True),
+        ("ipv6:%5B::1%5D:50000", True),
+        ("ipv6:[::1]:50000", True),
+        ("ipv6:%5B::ffff:127.0.0.1%5D:50000", True),
+        ("unix:", True),
+        ("unix:/run/sluice.sock", True),
+        ("unix-abstract:sluice", True),
+        ("ipv4:10.0.0.7:50000", False),
+        ("ipv4:0.0.0.0:50000", False),
+        ("ipv6:%5Bfd00::2%5D:50000", False),
+        ("ipv6:%5Bfe80::1%25eth0%5D:50000", False),
+        ("ipv6:%5B::ffff:10.0.0.7%5D:50000", False),
+        ("ipv4:localhost:50000", False),
+        ("vsock:2:50000", False),
+        ("", False),
+    ],
+)
+def test_a_caller_is_local_by_loopback_or_unix_socket(peer, local):
+    assert is_local(peer) is local
 
 
 def test_a_router_is_healthy_while_a_scheduler_could_answer(tiny_model):

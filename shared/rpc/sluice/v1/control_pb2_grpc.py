@@ -69,7 +69,8 @@ class ControlServicer(object):
 
     def Drain(self, request, context):
         """Refuses new requests from now on and finishes those in flight; the process exits when they have ended or when
-        `timeout_ms` has passed (0: the service's --shutdown-timeout).
+        `timeout_ms` has passed (0: the service's --shutdown-timeout). A router takes it from its own machine only
+        (loopback, or a Unix socket): UNAUTHENTICATED for callers elsewhere.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
