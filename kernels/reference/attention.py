@@ -44,16 +44,42 @@ def write_kv(kv: Tensor, pool: Tensor, layer_id: int, plan: AttentionPlan) -> No
         pool[slot // block_size, layer_id, :, :, slot % block_size] = kv[token_id]
 
 
-def paged_attention(q: Tensor, pool: Tensor, layer_id: int, plan: AttentionPlan, scale: float) -> Tensor:
-    """softmax(q · Kᵀ * scale) · V over the positions that each query may see."""
+def paged_attention(
+    q: Tensor,
+    pool: Tensor,
+    layer_id: int,
+    plan: AttentionPlan,
+    scale: float,
+    *,
+    soft_cap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """softmax(scores) · V over the positions that each query may see, with these scores:
+
+    s = q · Kᵀ * scale; with a soft cap c (Gemma 2) c * tanh(s / c); plus slope * (key's - query's position) of each
+    head (ALiBi, Press et al., 2021). A sink (gpt-oss) is one more score per head, whose share of the softmax is lost.
+    """
+    num_heads, num_kv_heads = q.shape[1], pool.shape[3]
+    slopes = torch.zeros(num_heads) if alibi_slopes is None else alibi_slopes.float()
+    lost = torch.full((num_heads,), -torch.inf) if sinks is None else sinks.float()
     out = torch.empty_like(q)
     for row, context_len in enumerate(plan.context_lens):
         start, end = plan.query_starts[row], plan.query_starts[row + 1]
-        keys, values = _gather_row(pool, layer_id, plan.block_tables[row], context_len)
+        keys, values = (
+            each.repeat_interleave(num_heads // num_kv_heads, dim=0)
+            for each in _gather_row(pool, layer_id, plan.block_tables[row], context_len)
+        )
         for token_id in range(start, end):
             position = context_len - (end - token_id)
             first = 0 if plan.window is None else max(0, position - plan.window + 1)
-            out[token_id] = _attend(q[token_id], keys[:, first : position + 1], values[:, first : position + 1], scale)
+            seen = slice(first, position + 1)
+            scores = torch.einsum("hd,hpd->hp", q[token_id].float(), keys[:, seen]) * scale
+            if soft_cap > 0:
+                scores = soft_cap * torch.tanh(scores / soft_cap)
+            scores += slopes[:, None] * (torch.arange(first, position + 1) - position)
+            weights = torch.softmax(torch.cat((scores, lost[:, None]), dim=1), dim=1)[:, :-1]
+            out[token_id] = torch.einsum("hp,hpd->hd", weights, values[:, seen]).to(q.dtype)
     return out
 
 
@@ -64,10 +90,3 @@ def _gather_row(pool: Tensor, layer_id: int, block_table: Tensor, context_len: i
     pages = pool[block_table.long()[positions // block_size], layer_id, :, :, positions % block_size]
     keys, values = pages.permute(1, 2, 0, 3).float()
     return keys, values
-
-
-def _attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    num_heads, num_kv_heads = query.shape[0], keys.shape[0]
-    folded = query.float().view(num_kv_heads, num_heads // num_kv_heads, -1)
-    weights = torch.softmax(folded @ keys.transpose(1, 2) * scale, dim=-1)
-    return (weights @ values).view(num_heads, -1).to(query.dtype)

@@ -1,6 +1,5 @@
 """These run under Triton's interpreter (tests/conftest.py asks for it), or on a GPU where there is one."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,20 @@ def device() -> str:
 
 
 @pytest.fixture(autouse=True)
-def rounding(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The interpreter cuts float32 off to make bfloat16; a GPU rounds to the nearest, ties to even."""
+def mended_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two things that the interpreter of Triton 3.7 does to bfloat16 and a GPU does not.
+
+    It cuts float32 off to make bfloat16 (a GPU rounds to the nearest, ties to even), and multiplies in `tl.dot` the
+    integers that it keeps bfloat16 in. Other arithmetic on bfloat16 is as wrong: widen to float32 first.
+    """
     from triton.runtime import interpreter
 
-    convert = interpreter._convert_float
+    monkeypatch.setattr(interpreter, "_convert_float", _rounding(interpreter._convert_float))
+    builder = interpreter.InterpreterBuilder
+    monkeypatch.setattr(builder, "create_dot", _widening(builder.create_dot, interpreter.TensorHandle))
 
+
+def _rounding(convert: Any) -> Any:
     def rounded(data: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
         if source != triton.language.float32 or target != triton.language.bfloat16:
             return convert(data, source, target, mode)
@@ -31,5 +38,16 @@ def rounding(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
         return np.where(is_nan, kept_nan, nearest).reshape(data.shape)
 
-    monkeypatch.setattr(interpreter, "_convert_float", rounded)
-    yield
+    return rounded
+
+
+def _widening(dot: Any, handle: Any) -> Any:
+    def widened(operand: Any) -> Any:
+        if operand.dtype.scalar != triton.language.bfloat16:
+            return operand
+        return handle((operand.data.astype(np.uint32) << 16).view(np.float32), triton.language.float32)
+
+    def wide_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, widened(a), widened(b), *rest)
+
+    return wide_dot

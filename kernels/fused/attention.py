@@ -1,0 +1,473 @@
+"""Attention over a paged cache: flash attention (Dao, 2023) for prompt chunks, split over the context for decode rows.
+
+A page is `pool[block]`, [layer][K/V][head][slot][dim]. The query heads of one KV head share each K and V tile: `group`
+of them per query are folded into the rows of a tile. Scores are kept in base 2; all sums are float32.
+
+Prompt chunks: one program per tile of queries and KV head walks over all it may see. Decode rows: the context is cut at
+multiples of SPLIT positions, whatever the batch; a fixed number of programs takes (row, split, KV head) in turn from a
+list that the device itself counts (`_count_splits_kernel`), so a CUDA graph can hold the launch; `_merge_kernel` adds
+the splits of a row in order. With `exact` decode rows are prompt chunks of one query: one kernel, one shape of tile, K
+and V in tiles at absolute positions; a query's bits then depend on nothing else in the step.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.fused.launch import launch
+
+SPLIT = 256
+"""Positions of a context that one program of a decode row reads."""
+TILE_ROWS = 128
+EXACT_TILE_ROWS = 64
+"""Rows (queries times heads of a group) of a prompt's tile."""
+DECODE_ROWS = 16
+"""The fewest rows that a tensor core multiplies."""
+MAX_DECODE_ROWS = 1024
+PROGRAMS = 1024
+"""Programs of a decode launch: about eight on each of an H200's 132 multiprocessors."""
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """What all layers of a step share, on the device, int32 but for the slots.
+
+    query_starts [rows + 1], context_lens [rows], block_tables [rows, max_blocks], slots [tokens] int64.
+    tiles [n, 2]: row and first query (within the row) of each tile of a prompt chunk.
+    decode_rows [m]: the rows of one query; split_starts [m + 1]: the splits before each of them.
+    partials [splits, heads, head_dim] and peaks [splits, heads, 2]: unfinished sums, maxima and weights, float32.
+    """
+
+    query_starts: Tensor
+    context_lens: Tensor
+    block_tables: Tensor
+    slots: Tensor
+    tiles: Tensor
+    decode_rows: Tensor
+    split_starts: Tensor
+    partials: Tensor
+    peaks: Tensor
+    window: int | None
+    exact: bool
+
+
+def plan_attention(
+    pool: Tensor,
+    query_starts: list[int],
+    context_lens: list[int],
+    block_tables: Tensor,
+    slots: Tensor,
+    *,
+    num_heads: int,
+    window: int | None = None,
+    exact: bool = False,
+) -> AttentionPlan:
+    """See kernels.ops.attention. Counts the splits on the device; reads no tensor."""
+    device, head_dim = pool.device, pool.shape[5]
+    counts = [end - start for start, end in zip(query_starts, query_starts[1:], strict=False)]
+    decodes = [] if exact else [row for row, count in enumerate(counts) if count == 1]
+    if len(decodes) > MAX_DECODE_ROWS:
+        raise ValueError(f"{len(decodes)} decode rows in one step, at most {MAX_DECODE_ROWS}")
+    tile_queries = _tile_queries(num_heads // pool.shape[3], exact)
+    tiles = _tiles(counts, context_lens, tile_queries, () if exact else (1,))
+    num_splits = sum(_num_splits(context_lens[row], window) for row in decodes)
+
+    def put(values: list[Any], *shape: int) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32).view(shape).to(device, non_blocking=True)
+
+    plan = AttentionPlan(
+        query_starts=put(query_starts, -1),
+        context_lens=put(context_lens, -1),
+        block_tables=block_tables.to(device, torch.int32, non_blocking=True),
+        slots=slots.to(device, non_blocking=True),
+        tiles=put(tiles, -1, 2),
+        decode_rows=put(decodes, -1),
+        split_starts=torch.empty(len(decodes) + 1, dtype=torch.int32, device=device),
+        partials=torch.empty(num_splits, num_heads, head_dim, dtype=torch.float32, device=device),
+        peaks=torch.empty(num_splits, num_heads, 2, dtype=torch.float32, device=device),
+        window=window,
+        exact=exact,
+    )
+    if decodes:
+        count_splits(plan)
+    return plan
+
+
+def count_splits(plan: AttentionPlan) -> None:
+    """Fill `split_starts` from the context lengths that lie on the device; once a step, before the first layer."""
+    launch(
+        _count_splits_kernel,
+        (1,),
+        {
+            "context_lens": plan.context_lens,
+            "decode_rows": plan.decode_rows,
+            "split_starts": plan.split_starts,
+            "num_rows": len(plan.decode_rows),
+        },
+        {"window": plan.window or 0, "split": SPLIT, "block": MAX_DECODE_ROWS},
+    )
+
+
+def paged_attention(
+    q: Tensor,
+    pool: Tensor,
+    layer_id: int,
+    plan: AttentionPlan,
+    scale: float,
+    *,
+    soft_cap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """See kernels.ops.attention. `q` [tokens, num_heads, head_dim] may be a view into a merged projection."""
+    _check(q, pool, layer_id, alibi_slopes, sinks)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    arguments = {
+        "q": q,
+        "pages": pool[:, layer_id],
+        "out": out,
+        "query_starts": plan.query_starts,
+        "context_lens": plan.context_lens,
+        "block_tables": plan.block_tables,
+        "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+        "table_stride": plan.block_tables.stride(0),
+        "scale": scale,
+        "soft_cap": soft_cap,
+    }
+    constants = _constants(q, pool, plan, soft_cap)
+    if len(plan.tiles):
+        _prefill(arguments, constants, plan)
+    if len(plan.decode_rows):
+        _decode(arguments, constants, plan)
+    return out
+
+
+def _prefill(arguments: dict[str, Any], constants: dict[str, Any], plan: AttentionPlan) -> None:
+    rows = EXACT_TILE_ROWS if plan.exact else TILE_ROWS
+    wide = constants["dim_block"] > 128
+    launch(
+        _prefill_kernel,
+        (len(plan.tiles), constants["kv_heads"]),
+        {**arguments, "tiles": plan.tiles},
+        {
+            **constants,
+            "tile_queries": _tile_queries(constants["group"], plan.exact),
+            "rows": rows,
+            "columns": 32 if wide else 64,
+        },
+        num_warps=8 if rows == TILE_ROWS else 4,
+        num_stages=2 if wide else 3,
+    )
+
+
+def _decode(arguments: dict[str, Any], constants: dict[str, Any], plan: AttentionPlan) -> None:
+    partial = {"split_starts": plan.split_starts, "partials": plan.partials, "peaks": plan.peaks}
+    rows = max(DECODE_ROWS, triton.next_power_of_2(constants["group"]))
+    decoded = {**arguments, **partial, "decode_rows": plan.decode_rows, "num_rows": len(plan.decode_rows)}
+    work = len(plan.partials) * constants["kv_heads"]
+    launch(
+        _decode_kernel,
+        (min(work, PROGRAMS),),
+        decoded,
+        {**constants, "rows": rows, "columns": 64, "split": SPLIT, "search": MAX_DECODE_ROWS.bit_length() - 1},
+        num_warps=4,
+        num_stages=3,
+    )
+    launch(
+        _merge_kernel,
+        (len(plan.decode_rows), arguments["q"].shape[1]),
+        {
+            **partial,
+            "out": arguments["out"],
+            "query_starts": plan.query_starts,
+            "decode_rows": plan.decode_rows,
+            "sinks": arguments["sinks"],
+        },
+        {
+            "heads": arguments["q"].shape[1],
+            "head_dim": constants["head_dim"],
+            "dim_block": constants["dim_block"],
+        },
+        num_warps=1,
+    )
+
+
+def _constants(q: Tensor, pool: Tensor, plan: AttentionPlan, soft_cap: float) -> dict[str, Any]:
+    _, _, _, num_kv_heads, block_size, head_dim = pool.shape
+    return {
+        "kv_heads": num_kv_heads,
+        "group": q.shape[1] // num_kv_heads,
+        "head_dim": head_dim,
+        "dim_block": max(16, triton.next_power_of_2(head_dim)),
+        "block_size": block_size,
+        "page_stride": pool.stride(0),
+        "kv_stride": pool.stride(2),
+        "q_stride": q.stride(0),
+        "window": plan.window or 0,
+        "capped": soft_cap > 0,
+    }
+
+
+def _check(q: Tensor, pool: Tensor, layer_id: int, alibi_slopes: Tensor | None, sinks: Tensor | None) -> None:
+    _, num_layers, _, num_kv_heads, _, head_dim = pool.shape
+    if q.ndim != 3 or q.shape[2] != head_dim or q.shape[1] % num_kv_heads:
+        raise ValueError(f"q {list(q.shape)} does not fit pages of {num_kv_heads} KV heads of {head_dim}")
+    if q.stride()[1:] != (head_dim, 1):
+        raise ValueError(f"the heads of a token must lie side by side; strides of q are {q.stride()}")
+    if q.dtype != pool.dtype:
+        raise ValueError(f"q is {q.dtype}, the pages are {pool.dtype}")
+    if not 0 <= layer_id < num_layers:
+        raise ValueError(f"layer {layer_id} of {num_layers}")
+    for name, per_head in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+        if per_head is not None and (per_head.shape != (q.shape[1],) or per_head.dtype != torch.float32):
+            raise ValueError(f"{name} must be float32 [{q.shape[1]}], not {per_head.dtype} {list(per_head.shape)}")
+
+
+def _tile_queries(group: int, exact: bool) -> int:
+    rows = EXACT_TILE_ROWS if exact else TILE_ROWS
+    if group > rows:
+        raise ValueError(f"{group} query heads per KV head, at most {rows}")
+    return rows // group
+
+
+def _tiles(counts: list[int], context_lens: list[int], queries: int, skipped: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(row, first query) of each tile, those with most to read first, so that none begins late and ends last."""
+    tiles = [
+        (row, first) for row, count in enumerate(counts) if count not in skipped for first in range(0, count, queries)
+    ]
+    return sorted(tiles, key=lambda tile: counts[tile[0]] - context_lens[tile[0]] - tile[1])
+
+
+def _num_splits(context_len: int, window: int | None) -> int:
+    first = 0 if window is None else max(0, context_len - window)
+    return -(-context_len // SPLIT) - first // SPLIT
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _count_splits_kernel(
+    context_lens, decode_rows, split_starts, num_rows,
+    window: tl.constexpr, split: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    index = tl.arange(0, block)
+    inside = index < num_rows
+    rows = tl.load(decode_rows + index, mask=inside, other=0)
+    context = tl.load(context_lens + rows, mask=inside, other=0)
+    splits = (context + split - 1) // split
+    if window > 0:
+        splits -= tl.maximum(context - window, 0) // split
+    tl.store(split_starts, 0)
+    tl.store(split_starts + 1 + index, tl.cumsum(splits, axis=0), mask=inside)
+
+
+@triton.jit
+def _load_queries(q, token, head, valid, q_stride: tl.constexpr, head_dim: tl.constexpr, dim_block: tl.constexpr):
+    """[rows, dim_block] of `head` at `token`, zeros where not valid."""
+    dims = tl.arange(0, dim_block)
+    offsets = token.to(tl.int64)[:, None] * q_stride + head[:, None] * head_dim + dims[None, :]
+    return tl.load(q + offsets, mask=valid[:, None] & (dims < head_dim)[None, :], other=0.0)
+
+
+@triton.jit
+def _attend_tile(
+    total, peak, weight, queries, slopes, query_position, pages, table, head, start, floor, limit, scale,
+    soft_cap,
+    head_dim: tl.constexpr, dim_block: tl.constexpr, block_size: tl.constexpr, page_stride: tl.constexpr,
+    kv_stride: tl.constexpr, window: tl.constexpr, capped: tl.constexpr, columns: tl.constexpr, masked: tl.constexpr,
+):  # fmt: skip
+    """One tile of K and V, positions [start, start + columns) in [floor, limit), into the running sums of each row."""
+    positions = start + tl.arange(0, columns)
+    dims = tl.arange(0, dim_block)
+    present = (positions >= floor) & (positions < limit)
+    blocks = tl.load(table + positions // block_size, mask=present, other=0).to(tl.int64)
+    lines = blocks * page_stride + head * (block_size * head_dim) + (positions % block_size) * head_dim
+    kept = present[:, None] & (dims < head_dim)[None, :]
+    if masked or dim_block != head_dim:
+        keys = tl.load(pages + lines[:, None] + dims[None, :], mask=kept, other=0.0)
+    else:
+        keys = tl.load(pages + lines[:, None] + dims[None, :])
+    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+    if capped:
+        scores = (soft_cap * LOG2_E) * (1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 * LOG2_E * scale / soft_cap))))
+    else:
+        scores = scores * (scale * LOG2_E)
+    if slopes is not None:
+        scores += (slopes * LOG2_E)[:, None] * (positions[None, :] - query_position[:, None]).to(tl.float32)
+    if masked:
+        seen = present[None, :] & (positions[None, :] <= query_position[:, None])
+        if window > 0:
+            seen = seen & (positions[None, :] > query_position[:, None] - window)
+        scores = tl.where(seen, scores, float("-inf"))
+    higher = tl.maximum(peak, tl.max(scores, axis=1))
+    safe = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet
+    weights = tl.exp2(scores - safe[:, None])
+    shrink = tl.exp2(peak - safe)
+    if masked or dim_block != head_dim:
+        values = tl.load(pages + kv_stride + lines[:, None] + dims[None, :], mask=kept, other=0.0)
+    else:
+        values = tl.load(pages + kv_stride + lines[:, None] + dims[None, :])
+    weight = weight * shrink + tl.sum(weights, axis=1)
+    total = tl.dot(weights.to(values.dtype), values, total * shrink[:, None], input_precision="ieee")
+    return total, higher, weight
+
+
+@triton.jit
+def _with_sink(peak, weight, sinks, head, valid):
+    """(factor of the sums, weight): a sink takes its share of the softmax and gives nothing."""
+    if sinks is not None:
+        sink = tl.load(sinks + head, mask=valid, other=0.0) * LOG2_E
+        higher = tl.maximum(peak, sink)
+        shrink = tl.exp2(peak - higher)
+        return shrink, weight * shrink + tl.exp2(sink - higher)
+    return tl.full(peak.shape, 1.0, tl.float32), weight
+
+
+@triton.jit(do_not_specialize=["table_stride"])
+def _prefill_kernel(
+    q, pages, out, query_starts, context_lens, block_tables, alibi_slopes, sinks, tiles, table_stride, scale, soft_cap,
+    kv_heads: tl.constexpr, group: tl.constexpr, head_dim: tl.constexpr, dim_block: tl.constexpr,
+    block_size: tl.constexpr, page_stride: tl.constexpr, kv_stride: tl.constexpr, q_stride: tl.constexpr,
+    window: tl.constexpr, capped: tl.constexpr, tile_queries: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+):  # fmt: skip
+    kv_head = tl.program_id(1)
+    row = tl.load(tiles + 2 * tl.program_id(0))
+    first_query = tl.load(tiles + 2 * tl.program_id(0) + 1)
+    start = tl.load(query_starts + row)
+    num_queries = tl.load(query_starts + row + 1) - start
+    context = tl.load(context_lens + row)
+    folded = tl.arange(0, rows)
+    query = first_query + folded // group
+    head = kv_head * group + folded % group
+    valid = (folded < tile_queries * group) & (query < num_queries)
+    position = context - num_queries + query
+    queries = _load_queries(q, start + query, head, valid, q_stride, head_dim, dim_block)
+    slopes = None
+    if alibi_slopes is not None:
+        slopes = tl.load(alibi_slopes + head, mask=valid, other=0.0)
+    table = block_tables + row.to(tl.int64) * table_stride
+
+    total = tl.zeros([rows, dim_block], tl.float32)
+    peak = tl.full([rows], float("-inf"), tl.float32)
+    weight = tl.zeros([rows], tl.float32)
+    first_position = context - num_queries + first_query
+    limit = tl.minimum(first_position + tile_queries, context)
+    floor = 0
+    begin = 0
+    full = (first_position + 1) // columns * columns
+    if window > 0:
+        floor = tl.maximum(first_position + 1 - window, 0)
+        begin = floor // columns * columns
+        full = begin
+    for tile in range(begin, full, columns):
+        total, peak, weight = _attend_tile(
+            total, peak, weight, queries, slopes, position, pages, table, kv_head, tile, floor, limit, scale,
+            soft_cap,
+            head_dim, dim_block, block_size, page_stride, kv_stride, window, capped, columns, False,
+        )  # fmt: skip
+    for tile in range(full, limit, columns):
+        total, peak, weight = _attend_tile(
+            total, peak, weight, queries, slopes, position, pages, table, kv_head, tile, floor, limit, scale,
+            soft_cap,
+            head_dim, dim_block, block_size, page_stride, kv_stride, window, capped, columns, True,
+        )  # fmt: skip
+    shrink, weight = _with_sink(peak, weight, sinks, head, valid)
+    dims = tl.arange(0, dim_block)
+    offsets = (start + query).to(tl.int64)[:, None] * (kv_heads * group * head_dim) + head[:, None] * head_dim
+    answer = total * (shrink / tl.where(valid, weight, 1.0))[:, None]
+    kept = valid[:, None] & (dims < head_dim)[None, :]
+    tl.store(out + offsets + dims[None, :], answer.to(out.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def _row_of_split(split_starts, split_id, num_rows, search: tl.constexpr):
+    """The decode row to which a split belongs: the last one that starts at or before it."""
+    low = 0
+    high = num_rows
+    for _ in tl.static_range(search):
+        middle = (low + high) // 2
+        before = tl.load(split_starts + middle) <= split_id
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    return low
+
+
+@triton.jit(do_not_specialize=["table_stride", "num_rows"])
+def _decode_kernel(
+    q, pages, out, query_starts, context_lens, block_tables, alibi_slopes, sinks, split_starts, partials, peaks,
+    decode_rows, table_stride, num_rows, scale, soft_cap,
+    kv_heads: tl.constexpr, group: tl.constexpr, head_dim: tl.constexpr, dim_block: tl.constexpr,
+    block_size: tl.constexpr, page_stride: tl.constexpr, kv_stride: tl.constexpr, q_stride: tl.constexpr,
+    window: tl.constexpr, capped: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, split: tl.constexpr,
+    search: tl.constexpr,
+):  # fmt: skip
+    folded = tl.arange(0, rows)
+    dims = tl.arange(0, dim_block)
+    valid = folded < group
+    for work in range(tl.program_id(0), tl.load(split_starts + num_rows) * kv_heads, tl.num_programs(0)):
+        kv_head = work % kv_heads
+        split_id = work // kv_heads
+        index = _row_of_split(split_starts, split_id, num_rows, search)
+        row = tl.load(decode_rows + index)
+        context = tl.load(context_lens + row)
+        head = kv_head * group + folded
+        token = tl.load(query_starts + row) + tl.zeros([rows], tl.int32)
+        queries = _load_queries(q, token, head, valid, q_stride, head_dim, dim_block)
+        slopes = None
+        if alibi_slopes is not None:
+            slopes = tl.load(alibi_slopes + head, mask=valid, other=0.0)
+        position = context - 1 + tl.zeros([rows], tl.int32)
+        table = block_tables + row.to(tl.int64) * table_stride
+        begin = (split_id - tl.load(split_starts + index)) * split
+        floor = 0
+        if window > 0:
+            floor = tl.maximum(context - window, 0)
+            begin += floor // split * split
+        limit = tl.minimum(begin + split, context)
+        total = tl.zeros([rows, dim_block], tl.float32)
+        peak = tl.full([rows], float("-inf"), tl.float32)
+        weight = tl.zeros([rows], tl.float32)
+        for tile in range(begin, limit, columns):
+            total, peak, weight = _attend_tile(
+                total, peak, weight, queries, slopes, position, pages, table, kv_head, tile, floor, limit, scale,
+            soft_cap,
+                head_dim, dim_block, block_size, page_stride, kv_stride, window, capped, columns, True,
+            )  # fmt: skip
+        place = (tl.zeros([rows], tl.int64) + split_id) * (kv_heads * group) + head
+        kept = valid[:, None] & (dims < head_dim)[None, :]
+        tl.store(partials + place[:, None] * head_dim + dims[None, :], total, mask=kept)
+        tl.store(peaks + 2 * place, peak, mask=valid)
+        tl.store(peaks + 2 * place + 1, weight, mask=valid)
+
+
+@triton.jit
+def _merge_kernel(
+    split_starts, partials, peaks, out, query_starts, decode_rows, sinks,
+    heads: tl.constexpr, head_dim: tl.constexpr, dim_block: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0)
+    head = tl.program_id(1)
+    dims = tl.arange(0, dim_block)
+    inside = dims < head_dim
+    total = tl.zeros([dim_block], tl.float32)
+    peak = tl.full([1], float("-inf"), tl.float32)
+    weight = tl.zeros([1], tl.float32)
+    for split_id in range(tl.load(split_starts + index), tl.load(split_starts + index + 1)):
+        place = (tl.zeros([1], tl.int64) + split_id) * heads + head
+        other_peak = tl.load(peaks + 2 * place)
+        higher = tl.maximum(peak, other_peak)
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink = tl.exp2(peak - safe)
+        other_shrink = tl.exp2(other_peak - safe)
+        other = tl.load(partials + place * head_dim + dims, mask=inside, other=0.0)
+        total = total * shrink + other * other_shrink
+        weight = weight * shrink + tl.load(peaks + 2 * place + 1) * other_shrink
+        peak = higher
+    shrink, weight = _with_sink(peak, weight, sinks, head + tl.zeros([1], tl.int32), peak == peak)
+    token = tl.load(query_starts + tl.load(decode_rows + index)).to(tl.int64)
+    answer = total * (shrink / weight)
+    tl.store(out + (token * heads + head) * head_dim + dims, answer.to(out.dtype.element_ty), mask=inside)
