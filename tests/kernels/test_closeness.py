@@ -5,7 +5,7 @@ import torch
 
 from tests.kernels.closeness import assert_same
 
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kernels.cpu import linear
 from kernels.ops.activation import silu_and_mul
-from kernels.ops.norm import rms_norm
+from kernels.ops.norm import layer_norm, rms_norm
 from kernels.ops.rope import apply_rope_
 from tests.counts import count
 from tests.kernels.pages import Cache, Chunk, Heads, draw
@@ -77,6 +77,10 @@ def check_linear(dtype, shape, counts, *, packed):
 def test_norms_do_not_depend_on_the_rows_beside(dtype, width):
     x, weight = torch.randn(300, width).to(dtype), torch.randn(width).to(dtype)
     assert_rows_equal(lambda start, end: rms_norm(x[start:end], weight, 1e-6, exact=True), 300, ROW_COUNTS)
+    assert_rows_equal(
+        lambda start, end: rms_norm(x[start:end], weight, 1e-6, plus_one=True, exact=True), 300, ROW_COUNTS
+    )
+    assert_rows_equal(lambda start, end: layer_norm(x[start:end], weight, weight, 1e-6, exact=True), 300, ROW_COUNTS)
 
 
 @DTYPES
