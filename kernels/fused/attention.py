@@ -10,6 +10,7 @@ the splits of a row in order. With `exact` decode rows are prompt chunks of one 
 and V in tiles at absolute positions; a query's bits then depend on nothing else in the step.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,8 @@ class AttentionPlan:
 
     query_starts [rows + 1], context_lens [rows], block_tables [rows, max_blocks], slots [tokens] int64.
     tiles [n, 2]: row and first query (within the row) of each tile of a prompt chunk.
-    decode_rows [m]: the rows of one query; split_starts [m + 1]: the splits before each of them.
+    decode_rows [m]: the rows of one query; split_starts [m + 1]: the splits before each of them; split_owners [splits]:
+    which of them a split belongs to.
     partials [splits, heads, head_dim] and peaks [splits, heads, 2]: unfinished sums, maxima and weights, float32.
     """
 
@@ -50,6 +52,7 @@ class AttentionPlan:
     tiles: Tensor
     decode_rows: Tensor
     split_starts: Tensor
+    split_owners: Tensor
     partials: Tensor
     peaks: Tensor
     window: int | None
@@ -69,7 +72,7 @@ def plan_attention(
 ) -> AttentionPlan:
     """See kernels.ops.attention. Counts the splits on the device; reads no tensor."""
     device, head_dim = pool.device, pool.shape[5]
-    counts = [end - start for start, end in zip(query_starts, query_starts[1:], strict=False)]
+    counts = [end - start for start, end in itertools.pairwise(query_starts)]
     decodes = [] if exact else [row for row, count in enumerate(counts) if count == 1]
     if len(decodes) > MAX_DECODE_ROWS:
         raise ValueError(f"{len(decodes)} decode rows in one step, at most {MAX_DECODE_ROWS}")
@@ -88,6 +91,7 @@ def plan_attention(
         tiles=put(tiles, -1, 2),
         decode_rows=put(decodes, -1),
         split_starts=torch.empty(len(decodes) + 1, dtype=torch.int32, device=device),
+        split_owners=torch.empty(num_splits, dtype=torch.int32, device=device),
         partials=torch.empty(num_splits, num_heads, head_dim, dtype=torch.float32, device=device),
         peaks=torch.empty(num_splits, num_heads, 2, dtype=torch.float32, device=device),
         window=window,
@@ -99,7 +103,7 @@ def plan_attention(
 
 
 def count_splits(plan: AttentionPlan) -> None:
-    """Fill `split_starts` from the context lengths that lie on the device; once a step, before the first layer."""
+    """Fill `split_starts` and `split_owners` from the context lengths on the device; once a step, before any layer."""
     launch(
         _count_splits_kernel,
         (1,),
@@ -107,6 +111,7 @@ def count_splits(plan: AttentionPlan) -> None:
             "context_lens": plan.context_lens,
             "decode_rows": plan.decode_rows,
             "split_starts": plan.split_starts,
+            "split_owners": plan.split_owners,
             "num_rows": len(plan.decode_rows),
         },
         {"window": plan.window or 0, "split": SPLIT, "block": MAX_DECODE_ROWS},
@@ -161,23 +166,29 @@ def _prefill(arguments: dict[str, Any], constants: dict[str, Any], plan: Attenti
             "rows": rows,
             "columns": 32 if wide else 64,
         },
-        num_warps=8 if rows == TILE_ROWS else 4,
-        num_stages=2 if wide else 3,
+        num_warps=8 if wide or rows == TILE_ROWS else 4,
+        num_stages=3 if wide else 4,  # of which one fetches block ids
     )
 
 
 def _decode(arguments: dict[str, Any], constants: dict[str, Any], plan: AttentionPlan) -> None:
     partial = {"split_starts": plan.split_starts, "partials": plan.partials, "peaks": plan.peaks}
     rows = max(DECODE_ROWS, triton.next_power_of_2(constants["group"]))
-    decoded = {**arguments, **partial, "decode_rows": plan.decode_rows, "num_rows": len(plan.decode_rows)}
+    decoded = {
+        **arguments,
+        **partial,
+        "split_owners": plan.split_owners,
+        "decode_rows": plan.decode_rows,
+        "num_rows": len(plan.decode_rows),
+    }
     work = len(plan.partials) * constants["kv_heads"]
     launch(
         _decode_kernel,
         (min(work, PROGRAMS),),
         decoded,
-        {**constants, "rows": rows, "columns": 64, "split": SPLIT, "search": MAX_DECODE_ROWS.bit_length() - 1},
+        {**constants, "rows": rows, "columns": 64, "split": SPLIT},
         num_warps=4,
-        num_stages=3,
+        num_stages=5,
     )
     launch(
         _merge_kernel,
@@ -251,7 +262,7 @@ def _num_splits(context_len: int, window: int | None) -> int:
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _count_splits_kernel(
-    context_lens, decode_rows, split_starts, num_rows,
+    context_lens, decode_rows, split_starts, split_owners, num_rows,
     window: tl.constexpr, split: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     index = tl.arange(0, block)
@@ -262,7 +273,10 @@ def _count_splits_kernel(
     if window > 0:
         splits -= tl.maximum(context - window, 0) // split
     tl.store(split_starts, 0)
-    tl.store(split_starts + 1 + index, tl.cumsum(splits, axis=0), mask=inside)
+    ends = tl.cumsum(splits, axis=0)
+    tl.store(split_starts + 1 + index, ends, mask=inside)
+    for i in range(tl.max(splits, axis=0)):
+        tl.store(split_owners + ends - splits + i, index, mask=i < splits)
 
 
 @triton.jit
@@ -383,27 +397,13 @@ def _prefill_kernel(
     tl.store(out + offsets + dims[None, :], answer.to(out.dtype.element_ty), mask=kept)
 
 
-@triton.jit
-def _row_of_split(split_starts, split_id, num_rows, search: tl.constexpr):
-    """The decode row to which a split belongs: the last one that starts at or before it."""
-    low = 0
-    high = num_rows
-    for _ in tl.static_range(search):
-        middle = (low + high) // 2
-        before = tl.load(split_starts + middle) <= split_id
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle)
-    return low
-
-
 @triton.jit(do_not_specialize=["table_stride", "num_rows"])
 def _decode_kernel(
-    q, pages, out, query_starts, context_lens, block_tables, alibi_slopes, sinks, split_starts, partials, peaks,
-    decode_rows, table_stride, num_rows, scale, soft_cap,
+    q, pages, out, query_starts, context_lens, block_tables, alibi_slopes, sinks, split_starts,
+    split_owners, partials, peaks, decode_rows, table_stride, num_rows, scale, soft_cap,
     kv_heads: tl.constexpr, group: tl.constexpr, head_dim: tl.constexpr, dim_block: tl.constexpr,
     block_size: tl.constexpr, page_stride: tl.constexpr, kv_stride: tl.constexpr, q_stride: tl.constexpr,
     window: tl.constexpr, capped: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, split: tl.constexpr,
-    search: tl.constexpr,
 ):  # fmt: skip
     folded = tl.arange(0, rows)
     dims = tl.arange(0, dim_block)
@@ -411,7 +411,7 @@ def _decode_kernel(
     for work in range(tl.program_id(0), tl.load(split_starts + num_rows) * kv_heads, tl.num_programs(0)):
         kv_head = work % kv_heads
         split_id = work // kv_heads
-        index = _row_of_split(split_starts, split_id, num_rows, search)
+        index = tl.load(split_owners + split_id)
         row = tl.load(decode_rows + index)
         context = tl.load(context_lens + row)
         head = kv_head * group + folded

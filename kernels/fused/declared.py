@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.fused import norm
+from kernels.fused import attention, norm
 from kernels.fused.launch import Form, recorded
 
 
@@ -25,6 +25,10 @@ class ModelShape:
     block_size: int = 16
     max_model_len: int = 8192
     dtype: torch.dtype = torch.bfloat16
+    window: int | None = None
+    soft_cap: float = 0.0
+    alibi: bool = False
+    sinks: bool = False
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
@@ -34,6 +38,9 @@ SHAPES = (
     ModelShape("Llama-3.1-8B", 4096, 32, 8, 128, 14336, 128_256),
     ModelShape("Qwen3-8B", 4096, 32, 8, 128, 12288, 151_936, qk_norm=True),
     ModelShape("Qwen3-0.6B", 1024, 16, 8, 128, 3072, 151_936, qk_norm=True),
+    ModelShape("Gemma-2-9B", 3584, 16, 8, 256, 14336, 256_000, window=4096, soft_cap=50.0),
+    ModelShape("gpt-oss-20b", 2880, 64, 8, 64, 2880, 201_088, window=128, sinks=True),
+    ModelShape("MPT-7B", 4096, 32, 32, 128, 16384, 50_432, alibi=True),
 )
 """What prove.py compiles."""
 
@@ -52,4 +59,29 @@ def _norms(shape: ModelShape) -> None:
     norm.add_rms_norm(x, x, weight, 1e-5)
 
 
-DECLARATIONS: tuple[Callable[[ModelShape], None], ...] = (_norms,)
+def _attentions(shape: ModelShape) -> None:
+    pool = shape.empty(4, 2, 2, shape.num_kv_heads, shape.block_size, shape.head_dim)
+    heads = shape.empty(4, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
+    per_head = shape.empty(shape.num_heads, dtype=torch.float32)
+    tables, slots = shape.empty(2, 8, dtype=torch.int32), shape.empty(4, dtype=torch.int64)
+    for window in dict.fromkeys((None, shape.window)):
+        for exact in (False, True):
+            plan = attention.plan_attention(
+                pool, [0, 3, 4], [3, 9], tables, slots, num_heads=shape.num_heads, window=window, exact=exact
+            )
+            attention.paged_attention(
+                heads[:, : shape.num_heads],
+                pool,
+                1,
+                plan,
+                shape.head_dim**-0.5,
+                soft_cap=shape.soft_cap,
+                alibi_slopes=per_head if shape.alibi else None,
+                sinks=per_head if shape.sinks else None,
+            )
+
+
+DECLARATIONS: tuple[Callable[[ModelShape], None], ...] = (
+    _norms,
+    _attentions,
+)

@@ -103,3 +103,62 @@ def test_every_way_of_scoring_at_once(dtype):
 )
 def test_each_way_of_scoring_alone(scoring):
     compare(Heads(), torch.float32, **scoring)
+
+
+def test_exact_bits_depend_on_neither_chunks_nor_neighbours():
+    heads, lengths = Heads(), [70, 300, 9]
+    sequences = [draw(heads, length, torch.bfloat16, seed) for seed, length in enumerate(lengths)]
+
+    def run(*steps: list[Chunk]) -> torch.Tensor:
+        """The answers for sequence 1, computed in these steps."""
+        cache = Cache(heads, sequences)
+        found = []
+        for step in steps:
+            answers = cache.step(step, body=Fused(), exact=True)
+            found += [answer for chunk, answer in zip(step, answers, strict=True) if chunk.sequence_id == 1]
+        return torch.cat(found)
+
+    whole = run([Chunk(1, 0, 300)])
+    pieces = run(
+        [Chunk(0, 0, 70), Chunk(1, 0, 131)],
+        [Chunk(1, 131, 132)],
+        [Chunk(2, 0, 9), Chunk(1, 132, 299), Chunk(0, 0, 1)],
+        [Chunk(1, 299, 300)],
+    )
+    assert torch.equal(whole, pieces)
+
+
+def test_nothing_to_attend():
+    heads = Heads()
+    cache = Cache(heads, [draw(heads, 4, torch.float32, 0)])
+    plan = attention.plan_attention(
+        cache.pool, [0], [], torch.zeros(0, 1, dtype=torch.int32), torch.zeros(0, dtype=torch.int64), num_heads=4
+    )
+    assert attention.paged_attention(torch.empty(0, 4, 16), cache.pool, 0, plan, 0.25).shape == (0, 4, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(1, 3, 16)}, "KV heads"),
+        ({"q": torch.zeros(1, 4, 16, dtype=torch.bfloat16)}, "pages are"),
+        ({"q": torch.zeros(1, 4, 32)[..., ::2]}, "side by side"),
+        ({"layer_id": 3}, "layer 3 of 3"),
+        ({"sinks": torch.zeros(3)}, "sinks must be float32"),
+    ],
+    ids=["heads", "dtype", "strides", "layer", "sinks"],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    heads = Heads()
+    cache = Cache(heads, [draw(heads, 4, torch.float32, 0)])
+    plan = attention.plan_attention(
+        cache.pool,
+        [0, 1],
+        [1],
+        torch.zeros(1, 1, dtype=torch.int32),
+        torch.zeros(1, dtype=torch.int64),
+        num_heads=4,
+    )
+    good = {"q": torch.zeros(1, 4, 16), "pool": cache.pool, "layer_id": 0, "plan": plan, "scale": 0.25}
+    with pytest.raises(ValueError, match=message):
+        attention.paged_attention(**{**good, **change})
