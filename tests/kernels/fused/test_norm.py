@@ -102,7 +102,7 @@ def test_no_rows(device):
     ids=["width", "strided weight", "strided x", "residual's shape", "residual's dtype", "no width"],
 )
 def test_what_does_not_fit_is_refused(x, residual, weight):
-    with pytest.raises(ValueError, match="must be|residual is|must have"):
+    with pytest.raises(ValueError, match=r"must be|residual is|must have"):
         norm.rms_norm(x, weight, 1e-5) if residual is None else norm.add_rms_norm(x, residual, weight, 1e-5)
 
 
