@@ -77,6 +77,8 @@ class Logprobs(msgspec.Struct, frozen=True):
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):
+    """Comes more than once only where the logprobs of a long prompt go on in the next."""
+
     request_id: str
     prompt_tokens: int
     seed: int

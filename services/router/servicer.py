@@ -63,7 +63,8 @@ class RouterInference(InferenceServicer):
             async for event in events:
                 if isinstance(event, Accepted):  # not before: a refusal without headers may be retried by gRPC itself
                     await context.send_initial_metadata(((REQUEST_ID_HEADER, request_id),))
-                await self._write(context, request_id, wire.response_of(event))
+                for response in wire.responses_of(event):
+                    await self._write(context, request_id, response)
         return
         yield  # an async generator, as grpc wants it
 

@@ -1,5 +1,6 @@
 """The public protobuf ⇄ values. Requests leave here resolved and within limits, or not at all."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -29,6 +30,7 @@ from services.router.request import (
     TokenPrompt,
 )
 from shared.ids import new_request_id, new_seed
+from shared.net.options import SPLIT_BYTES
 from shared.outcome import FinishReason, refuse
 from shared.rpc.sluice.v1 import inference_pb2 as pb
 from shared.sampling import NO_LOGPROBS, Sampling, Stopping, Want
@@ -186,25 +188,63 @@ REASONS = {
 }
 
 
-def response_of(event: Event) -> pb.GenerateResponse:
-    """An event as the message that a client reads."""
+SPLIT_TOKENS = SPLIT_BYTES // 8
+SPLIT_CHARS = SPLIT_BYTES // 4
+"""So many surely fit into SPLIT_BYTES: a token id takes at most 5 bytes, a character 4."""
+
+
+def responses_of(event: Event) -> Iterator[pb.GenerateResponse]:
+    """An event as the messages that a client reads. There are several where one might exceed the 4 MiB that a gRPC
+    client takes by default, which would end its stream: a Delta that merged much, the logprobs of a long prompt."""
     match event:
         case Delta():
-            logprobs = [_logprobs(one) for one in event.logprobs]
-            delta = pb.Delta(index=event.index, text=event.text, token_ids=event.token_ids, logprobs=logprobs)
-            return pb.GenerateResponse(delta=delta)
+            for delta in _deltas(event):
+                yield pb.GenerateResponse(delta=delta)
         case Accepted():
-            return pb.GenerateResponse(accepted=_accepted(event))
+            for part in _in_parts(event.prompt_logprobs):
+                yield pb.GenerateResponse(accepted=_accepted(event, part))
         case Finished():
-            return pb.GenerateResponse(finished=_finished(event))
+            yield pb.GenerateResponse(finished=_finished(event))
 
 
-def _accepted(event: Accepted) -> pb.Accepted:
+def _deltas(event: Delta) -> Iterator[pb.Delta]:
+    """One; where that is too large, tokens first and their text behind them, as text that is held back comes too."""
+    index, logprobs = event.index, [_logprobs(one) for one in event.logprobs]
+    whole = pb.Delta(index=index, text=event.text, token_ids=event.token_ids, logprobs=logprobs)
+    if whole.ByteSize() <= SPLIT_BYTES:
+        yield whole
+        return
+    if event.logprobs:
+        for part in _in_parts(event.logprobs):
+            yield pb.Delta(index=index, token_ids=[one.token_id for one in part], logprobs=part)
+    else:
+        for start in range(0, len(event.token_ids), SPLIT_TOKENS):
+            yield pb.Delta(index=index, token_ids=event.token_ids[start : start + SPLIT_TOKENS])
+    for start in range(0, len(event.text), SPLIT_CHARS):
+        yield pb.Delta(index=index, text=event.text[start : start + SPLIT_CHARS])
+
+
+def _in_parts(logprobs: Sequence[TokenLogprob]) -> Iterator[list[pb.Logprobs]]:
+    """As few lists of about SPLIT_BYTES as hold them all, at least one; each is made when it is asked for."""
+    part: list[pb.Logprobs] = []
+    size = 0
+    for one in logprobs:
+        message = _logprobs(one)
+        size += message.ByteSize()
+        part.append(message)
+        if size > SPLIT_BYTES:
+            yield part
+            part, size = [], 0
+    if part or not logprobs:
+        yield part
+
+
+def _accepted(event: Accepted, logprobs: list[pb.Logprobs]) -> pb.Accepted:
     return pb.Accepted(
         request_id=event.request_id,
         prompt_tokens=event.prompt_tokens,
         seed=event.seed,
-        prompt_logprobs=[_logprobs(one) for one in event.prompt_logprobs],
+        prompt_logprobs=logprobs,
     )
 
 

@@ -3,6 +3,7 @@
 INTERNAL_MESSAGE_BYTES = 16 * 2**20
 """gRPC's default of 4 MiB would kill a whole link; senders split at SPLIT_BYTES."""
 SPLIT_BYTES = 1 * 2**20
+"""What a sender splits at, towards clients too: those have that default."""
 
 Options = list[tuple[str, int]]
 

@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from services.cli.client import Accepted, CallError, Client, Delta, Event, Finished, Logprobs, Request
 
 
@@ -32,7 +34,8 @@ class Answer:
     def add(self, event: Event) -> None:
         match event:
             case Accepted():
-                self.accepted = event
+                earlier = self.accepted.prompt_logprobs if self.accepted else ()
+                self.accepted = msgspec.structs.replace(event, prompt_logprobs=(*earlier, *event.prompt_logprobs))
             case Delta(index=index):
                 assert index not in self.ends, "nothing follows a sample's end"
                 self.tokens.setdefault(index, []).extend(event.token_ids)

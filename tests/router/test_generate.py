@@ -2,6 +2,9 @@
 
 import pytest
 
+from services.router import wire
+from services.router.request import Delta
+from shared.net.options import SPLIT_BYTES
 from shared.rpc.sluice.v1 import inference_pb2 as pb
 from shared.rpc.sluice.v1 import scheduling_pb2
 from shared.text.chat import ChatTemplate
@@ -267,6 +270,71 @@ def _float(value):
     import struct
 
     return struct.pack("<f", value)
+
+
+def likely(count, *, tops=20):
+    """So many tokens' logprobs with the most alternatives that may be asked for."""
+    one = scheduling_pb2.TokenLogprobs(
+        logprob=-1, rank=1, top_ids=pack(range(300, 300 + tops)), top_logprobs=_float(-1.5) * tops
+    )
+    return [one] * count
+
+
+def test_the_logprobs_of_a_long_prompt_reach_a_client_that_takes_4_mib(tiny_model):
+    async def test():
+        scheduler = FakeScheduler(answer=None, max_model_len=100_000)
+        async with running_router(tiny_model, scheduler) as router:
+            prompt = [i % 400 for i in range(16_000)]
+            wanted = pb.ResponseOptions(prompt_logprobs=20)
+            request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), response=wanted, request_id="long")
+            call = router.inference.Generate(request, timeout=20)
+            submitted = await scheduler.request()
+            submitted.tokens([9], prompt_logprobs=likely(len(prompt) - 1))
+            submitted.end()
+            submitted.release()
+            responses = [one async for one in call]
+            parts = [one.accepted for one in responses if one.HasField("accepted")]
+            assert [one.HasField("accepted") for one in responses] == [True] * len(parts) + [False] * 2
+            assert sum(part.ByteSize() for part in parts) > 4 * 2**20
+            assert [one.token_id for part in parts for one in part.prompt_logprobs] == prompt
+            assert {(part.request_id, part.prompt_tokens) for part in parts} == {("long", len(prompt))}
+            assert (ids(responses), len(ends(responses))) == ([9], 1)
+
+    run(test())
+
+
+def test_what_merged_unread_reaches_a_client_that_takes_4_mib(tiny_model, tokenizer):
+    async def test():
+        scheduler = FakeScheduler(answer=None)
+        async with running_router(tiny_model, scheduler, max_unread_bytes=2**30) as router:
+            call = router.inference.Generate(ask(response=pb.ResponseOptions(logprobs=20)), timeout=20)
+            request = await scheduler.request()
+            said = tokenizer.encode("你好🙂", add_special_tokens=False)
+            token_ids = said * 2_500
+            request.tokens(token_ids, logprobs=likely(len(token_ids)))
+            request.end()
+            request.release()
+            responses = [one async for one in call]
+            deltas = [one.delta for one in responses if one.HasField("delta")]
+            assert sum(delta.ByteSize() for delta in deltas) > 4 * 2**20
+            assert texts(responses)[0] == "你好🙂" * 2_500
+            assert ids(responses) == token_ids
+            assert [one.token_id for delta in deltas for one in delta.logprobs] == token_ids
+            assert len(ends(responses)) == 1
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("text", "num_tokens", "num_parts"), [("你好🙂", 5, 1), ("🙂" * 1_500_000, 3, 7), ("", 400_000, 4), ("x" * 3, 0, 1)]
+)
+def test_a_delta_without_logprobs_is_split_where_it_is_too_large(text, num_tokens, num_parts):
+    event = Delta(index=2, text=text, token_ids=tuple(range(100_000_000, 100_000_000 + num_tokens)))
+    parts = [response.delta for response in wire.responses_of(event)]
+    assert len(parts) == num_parts
+    assert all(part.ByteSize() < 2 * SPLIT_BYTES and part.index == 2 for part in parts)
+    assert "".join(part.text for part in parts) == text
+    assert [one for part in parts for one in part.token_ids] == list(event.token_ids)
 
 
 def test_accepted_goes_out_before_any_token(tiny_model):

@@ -55,8 +55,9 @@ class InferenceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Streams one Accepted, then Deltas, then one Finished per sample. STOP and LENGTH end with status OK; any other
-        end sends Finished with ABORT or ERROR where the stream can still be written, then the non-OK status.
+        """Streams one Accepted (more only where prompt_logprobs are too many for one message), then Deltas, then one Finished
+        per sample. STOP and LENGTH end with status OK; any other end sends Finished with ABORT or ERROR where the stream
+        can still be written, then the non-OK status. Messages stay below the 4 MiB that gRPC clients take by default.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
