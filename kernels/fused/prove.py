@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
 
 import triton
 from triton.backends.compiler import GPUTarget

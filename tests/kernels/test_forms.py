@@ -1,0 +1,46 @@
+"""Every declared form of the fused kernels compiles without a GPU, fits its multiprocessor and spills nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.counts import count
+
+pytest.importorskip("triton", reason="triton is published for Linux only")
+
+TARGETS = (90, 80, 100)
+"""The quick tier takes the first."""
+
+
+def prove(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: where kernels are interpreted none can be compiled."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "kernels.fused.prove", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.timeout(1800)
+def test_every_form_compiles_and_spills_nothing(tmp_path):
+    targets = [str(target) for target in TARGETS[: count("compile_targets")]]
+    report = tmp_path / "report.json"
+    done = prove("--target", *targets, "--json", str(report))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    forms = json.loads(report.read_text())
+    assert {form["kernel"] for form in forms} >= {"_prefill_kernel", "_decode_kernel", "_merge_kernel"}
+    assert all(form["registers"] > 0 and form["error"] == "" for form in forms)
+
+
+@pytest.mark.parametrize(
+    ("report", "problem"),
+    [({"spilled_bytes": 8}, "spills 8 bytes"), ({"shared_bytes": 300_000}, "shared memory"), ({"error": "no"}, "no")],
+    ids=["spill", "shared", "error"],
+)
+def test_what_counts_as_a_problem(report, problem):
+    from kernels.fused.prove import Report
+
+    assert Report("m", "k", 90, {}, 4, 1).problem == ""
+    assert problem in Report("m", "k", 90, {}, 4, 1, **report).problem
