@@ -81,7 +81,7 @@ def _tokenizer_folder(config: RouterConfig, folder: Path) -> Path:
     if not config.tokenizer:
         return folder
     given = Path(config.tokenizer).expanduser()
-    return given if given.exists() else locate(config.tokenizer)
+    return given if given.exists() else locate(config.tokenizer, weights=False)
 
 
 def _own_name(model: str) -> str:

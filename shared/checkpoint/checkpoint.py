@@ -53,7 +53,7 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, progress:
 
 def read_config(model: str | Path, *, revision: str | None = None) -> dict[str, Any]:
     """config.json alone, for services that need no weights."""
-    return _read_json(locate(str(model), revision=revision) / "config.json", required=True)
+    return _read_json(locate(str(model), revision=revision, weights=False) / "config.json", required=True)
 
 
 def _read_json(file: Path, *, required: bool) -> dict[str, Any]:

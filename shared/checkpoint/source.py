@@ -5,11 +5,9 @@ from pathlib import Path
 
 from shared.checkpoint.errors import CheckpointError
 
-WANTED = [
+SMALL = [
     "config.json",
     "generation_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -21,7 +19,10 @@ WANTED = [
     "chat_template.json",
     "additional_chat_templates/*",
 ]
-"""What is downloaded of a repository: no `.bin` weights, which we would not load, and no other frameworks'."""
+"""What is downloaded of a repository for its words and settings alone."""
+
+WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
+"""And with its weights: no `.bin`, which we would not load, and no other frameworks'."""
 
 NOT_WANTED = ["original/*", "consolidated*.safetensors"]
 """Copies of the weights in their makers' own layouts."""
@@ -30,11 +31,12 @@ Progress = Callable[[int, int], None]
 """Called with (done, total), in bytes, from any thread."""
 
 
-def locate(model: str, *, revision: str | None = None, progress: Progress | None = None) -> Path:
+def locate(model: str, *, revision: str | None = None, progress: Progress | None = None, weights: bool = True) -> Path:
     """The folder of a checkpoint.
 
-    `model` is a folder or a hub id. HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE act as huggingface_hub documents them; a
-    complete snapshot in the cache is used when the hub cannot be reached. Raises CheckpointError.
+    `model` is a folder or a hub id, of which the weights are left out unless they are wanted. HF_ENDPOINT, HF_HOME and
+    HF_HUB_OFFLINE act as huggingface_hub documents them; a complete snapshot in the cache is used when the hub cannot
+    be reached. Raises CheckpointError.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -43,10 +45,10 @@ def locate(model: str, *, revision: str | None = None, progress: Progress | None
         raise CheckpointError(f"{model} is a file: give the folder that holds config.json and the weights")
     if model.count("/") > 1 or model.startswith((".", "/", "~")):
         raise CheckpointError(f"there is no folder {model}: check the path, or give a hub id such as org/name")
-    return _download(model, revision, progress)
+    return _download(model, revision, progress, [*SMALL, *WEIGHTS] if weights else SMALL)
 
 
-def _download(model: str, revision: str | None, progress: Progress | None) -> Path:
+def _download(model: str, revision: str | None, progress: Progress | None, wanted: list[str]) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -54,7 +56,7 @@ def _download(model: str, revision: str | None, progress: Progress | None) -> Pa
         folder = huggingface_hub.snapshot_download(
             model,
             revision=revision,
-            allow_patterns=WANTED,
+            allow_patterns=wanted,
             ignore_patterns=NOT_WANTED,
             tqdm_class=_bar_class(progress),
         )

@@ -14,9 +14,13 @@ from tests.checkpoint.hub import serve_hub
 REPOSITORY = "acme/tiny"
 CODE = """
 import json, sys
-from shared.checkpoint import CheckpointError, open_checkpoint
+from shared.checkpoint import CheckpointError, open_checkpoint, read_config
 seen = []
 try:
+    if len(sys.argv) > 3:
+        read_config(sys.argv[1])
+        print(json.dumps({}))
+        sys.exit()
     checkpoint = open_checkpoint(
         sys.argv[1], revision=sys.argv[2] or None, progress=lambda done, total: seen.append((done, total))
     )
@@ -35,10 +39,12 @@ def hub(tmp_path):
         yield hub
 
 
-def fetch(model: str, endpoint: str, home: Path, *, revision: str = "", **environment: str) -> dict:
+def fetch(
+    model: str, endpoint: str, home: Path, *, revision: str = "", config_alone: bool = False, **environment: str
+) -> dict:
     names = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", **environment}
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    command = [sys.executable, "-c", CODE, model, revision]
+    command = [sys.executable, "-c", CODE, model, revision, *(["config"] if config_alone else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=inherited | names, timeout=120)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -54,6 +60,15 @@ def test_a_hub_id_is_downloaded_once_with_progress_and_then_served_offline(hub, 
     offline = fetch(REPOSITORY, hub.endpoint, home, HF_HUB_OFFLINE="1")
     assert offline["folder"] == first["folder"]
     assert len(hub.requests) == asked
+
+
+def test_what_needs_no_weights_fetches_none_and_what_does_fetches_the_rest(hub, tmp_path):
+    fetch(REPOSITORY, hub.endpoint, tmp_path / "home", config_alone=True)
+    got = {
+        request.rpartition("/")[2] for request in hub.requests if request.startswith("GET") and "/resolve/" in request
+    }
+    assert got == {"config.json", "tokenizer.json"}
+    assert fetch(REPOSITORY, hub.endpoint, tmp_path / "home")["tensors"] == 4
 
 
 def test_a_cached_model_outlives_its_hub(hub, tmp_path):
