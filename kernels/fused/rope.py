@@ -1,8 +1,8 @@
 """Everything between a layer's merged projection and its attention, in one launch: norms of q and k, rope, and K and V
 into their pages.
 
-A program takes some heads of one token: query heads, or K and V of as many KV heads as hold the same number of elements.
-Nothing that it reads waits for anything but the token's position, which is what the tables are looked up by.
+A program takes some heads of one token: query heads, or K and V of half as many KV heads. All that it reads is asked
+for at once, but for the tables, which wait for the token's position.
 """
 
 import torch

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.cpu import linear
-from kernels.ops.activation import silu_and_mul
+from kernels.ops.activation import activate, activate_and_mul, silu_and_mul
 from kernels.ops.norm import layer_norm, rms_norm
 from kernels.ops.rope import apply_rope_
 from tests.counts import count
@@ -94,6 +94,14 @@ def test_head_norms_of_a_strided_view_do_not_depend_on_the_rows_beside(dtype):
 def test_gates_do_not_depend_on_the_rows_beside(dtype, width):
     gate_up = torch.randn(300, 2 * width).to(dtype)
     assert_rows_equal(lambda start, end: silu_and_mul(gate_up[start:end], exact=True), 300, ROW_COUNTS)
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh", "relu_squared"])
+def test_activations_do_not_depend_on_the_rows_beside(dtype, kind):
+    x = torch.randn(300, 202).to(dtype)
+    assert_rows_equal(lambda start, end: activate(x[start:end], kind, exact=True), 300, ROW_COUNTS)
+    assert_rows_equal(lambda start, end: activate_and_mul(x[start:end], kind, exact=True), 300, ROW_COUNTS)
 
 
 @DTYPES
