@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.fused import attention, norm
+from kernels.fused import activation, attention, blocks, norm, rope
 from kernels.fused.launch import Form, recorded
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What a model fixes. Sizes in elements."""
+    """What a model fixes. Sizes in elements; `rotary_dim` None is the whole head, 0 no rope."""
 
     name: str
     hidden: int
@@ -29,6 +29,14 @@ class ModelShape:
     soft_cap: float = 0.0
     alibi: bool = False
     sinks: bool = False
+    num_layers: int = 32
+    layer_norm: bool = False
+    biased_norm: bool = False
+    norm_plus_one: bool = False
+    rotary_dim: int | None = None
+    interleaved_rope: bool = False
+    activation: str = "silu"
+    gated: bool = True
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
@@ -36,12 +44,26 @@ class ModelShape:
 
 SHAPES = (
     ModelShape("Llama-3.1-8B", 4096, 32, 8, 128, 14336, 128_256),
-    ModelShape("Qwen3-8B", 4096, 32, 8, 128, 12288, 151_936, qk_norm=True),
-    ModelShape("Qwen3-0.6B", 1024, 16, 8, 128, 3072, 151_936, qk_norm=True),
-    ModelShape("Gemma-2-9B", 3584, 16, 8, 256, 14336, 256_000, window=4096, soft_cap=50.0),
+    ModelShape("Qwen3-8B", 4096, 32, 8, 128, 12288, 151_936, qk_norm=True, num_layers=36),
+    ModelShape("Qwen3-0.6B", 1024, 16, 8, 128, 3072, 151_936, qk_norm=True, num_layers=28),
+    ModelShape(
+        "Gemma-2-9B", 3584, 16, 8, 256, 14336, 256_000, window=4096, soft_cap=50.0,
+        num_layers=42, norm_plus_one=True, activation="gelu_tanh",
+    ),
     ModelShape("gpt-oss-20b", 2880, 64, 8, 64, 2880, 201_088, window=128, sinks=True),
-    ModelShape("MPT-7B", 4096, 32, 32, 128, 16384, 50_432, alibi=True),
-)
+    ModelShape(
+        "MPT-7B", 4096, 32, 32, 128, 16384, 50_432, alibi=True,
+        layer_norm=True, rotary_dim=0, activation="gelu", gated=False,
+    ),
+    ModelShape(
+        "GPT-J-6B", 4096, 16, 16, 256, 16384, 50_400, num_layers=28,
+        layer_norm=True, biased_norm=True, rotary_dim=64, interleaved_rope=True, activation="gelu_tanh", gated=False,
+    ),
+    ModelShape(
+        "Phi-2", 2560, 32, 32, 80, 10240, 51_200,
+        layer_norm=True, biased_norm=True, rotary_dim=32, activation="gelu_tanh", gated=False,
+    ),
+)  # fmt: skip
 """What prove.py compiles."""
 
 
@@ -55,8 +77,49 @@ def forms_of(shape: ModelShape) -> list[Form]:
 
 def _norms(shape: ModelShape) -> None:
     x, weight = shape.empty(2, shape.hidden), shape.empty(shape.hidden)
-    norm.rms_norm(x, weight, 1e-5)
-    norm.add_rms_norm(x, x, weight, 1e-5)
+    if shape.layer_norm:
+        bias = weight if shape.biased_norm else None
+        norm.layer_norm(x, weight, bias, 1e-5)
+        norm.add_layer_norm(x, x, weight, bias, 1e-5)
+    else:
+        norm.rms_norm(x, weight, 1e-5, plus_one=shape.norm_plus_one)
+        norm.add_rms_norm(x, x, weight, 1e-5, plus_one=shape.norm_plus_one)
+
+
+def _ropes(shape: ModelShape) -> None:
+    pool = shape.empty(4, shape.num_layers, 2, shape.num_kv_heads, shape.block_size, shape.head_dim)
+    heads = shape.empty(4, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
+    ids, weight = shape.empty(4, dtype=torch.int64), shape.empty(shape.head_dim) if shape.qk_norm else None
+    rotary_dim = shape.head_dim if shape.rotary_dim is None else shape.rotary_dim
+    table = shape.empty(shape.max_model_len, rotary_dim) if rotary_dim else None
+    rope.rope_and_write_kv(
+        heads,
+        pool,
+        0,
+        ids,
+        ids if rotary_dim else None,
+        table,
+        table,
+        interleaved=shape.interleaved_rope,
+        q_norm=weight,
+        k_norm=weight,
+        eps=1e-6,
+        plus_one=shape.norm_plus_one,
+    )
+
+
+def _activations(shape: ModelShape) -> None:
+    if shape.gated:
+        activation.activate_and_mul(shape.empty(2, 2 * shape.intermediate), shape.activation)
+    else:
+        activation.activate(shape.empty(2, shape.intermediate), shape.activation)
+
+
+def _blocks(shape: ModelShape) -> None:
+    pool = shape.empty(4, shape.num_layers, 2, shape.num_kv_heads, shape.block_size, shape.head_dim)
+    ids = shape.empty(2, dtype=torch.int64)
+    blocks.copy_blocks(pool, ids, ids)
+    blocks.scatter_blocks(blocks.gather_blocks(pool, ids), pool, ids)
 
 
 def _attentions(shape: ModelShape) -> None:
@@ -83,5 +146,8 @@ def _attentions(shape: ModelShape) -> None:
 
 DECLARATIONS: tuple[Callable[[ModelShape], None], ...] = (
     _norms,
+    _ropes,
+    _activations,
+    _blocks,
     _attentions,
 )
