@@ -17,11 +17,12 @@ class Phase(enum.IntEnum):
 
 @enum.unique
 class WaitReason(enum.Enum):
-    """Why the queue does not move."""
+    """Why a request waits. The first three are the queue's, for everybody in it; the others a request's own."""
 
     BUDGET = "budget"
     BLOCKS = "blocks"
     MAX_NUM_SEQS = "max_num_seqs"
+    PRIORITY = "priority"
     WORKER_LOST = "worker_lost"
 
 
@@ -58,8 +59,8 @@ class Ledger:
     spent_ns: list[int] = field(default_factory=lambda: [0, 0, 0])
     phase: Phase = Phase.QUEUE
     reading: dict[WaitReason, int] = field(init=False)
-    worker_lost: bool = False
-    """The rest of this wait is due to a lost worker, whatever the queue says."""
+    own_reason: WaitReason | None = None
+    """Why the request waits from now on, whatever the queue says: a lost worker, or one that overtook it."""
     queue_reason_ns: dict[str, int] = field(default_factory=dict)
     preemptions: int = 0
     prefill_steps: int = 0
@@ -88,7 +89,16 @@ class Ledger:
         if self.phase is Phase.QUEUE:
             self._settle(now_ns)
             self._enter(clock, now_ns)
-            self.worker_lost = worker_lost
+            self.own_reason = WaitReason.WORKER_LOST if worker_lost else None
+
+    def overtake(self, overtaken: bool, now_ns: int) -> None:
+        """Whether, from now on, one that came later stands before it in its queue. A lost worker outweighs that."""
+        reason = WaitReason.PRIORITY if overtaken else None
+        if self.phase is not Phase.QUEUE or self.own_reason in (reason, WaitReason.WORKER_LOST):
+            return
+        self._settle(now_ns)
+        self._enter(self.clock, now_ns)
+        self.own_reason = reason
 
     def close(self, now_ns: int) -> Durations:
         """The final account."""
@@ -120,9 +130,9 @@ class Ledger:
         self.since_ns = now_ns
         if self.phase is not Phase.QUEUE:
             return
-        if self.worker_lost:
-            self._add_wait(WaitReason.WORKER_LOST, passed_ns)
-            self.worker_lost = False
+        if self.own_reason is not None:
+            self._add_wait(self.own_reason, passed_ns)
+            self.own_reason = None
             return
         for reason, total_ns in self.clock.read(now_ns).items():
             self._add_wait(reason, total_ns - self.reading.get(reason, 0))

@@ -210,6 +210,8 @@ class Scheduler:
                 break
         if reason is not group.clock.reason:
             group.clock.turn(reason, now_ns)
+        for waiting, overtaken in group.waiting.overtaken():
+            waiting.request.ledger.overtake(overtaken, now_ns)
 
     def _try_admit(self, group: WorkerGroup, sample: Sample, step: Step, now_ns: int) -> WaitReason | None:
         if not group.free_slots:

@@ -6,6 +6,7 @@ from services.scheduler.core.events import Released
 from services.scheduler.core.plan import StepResult
 from services.scheduler.core.scheduler import CoreConfig
 from services.scheduler.core.worker_group import Pace
+from shared.clock import NS_PER_MS
 from shared.outcome import AbortCause, FinishReason
 from shared.sampling import Want
 from tests.builders.core_driver import CoreDriver, submission
@@ -388,6 +389,33 @@ def test_waiting_time_is_told_by_its_reason():
     d.run()
     reasons = d.released["b"].durations.queue_reason_ns
     assert max(reasons, key=reasons.get) == "max_num_seqs"
+
+
+def waits(policy: str) -> tuple[dict[str, int], dict[str, int]]:
+    """One slot, taken for 20 ms: `b` waits for it from the start, `c` comes 5 ms later and is more urgent."""
+    d = driver(max_num_seqs=1, policy=policy)
+    d.submit(submission("a", range(8), max_tokens=20))
+    d.schedule()
+    d.submit(submission("b", range(8), max_tokens=1))
+    for _ in range(5):
+        d.now_ns += NS_PER_MS
+        d.deliver()
+        d.schedule()
+    d.submit(submission("c", range(8), max_tokens=10, priority=-50))
+    d.run()
+    return d.released["b"].durations.queue_reason_ns, d.released["c"].durations.queue_reason_ns
+
+
+def test_a_request_behind_one_that_overtook_it_waits_for_its_priority():
+    b, c = waits("priority")
+    # Until the next step, then for the slot, then behind c until c has it, then for c to leave it.
+    assert b == {"budget": NS_PER_MS, "max_num_seqs": 16 * NS_PER_MS, "priority": 14 * NS_PER_MS}
+    assert c == {"max_num_seqs": 16 * NS_PER_MS}
+
+
+def test_first_come_first_served_is_no_matter_of_priority():
+    b, c = waits("fcfs")
+    assert "priority" not in b | c
 
 
 def test_a_budget_smaller_than_the_slots_bounds_the_sequences():
