@@ -174,7 +174,7 @@ def rope_and_write_kv(
         (num_tokens * (tiles["q_tiles"] + tiles["kv_tiles"]),),
         {
             "qkv": qkv,
-            "out": q,
+            "out": q if tiles["q_tiles"] else qkv,  # a tensor without elements lies nowhere
             "pool": pool,
             "slots": slots,
             "positions": None if cos is None else positions,
@@ -234,7 +234,7 @@ def _check_heads(
     if not 0 <= layer_id < pool.shape[1]:
         raise ValueError(f"layer_id {layer_id} of {pool.shape[1]} layers")
     num_kv_heads, head_dim = pool.shape[3], pool.shape[5]
-    if qkv.ndim != 3 or qkv.shape[1] <= 2 * num_kv_heads or qkv.shape[2] != head_dim or qkv.stride(2) != 1:
+    if qkv.ndim != 3 or qkv.shape[1] < 2 * num_kv_heads or qkv.shape[2] != head_dim or qkv.stride(2) != 1:
         raise ValueError(f"qkv {list(qkv.shape)} does not hold q and {num_kv_heads} K and V heads of {head_dim}")
     if qkv.dtype != pool.dtype:
         raise ValueError(f"qkv is {qkv.dtype}, the pool {pool.dtype}")

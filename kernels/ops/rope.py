@@ -38,7 +38,8 @@ def rope_and_write_kv(
 ) -> Tensor:
     """All that lies between a layer's merged projection and its attention: norms of q and k, rope, K and V to pages.
 
-    qkv         [tokens, num_heads + 2 * num_kv_heads, head_dim], the last dimension contiguous, in the pool's dtype
+    qkv         [tokens, num_heads + 2 * num_kv_heads, head_dim], the last dimension contiguous, in the pool's dtype;
+                without query heads K and V alone are written
     pool        [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim], the last dimension contiguous
     slots       [tokens] int32 or int64, block * block_size + offset, none twice; below 0: a padding token
     positions   [tokens] int32 or int64, below the number of rows of the tables; None with them: no rope

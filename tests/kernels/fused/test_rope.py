@@ -128,6 +128,24 @@ def test_q_may_go_elsewhere(dtype, device):
     assert bool((wide == POISON).all())
 
 
+@DTYPES
+def test_k_and_v_alone(dtype, device):
+    case = Case(num_heads=0, rotary_dim=None)
+    mine = case.inputs(5, dtype, device)
+    wide = torch.cat((mine[0], mine[0]), dim=1)
+    mine[0] = wide[:, 2:6]
+    theirs = copied(mine)
+    assert rope.rope_and_write_kv(*mine).shape == spec.rope_and_write_kv(*theirs).shape == (5, 0, 16)
+    assert torch.equal(mine[1], theirs[1])
+    assert torch.equal(wide[:, :4], wide[:, 4:])
+    rotating = Case(num_heads=0, normed=True)
+    mine, flags = rotating.inputs(5, dtype, device), rotating.flags(dtype, device)
+    theirs = copied(mine)
+    rope.rope_and_write_kv(*mine, **flags)
+    spec.rope_and_write_kv(*theirs, **flags)
+    assert_same(mine[1], theirs[1])
+
+
 def test_q_goes_elsewhere_without_a_rope_too(device):
     case = Case(rotary_dim=None)
     inputs = case.inputs(5, torch.float32, device)
@@ -199,7 +217,7 @@ def test_no_tokens(device):
     ("index", "wrong"),
     [
         (0, torch.zeros(6, 8, 12)),
-        (0, torch.zeros(6, 4, 16)),
+        (0, torch.zeros(6, 3, 16)),
         (0, torch.zeros(6, 8, 16, dtype=torch.float16)),
         (0, torch.zeros(6, 16, 8).transpose(1, 2)),
         (1, torch.zeros(5, 3, 2, 2, 8)),
