@@ -1,5 +1,6 @@
 """protobuf ⇄ the core's values: the scheduler's only conversions."""
 
+import re
 import sys
 from array import array
 from collections.abc import Iterable, Iterator
@@ -23,6 +24,8 @@ _CAUSES = {
     scheduling_pb2.ABORT_CAUSE_STALLED: AbortCause.STALLED,
     scheduling_pb2.ABORT_CAUSE_DRAIN: AbortCause.DRAIN,
 }
+
+_NOT_NEWER = re.compile(r"is not newer than (\d{1,19})\b")
 
 
 def unpack_u32(packed: bytes) -> array:
@@ -233,6 +236,12 @@ def group_spec_of(request: execution_pb2.RegisterRequest) -> GroupSpec:
         max_num_batched_tokens=request.max_num_batched_tokens,
         max_model_len=request.max_model_len,
     )
+
+
+def newest_epoch(refusal: str) -> int:
+    """The last epoch that a worker began, in its refusal of one that is not newer; 0 in any other message."""
+    found = _NOT_NEWER.search(refusal)
+    return int(found[1]) if found else 0
 
 
 def plan_message(plan: StepPlan) -> execution_pb2.ExecuteRequest:

@@ -188,8 +188,13 @@ class Workers:
         call = stub.Execute(self._outgoing(worker), metadata=self._metadata)
         try:
             replies = aiter(call)
-            async with asyncio.timeout(READY_TIMEOUT_S):
-                await anext(replies)
+            try:
+                async with asyncio.timeout(READY_TIMEOUT_S):
+                    await anext(replies)
+            except grpc.aio.AioRpcError as error:
+                if again or not self._catch_up(worker, error):
+                    raise
+                return True
             assert self.events is not None
             if not again:
                 self.events.ready(worker.spec)
@@ -203,6 +208,18 @@ class Workers:
             return False
         finally:
             call.cancel()
+
+    def _catch_up(self, worker: Worker, error: grpc.aio.AioRpcError) -> bool:
+        """Whether a worker that has just registered refused an epoch that is not newer than its last: another
+        scheduler began that one, before a restart with the clock set back. It came to this one, so what it says is
+        taken over, and the next epoch is newer. One that refuses later follows another scheduler, and is let go."""
+        newest = wire.newest_epoch(error.details() or "")
+        if error.code() is not grpc.StatusCode.FAILED_PRECONDITION or not newest:
+            return False
+        log.warning("epoch_caught_up", worker=worker.id, epoch=self._epoch, newest=newest)
+        self._epoch = max(self._epoch, newest)
+        worker.outbox = asyncio.Queue()  # the refused stream may still take a plan out of the old one
+        return True
 
     async def _outgoing(self, worker: Worker) -> AsyncIterator[execution_pb2.ExecuteRequest]:
         outbox = worker.outbox

@@ -23,9 +23,9 @@ TIMEOUT_S = 10.0
 
 @contextlib.asynccontextmanager
 async def running_scheduler(**config: Any) -> AsyncIterator[str]:
-    """A scheduler on a free port, drained at the end; yields its address."""
+    """A scheduler on a free port unless one is given, drained at the end; yields its address."""
     ready: asyncio.Queue[str] = asyncio.Queue()
-    settings = SchedulerConfig(port=0, **{"shutdown_timeout": 0.5, "check_invariants": True, **config})
+    settings = SchedulerConfig(**{"port": 0, "shutdown_timeout": 0.5, "check_invariants": True, **config})
     task = asyncio.create_task(serve(settings, on_event=lambda name, fields: ready.put_nowait(fields["address"])))
     try:
         address = await asyncio.wait_for(ready.get(), TIMEOUT_S)

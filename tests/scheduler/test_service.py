@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 
 import grpc
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from services.scheduler.core.events import SampleEnded, Tokens
 from services.scheduler.wire import Frame
 from shared import PROTOCOL_VERSION
+from shared.clock import NS_PER_S
 from shared.outcome import FinishReason
 from shared.rpc.sluice.v1 import control_pb2, control_pb2_grpc
 from shared.rpc.sluice.v1 import execution_pb2 as epb
@@ -293,6 +295,23 @@ class _SilentWorker(erpc.ExecutionServicer):
         await anext(aiter(request_iterator))
         yield epb.ExecuteReply(ready=epb.ExecuteReady(epoch=1))
         await asyncio.sleep(60)
+
+
+def test_a_scheduler_restarted_with_the_clock_set_back_gets_its_workers_again(monkeypatch):
+    async def run() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            async with running_scheduler() as scheduler:
+                await stack.enter_async_context(running_worker(scheduler))
+            an_hour_ago = time.time_ns() - 3600 * NS_PER_S
+            monkeypatch.setattr("services.scheduler.app.time.time_ns", lambda: an_hour_ago)
+            port = int(scheduler.rpartition(":")[2])
+            async with running_scheduler(port=port) as again, linked(again) as link:
+                for key in (1, 2):
+                    link.submit(key, range(16, 40))
+                    (released,) = await link.released(key)
+                    assert released.refusal == ""
+
+    asyncio.run(run())
 
 
 def test_a_deadline_passes_while_nothing_else_happens():
