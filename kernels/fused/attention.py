@@ -38,7 +38,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 class AttentionPlan:
     """What all layers of a step share, on the device, int32 but for the slots.
 
-    query_starts [rows + 1], context_lens [rows], block_tables [rows, max_blocks], slots [tokens] int64.
+    query_starts [rows + 1], context_lens [rows], block_tables [rows, max_blocks], slots [tokens] int64, token_rows
+    [tokens]: 0, 1, …, where what was gathered for each token lies.
     tiles [n, 2]: row and first query (within the row) of each tile of a prompt chunk.
     decode_rows [m]: the rows of one query; split_starts [m + 1]: the splits before each of them; split_owners [splits]:
     which of them a split belongs to.
@@ -49,6 +50,7 @@ class AttentionPlan:
     context_lens: Tensor
     block_tables: Tensor
     slots: Tensor
+    token_rows: Tensor
     tiles: Tensor
     decode_rows: Tensor
     split_starts: Tensor
@@ -88,6 +90,7 @@ def plan_attention(
         context_lens=put(context_lens, -1),
         block_tables=block_tables.to(device, torch.int32, non_blocking=True),
         slots=slots.to(device, non_blocking=True),
+        token_rows=torch.arange(query_starts[-1], dtype=torch.int32, device=device),
         tiles=put(tiles, -1, 2),
         decode_rows=put(decodes, -1),
         split_starts=torch.empty(len(decodes) + 1, dtype=torch.int32, device=device),

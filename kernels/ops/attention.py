@@ -3,23 +3,36 @@
 The pool is one tensor [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim], contiguous. A step consists
 of rows; row r owns tokens `query_starts[r]:query_starts[r + 1]`, its last token at position `context_lens[r] - 1`.
 Position p of row r lives in block `block_tables[r, p // block_size]` at slot `p % block_size`; entries of the table
-beyond the context are never read. Rows may share blocks: call `write_kv` for all tokens of a layer before
+beyond the context are never read. Rows may share blocks: call `rotate_and_write` for all tokens of a layer before
 `paged_attention` of that layer. What unused slots hold has no influence as long as it is finite, for a weight of zero
-times NaN is NaN; so `write_kv` never writes anything else, and one sequence's overflow cannot reach the next owner of
+times NaN is NaN; so it never writes anything else, and one sequence's overflow cannot reach the next owner of
 its blocks.
 
 With `exact`, a token's result has the same bits however its sequence was cut into chunks and whatever the other rows
 are: scores and products are computed on whole tiles of 128 absolute positions and 16 rows, masked to zero.
 """
 
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
 from kernels.cpu import attention as cpu
-from kernels.reference import attention as reference
+from kernels.ops import choice
+from kernels.ops.norm import rms_norm
+from kernels.ops.rope import apply_rope_, rope_and_write_kv
 
-AttentionPlan: TypeAlias = cpu.AttentionPlan | reference.AttentionPlan
+if TYPE_CHECKING:
+    from kernels.fused import attention as fused
+
+AttentionPlan: TypeAlias = "cpu.AttentionPlan | fused.AttentionPlan"
+
+
+def _body(pool: Tensor) -> Any:
+    if not choice.is_fused(pool):
+        return cpu
+    from kernels.fused import attention as fused
+
+    return fused
 
 
 def plan_attention(
@@ -38,10 +51,42 @@ def plan_attention(
     `block_tables` is [rows, max_blocks] int32; `slots` [tokens] int64, block_id * block_size + offset; `window` is
     the number of positions that a token sees, itself included (None: all). The pool is looked at for its shape.
     """
-    body = cpu if pool.device.type == "cpu" else reference
-    return body.plan_attention(
+    return _body(pool).plan_attention(
         pool, query_starts, context_lens, block_tables, slots, num_heads=num_heads, window=window, exact=exact
     )
+
+
+def rotate_and_write(
+    heads: Tensor,
+    pool: Tensor,
+    layer_id: int,
+    plan: AttentionPlan,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+    exact: bool = False,
+) -> Tensor:
+    """All between a layer's merged projection and its attention: norms of q and k, rope, K and V into their pages.
+
+    `heads` is [tokens, num_heads + 2 * num_kv_heads, head_dim] and is overwritten; `cos` and `sin` [tokens, head_dim],
+    gathered by position. Returns q [tokens, num_heads, head_dim], a view. What is not finite is written as zero.
+    """
+    num_kv_heads = pool.shape[3]
+    num_heads = heads.shape[1] - 2 * num_kv_heads
+    if not isinstance(plan, cpu.AttentionPlan):
+        return rope_and_write_kv(
+            heads, pool, layer_id, plan.slots, plan.token_rows, cos, sin, q_norm=q_norm, k_norm=k_norm, eps=eps
+        )
+    if q_norm is not None and k_norm is not None:
+        heads[:, :num_heads] = rms_norm(heads[:, :num_heads], q_norm, eps, exact=exact)
+        keys = heads[:, num_heads : num_heads + num_kv_heads]
+        keys.copy_(rms_norm(keys, k_norm, eps, exact=exact))
+    apply_rope_(heads[:, : num_heads + num_kv_heads], cos, sin)
+    write_kv(heads[:, num_heads:], pool, layer_id, plan)
+    return heads[:, :num_heads]
 
 
 def write_kv(kv: Tensor, pool: Tensor, layer_id: int, plan: AttentionPlan) -> None:
@@ -49,9 +94,12 @@ def write_kv(kv: Tensor, pool: Tensor, layer_id: int, plan: AttentionPlan) -> No
 
     `kv` may be a strided view. NaNs and infinities are written as zeros.
     """
-    (cpu if pool.device.type == "cpu" else reference).write_kv(kv, pool, layer_id, plan)
+    if isinstance(plan, cpu.AttentionPlan):
+        cpu.write_kv(kv, pool, layer_id, plan)
+    else:
+        rope_and_write_kv(kv.flatten(1, 2), pool, layer_id, plan.slots)
 
 
 def paged_attention(q: Tensor, pool: Tensor, layer_id: int, plan: AttentionPlan, scale: float) -> Tensor:
     """softmax(q · Kᵀ * scale) · V for each query over what it may see; q and result [tokens, num_heads, head_dim]."""
-    return (cpu if pool.device.type == "cpu" else reference).paged_attention(q, pool, layer_id, plan, scale)
+    return _body(pool).paged_attention(q, pool, layer_id, plan, scale)

@@ -29,8 +29,7 @@ from services.worker.models import decoder as decoder_module
 from services.worker.models.decoder import Decoder, StepBatch, random_decoder
 
 OPERATIONS: list[tuple[Any, str]] = [
-    (attention_layer, "apply_rope_"),
-    (attention_layer, "write_kv"),
+    (attention_layer, "rotate_and_write"),
     (attention_layer, "paged_attention"),
     (linear_layer, "linear"),
     (linear_layer, "linear_add"),

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kernels.ops.attention import AttentionPlan, paged_attention, write_kv
-from kernels.ops.rope import apply_rope_
+from kernels.ops.attention import AttentionPlan, paged_attention, rotate_and_write
 from services.worker.layers.linear import Linear
 from services.worker.layers.norm import RmsNorm
 
@@ -55,16 +54,22 @@ class Attention:
         the tokens to answer for, where that is not all of them."""
         num_heads, num_kv_heads = self.heads.num_heads, self.heads.num_kv_heads
         heads = self.qkv(x, exact=step.exact).view(-1, num_heads + 2 * num_kv_heads, self.heads.head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
-            heads[:, :num_heads] = self.q_norm(heads[:, :num_heads], exact=step.exact)
-            keys = heads[:, num_heads : num_heads + num_kv_heads]
-            keys.copy_(self.k_norm(keys, exact=step.exact))
-        apply_rope_(heads[:, : num_heads + num_kv_heads], step.cos, step.sin)
         plan = step.plans[self.window]
-        write_kv(heads[:, num_heads:], step.pool, self.layer_id, plan)
+        queries = rotate_and_write(
+            heads,
+            step.pool,
+            self.layer_id,
+            plan,
+            step.cos,
+            step.sin,
+            q_norm=None if self.q_norm is None else self.q_norm.weight,
+            k_norm=None if self.k_norm is None else self.k_norm.weight,
+            eps=0.0 if self.q_norm is None else self.q_norm.eps,
+            exact=step.exact,
+        )
         if wanted is not None and wanted.shape[0] == 0:
             return residual[:0]
-        attended = paged_attention(heads[:, :num_heads], step.pool, self.layer_id, plan, self.scale)
+        attended = paged_attention(queries, step.pool, self.layer_id, plan, self.scale)
         flat = attended.view(x.shape[0], -1)
         if wanted is not None:
             flat, residual = flat.index_select(0, wanted), residual.index_select(0, wanted)
