@@ -53,6 +53,8 @@ class RouterInference(InferenceServicer):
         """Writes through the context rather than by yielding: only so is a blocked write ours to time."""
         deadline_ns = remaining_ns(context)
         request_id = wire.request_id_of(request, _header(context, REQUEST_ID_HEADER))
+        told = ((REQUEST_ID_HEADER, request_id),)
+        context.set_trailing_metadata(told)  # for a refusal, which has no headers
         if request.model and request.model not in self._model.names:
             known = ", ".join(self._model.names)
             raise refuse("model_not_found", f"there is no model {request.model[:128]!r} here; served: {known}")
@@ -62,7 +64,7 @@ class RouterInference(InferenceServicer):
         async with aclosing(self._session.run(prompt, options)) as events:
             async for event in events:
                 if isinstance(event, Accepted):  # not before: a refusal without headers may be retried by gRPC itself
-                    await context.send_initial_metadata(((REQUEST_ID_HEADER, request_id),))
+                    await context.send_initial_metadata(told)
                 for response in wire.responses_of(event):
                     await self._write(context, request_id, response)
         return

@@ -34,9 +34,10 @@ def rich_status(refusal: Refusal) -> grpc.Status:
 
 
 async def abort_with(context: Context, refusal: Refusal) -> NoReturn:
-    """Ends the call with the refusal's status."""
+    """Ends the call with the refusal's status, behind the trailing metadata that the handler has set."""
     status = rich_status(refusal)
-    await context.abort(status.code, status.details, status.trailing_metadata)
+    trailing = (*(context.trailing_metadata() or ()), *status.trailing_metadata)
+    await context.abort(status.code, status.details, trailing)
 
 
 class GuardInterceptor(grpc.aio.ServerInterceptor):

@@ -260,6 +260,42 @@ def test_a_refusal_comes_without_headers_so_that_grpc_may_retry_it(tiny_model):
     run(test())
 
 
+@pytest.mark.parametrize(
+    "request_",
+    [ask(model="other"), ask(stopping=pb.Stopping(max_tokens=0)), ask(prompt="x" * 100_000), ask(request_id="own")],
+    ids=["not found", "invalid", "too long", "in use"],
+)
+def test_a_refusal_names_the_request_it_refuses(tiny_model, request_):
+    async def test():
+        scheduler = FakeScheduler(answer=None)
+        async with running_router(tiny_model, scheduler) as router:
+            live = router.inference.Generate(ask(request_id="own"), timeout=5)
+            await live.read()
+            call = router.inference.Generate(request_, metadata=(("x-request-id", "own"),), timeout=5)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await rest(call)
+            assert dict(await call.trailing_metadata())["x-request-id"] == "own"
+            assert refusal(caught.value)[0] in ("NOT_FOUND", "INVALID_ARGUMENT", "ALREADY_EXISTS")
+            live.cancel()
+
+    run(test())
+
+
+def test_a_request_that_ends_early_names_itself_with_its_status(tiny_model):
+    async def test():
+        scheduler = FakeScheduler(answer=None)
+        async with running_router(tiny_model, scheduler) as router:
+            call = router.inference.Generate(ask(), timeout=5)
+            (await scheduler.request()).release("worker_lost", retry_after_ms=250)
+            first = await call.read()
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await rest(call)
+            assert dict(await call.trailing_metadata())["x-request-id"] == first.accepted.request_id
+            assert refusal(caught.value) == ("UNAVAILABLE", "", 0.25)
+
+    run(test())
+
+
 def test_a_request_that_is_too_large_is_refused_and_the_connection_lives(tiny_model):
     async def test():
         async with running_router(tiny_model, FakeScheduler(), max_request_bytes=10_000) as router:
