@@ -14,17 +14,17 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 from kernels.cpu import activation as cpu
-from kernels.reference import activation as reference
+from kernels.ops import choice
 
 Activation: TypeAlias = Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared"]
 
 
 def _body(x: Tensor) -> ModuleType:
-    if x.device.type == "cuda":
-        from kernels.fused import activation as fused
+    if not choice.is_fused(x):
+        return cpu
+    from kernels.fused import activation as fused
 
-        return fused
-    return cpu if x.device.type == "cpu" else reference
+    return fused
 
 
 def silu_and_mul(gate_up: Tensor, *, exact: bool = False) -> Tensor:

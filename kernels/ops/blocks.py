@@ -10,15 +10,16 @@ from types import ModuleType
 
 from torch import Tensor
 
+from kernels.ops import choice
 from kernels.reference import blocks as reference
 
 
 def _body(pool: Tensor) -> ModuleType:
-    if pool.device.type == "cuda":
-        from kernels.fused import blocks as fused
+    if not choice.is_fused(pool):
+        return reference
+    from kernels.fused import blocks as fused
 
-        return fused
-    return reference
+    return fused
 
 
 def copy_blocks(pool: Tensor, sources: Tensor, targets: Tensor) -> None:

@@ -11,15 +11,15 @@ from types import ModuleType
 from torch import Tensor
 
 from kernels.cpu import norm as cpu
-from kernels.reference import norm as reference
+from kernels.ops import choice
 
 
 def _body(x: Tensor) -> ModuleType:
-    if x.device.type == "cuda":
-        from kernels.fused import norm as fused
+    if not choice.is_fused(x):
+        return cpu
+    from kernels.fused import norm as fused
 
-        return fused
-    return cpu if x.device.type == "cpu" else reference
+    return fused
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool = False, exact: bool = False) -> Tensor:

@@ -5,10 +5,21 @@ Of a head's first `rotary_dim` elements, pair i is elements i and i + rotary_dim
 their columns from rotary_dim / 2 on repeat the first ones. A token's result depends on that token alone, to the bit.
 """
 
+from types import ModuleType
+
 from torch import Tensor
 
 from kernels.cpu import rope as cpu
+from kernels.ops import choice
 from kernels.reference import rope as reference
+
+
+def _body(qkv: Tensor) -> ModuleType:
+    if not choice.is_fused(qkv):
+        return reference
+    from kernels.fused import rope as fused
+
+    return fused
 
 
 def apply_rope_(heads: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
@@ -17,7 +28,7 @@ def apply_rope_(heads: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = 
     `heads` is [tokens, heads, head_dim], a view into a larger projection will do; `cos` and `sin` are
     [tokens, rotary_dim] in its dtype, already gathered by position and scaled.
     """
-    return (cpu if heads.device.type == "cpu" else reference).apply_rope_(heads, cos, sin, interleaved=interleaved)
+    return (reference if choice.is_fused(heads) else cpu).apply_rope_(heads, cos, sin, interleaved=interleaved)
 
 
 def rope_and_write_kv(
@@ -53,13 +64,7 @@ def rope_and_write_kv(
     token nothing is written, and its position is not looked up. What `qkv` holds of K and V afterwards is not defined.
     Raises ValueError where shapes, strides or dtypes do not fit (the fused body).
     """
-    if qkv.device.type == "cuda":
-        from kernels.fused import rope as fused
-
-        write = fused.rope_and_write_kv
-    else:
-        write = reference.rope_and_write_kv
-    return write(
+    return _body(qkv).rope_and_write_kv(
         qkv, pool, layer_id, slots, positions, cos, sin,
         interleaved=interleaved, q_norm=q_norm, k_norm=k_norm, eps=eps, plus_one=plus_one, out=out,
     )  # fmt: skip
