@@ -1,5 +1,6 @@
-"""transformers on the same workloads, in a process of its own: one request after another, one static padded batch, and
-its continuous batching. Reads a JSON line {"way", "workload", "seed"} at a time, answers one with figures."""
+"""Others on the same workloads, in a process of their own: transformers one request after another, in one static padded
+batch, and in its continuous batching; vLLM's engine for CPUs, in process. Reads a JSON line {"way", "workload", "seed"}
+at a time, answers one with figures."""
 
 import argparse
 import json
@@ -77,6 +78,29 @@ def continuous(model: Any, jobs: list[Job]) -> Figures:
     return {"wall_s": time.perf_counter() - start}
 
 
+def vllm(engine: Any, jobs: list[Job]) -> Figures:
+    """vLLM's engine, without its server. One job runs once more for one token: the time to the first."""
+    from vllm import SamplingParams
+
+    def run(limit: int | None) -> float:
+        start = time.perf_counter()
+        prompts = [{"prompt_token_ids": list(job.token_ids)} for job in jobs]
+        counts = [limit or job.max_tokens for job in jobs]
+        params = [SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True) for count in counts]
+        answers = engine.generate(prompts, params, use_tqdm=False)
+        wall = time.perf_counter() - start
+        assert [len(answer.outputs[0].token_ids) for answer in answers] == counts
+        return wall
+
+    figures = {"wall_s": run(None)}
+    if len(jobs) == 1:
+        engine.reset_prefix_cache()
+        first_s = run(1)
+        figures |= {"ttft_ms": first_s * 1e3, "tpot_ms": (figures["wall_s"] - first_s) * 1e3 / (jobs[0].max_tokens - 1)}
+    engine.reset_prefix_cache()
+    return figures
+
+
 def _generate(model: Any, ids: torch.Tensor, max_tokens: int, **kwargs: Any) -> None:
     kwargs.setdefault("attention_mask", torch.ones_like(ids))
     out = model.generate(
@@ -95,7 +119,19 @@ WAYS: dict[str, Callable[[Any, list[Job]], Figures]] = {
     "hf_sequential": sequential,
     "hf_static": static,
     "hf_continuous": continuous,
+    "vllm": vllm,
 }
+
+
+def load(options: argparse.Namespace) -> Any:
+    """The model under transformers, or vLLM's engine where vLLM is what this Python has."""
+    if options.engine == "vllm":
+        from vllm import LLM
+
+        return LLM(options.model, dtype=options.dtype, max_model_len=1024, max_num_seqs=16, skip_tokenizer_init=True)
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).eval()
 
 
 def main() -> int:
@@ -103,11 +139,10 @@ def main() -> int:
     parser.add_argument("model")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--engine", default="transformers", choices=["transformers", "vllm"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).eval()
+    model = load(options)
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         order = msgspec.json.decode(line)

@@ -27,6 +27,15 @@ RESULTS = ROOT / "ops" / "bench" / "results"
 NOISY = 0.05
 """Above this share of the machine's CPU for others, a repeat is marked noisy and left out of the medians."""
 IN_PROCESS = "in_process"
+VLLM = "vllm"
+VLLM_ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # its fastest: no process of its own for the engine
+}
 PEERS = (IN_PROCESS, "hf_sequential", "hf_static", "hf_continuous")
 START_TIMEOUT_S = 120.0
 
@@ -64,15 +73,21 @@ class Ours:
 
 
 class Peer:
-    """Another way to answer, in a process of its own, fed line by line: transformers, or our runner without gRPC."""
+    """Another way to answer, in a process of its own, fed line by line: transformers, vLLM, or our runner without gRPC.
 
-    def __init__(self, model: Path, dtype: str, threads: int, way: str) -> None:
+    `python` is the interpreter to run it with: vLLM wants an environment of its own.
+    """
+
+    def __init__(self, model: Path, dtype: str, threads: int, way: str, python: str = sys.executable) -> None:
         self.way = way
         module = "ops.bench.in_process" if way == IN_PROCESS else "ops.bench.peers"
-        command = [sys.executable, "-m", module, str(model), f"--dtype={dtype}", f"--threads={threads}"]
+        command = [python, "-m", module, str(model), f"--dtype={dtype}", f"--threads={threads}"]
         environ = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         if way == IN_PROCESS:
             environ |= worker_environment(environ)
+        elif way == VLLM:
+            command.append("--engine=vllm")
+            environ |= VLLM_ENVIRONMENT
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
             command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=environ
@@ -181,6 +196,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workloads", default="a,b,c")
     parser.add_argument("--peers", default=",".join(PEERS), help="which of " + ", ".join(PEERS))
+    parser.add_argument("--vllm-python", help="the Python of an environment that has vllm-cpu; adds it as a peer")
     parser.add_argument("--output", type=Path)
     parser.add_argument("up_flags", nargs="*", help="flags for `sluice up`, after --")
     options = parser.parse_args()
@@ -188,6 +204,8 @@ def main() -> int:
     runners: dict[str, Any] = {"sluice": Ours(model, options.dtype, options.threads, options.up_flags)}
     for way in filter(None, options.peers.split(",")):
         runners[way] = Peer(model, options.dtype, options.threads, way)
+    if options.vllm_python:
+        runners[VLLM] = Peer(model, options.dtype, options.threads, VLLM, options.vllm_python)
     try:
         rows = measure(runners, options.workloads.split(","), options.repeats)
     finally:
