@@ -57,7 +57,8 @@ class Request:
     root: BlockHash
     ledger: Ledger
     samples: list["Sample"] = field(default_factory=list)
-    cached_tokens: int = 0
+    cached_tokens: int | None = None
+    """Of the prompt, as the first sample to be admitted found it; None until then."""
     refusal: Refusal | None = None
 
     @property

@@ -236,7 +236,7 @@ class Scheduler:
         sample.num_indexed = len(hits)
         sample.move(Status.RUNNING)
         self._move_phase(sample, Phase.PREFILL, group, now_ns)
-        if sample.index == 0 and sample.num_generated == 0 and sample.incarnation == 0:
+        if sample.request.cached_tokens is None:
             sample.request.cached_tokens = sample.planned
         group.running.add(sample)
         step.admit(sample)
@@ -415,7 +415,7 @@ class Scheduler:
             Released(
                 key=request.key,
                 refusal=request.refusal,
-                cached_tokens=request.cached_tokens,
+                cached_tokens=request.cached_tokens or 0,
                 completion_tokens=request.completion_tokens,
                 durations=request.ledger.close(now_ns),
             )

@@ -332,6 +332,44 @@ def test_a_lost_worker_costs_nothing_where_another_stands_by():
     assert any("worker_lost" in released.durations.queue_reason_ns for released in d.released.values())
 
 
+def test_what_was_cached_is_told_of_a_request_that_changed_its_queue():
+    d = driver(max_num_seqs=1)
+    d.submit(submission("warm", range(20), max_tokens=1))
+    d.run()
+    for start in (100, 200):
+        d.submit(submission(start, range(start, start + 60), max_tokens=4))
+        d.schedule()
+    d.add_group("g1", block_size=BLOCK)
+    d.submit(submission("b", range(20), max_tokens=4))
+    assert len(d.core.groups["g1"].waiting) == 1
+    d.lose_group("g1")
+    d.run()
+    assert d.released["b"].cached_tokens == 16
+
+
+def test_what_was_cached_is_told_where_the_first_sample_never_ran():
+    d = driver(max_num_seqs=1)
+    d.submit(submission("warm", range(20), max_tokens=1))
+    d.run()
+    d.submit(submission("running", range(100, 110), max_tokens=4))
+    d.schedule()
+    d.submit(submission("b", range(20), n=2))
+    d.abort("b", 0)
+    d.run()
+    assert d.released["b"].cached_tokens == 16
+
+
+def test_what_was_cached_stays_what_it_was_through_a_preemption():
+    d = driver(num_blocks=14)
+    d.submit(submission("warm", range(8), max_tokens=1))
+    d.run()
+    for key in ("a", "b"):
+        d.submit(submission(key, [*range(8), *range(20, 30)], max_tokens=24))
+    d.run()
+    assert d.released["b"].durations.preemptions > 0
+    assert [d.released[key].cached_tokens for key in ("a", "b")] == [8, 16]
+
+
 def test_the_last_worker_lost_ends_requests_with_a_retryable_error():
     d = driver()
     d.submit(submission("a", range(9), max_tokens=12))
