@@ -39,7 +39,7 @@ async def serve(config: RouterConfig, *, on_event: OnEvent | None = None) -> int
     BindError, ModelError, CheckpointError.
     """
     instance = new_instance_id("router")
-    configure_logs("router", instance, config.log_format)
+    configure_logs("sluice-router", instance, config.log_format)
     model = await asyncio.to_thread(load_model, config)
     return await Router(config, model, instance, on_event or (lambda name, data: None)).serve()
 

@@ -34,7 +34,7 @@ async def serve(config: SchedulerConfig, *, on_event: OnEvent | None = None) -> 
     """Runs a scheduler until SIGTERM or SIGINT; returns the exit code. Raises BindError for an address it cannot
     have. `on_event("ready", {"address": …})` says when it listens."""
     instance = new_instance_id("scheduler")
-    configure_logs("scheduler", instance, config.log_format)
+    configure_logs("sluice-scheduler", instance, config.log_format)
     return await _App(config, instance).run(on_event or (lambda name, fields: None))
 
 

@@ -8,7 +8,7 @@ from services.cli.loglines import compact
 
 
 def line(**fields: object) -> str:
-    common = {"service": "router", "instance": "router-1", "level": "info", "timestamp": "2026-11-20T14:37:54Z"}
+    common = {"service": "sluice-router", "instance": "router-1", "level": "info", "timestamp": "2026-11-20T14:37:54Z"}
     return json.dumps(common | fields)
 
 

@@ -1,15 +1,19 @@
 """What the log shows, and what it never does."""
 
+import asyncio
+import importlib
 import subprocess
 import sys
 
 import pytest
 
+from shared.config import RouterConfig, SchedulerConfig, WorkerConfig
+
 PROGRAM = """
 import structlog
 from shared.telemetry.logs import configure_logs
 
-configure_logs("router", "router-1", "FORMAT")
+configure_logs("sluice-router", "router-1", "FORMAT")
 
 def fail(prompt):
     raise ValueError("a bug")
@@ -31,3 +35,21 @@ def test_a_traceback_shows_the_error_and_no_local_variable(format: str) -> None:
     assert "router-1" in done.stderr
     assert "my secret prompt" not in done.stderr
     assert done.stdout == ""
+
+
+class NamedError(Exception):
+    """Ends a service as soon as it has said its name."""
+
+
+@pytest.mark.parametrize(
+    ("service", "config"), [("router", RouterConfig()), ("scheduler", SchedulerConfig()), ("worker", WorkerConfig())]
+)
+def test_every_service_goes_by_its_name_in_traces(monkeypatch, service: str, config: object) -> None:
+    app = importlib.import_module(f"services.{service}.app")
+
+    def configure(name: str, *args: str) -> None:
+        raise NamedError(name)
+
+    monkeypatch.setattr(app, "configure_logs", configure)
+    with pytest.raises(NamedError, match=f"^sluice-{service}$"):
+        asyncio.run(app.serve(config))
