@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import json
 import subprocess
 import sys
 
@@ -35,6 +36,24 @@ def test_a_traceback_shows_the_error_and_no_local_variable(format: str) -> None:
     assert "router-1" in done.stderr
     assert "my secret prompt" not in done.stderr
     assert done.stdout == ""
+
+
+THREADS = """
+import threading
+import structlog
+from shared.telemetry.logs import configure_logs
+
+configure_logs("sluice-worker", "worker-1", "json")
+thread = threading.Thread(target=structlog.get_logger("x").info, args=("from_a_thread",))
+thread.start()
+thread.join()
+"""
+
+
+def test_a_line_from_any_thread_names_the_service_and_its_instance() -> None:
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True)
+    line = json.loads(done.stderr)
+    assert (line["event"], line["service"], line["instance"]) == ("from_a_thread", "sluice-worker", "worker-1")
 
 
 class NamedError(Exception):

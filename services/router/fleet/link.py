@@ -254,7 +254,7 @@ class Link:
         if self._view.mismatch:
             log.error("scheduler_incompatible", scheduler=self.target, reason=self._view.mismatch)
         elif before is None or before.ready != state.ready:
-            log.info("scheduler_linked", scheduler=self.target, instance=state.scheduler, ready=state.ready)
+            log.info("scheduler_linked", scheduler=self.target, scheduler_instance=state.scheduler, ready=state.ready)
 
     def _take_tokens(self, event: pb.TokensEvent) -> None:
         entry = self._entries.get(event.key)
