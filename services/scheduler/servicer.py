@@ -75,10 +75,13 @@ class SchedulingServicer(scheduling_pb2_grpc.SchedulingServicer):
         return frame.hello.router
 
     async def _read(self, incoming: AsyncIterator[scheduling_pb2.RouterFrame], link: RouterLink) -> None:
-        """Commands until the router half-closes; then the link ends."""
+        """Commands until the router half-closes; then the link ends. None any more of one that was let go: nobody would
+        hear of what they ask for."""
         parts: dict[int, tuple[scheduling_pb2.Submit, array]] = {}
         try:
             async for frame in incoming:
+                if link.closed:
+                    return
                 for submit in frame.submits:
                     self._submit(submit, link, parts)
                 for abort in frame.aborts:

@@ -15,8 +15,10 @@ from shared.outcome import FinishReason
 from shared.rpc.sluice.v1 import control_pb2, control_pb2_grpc
 from shared.rpc.sluice.v1 import execution_pb2 as epb
 from shared.rpc.sluice.v1 import execution_pb2_grpc as erpc
+from shared.rpc.sluice.v1 import scheduling_pb2 as spb
+from shared.rpc.sluice.v1 import scheduling_pb2_grpc as srpc
 from shared.sampling import Sampling
-from tests.builders.link import linked, running_scheduler, running_worker
+from tests.builders.link import linked, running_scheduler, running_worker, submit_message
 from tests.builders.pretend_worker import pretend_token
 
 
@@ -131,6 +133,36 @@ def test_a_router_that_goes_leaves_nothing():
                 await link.until(lambda: len(link.heard) == 5)
             async with linked(scheduler) as other:
                 await other.until(lambda: bool(other.loads) and other.loads[0].kv_blocks_referenced == 0)
+
+    asyncio.run(run())
+
+
+def test_a_router_that_does_not_read_is_let_go_and_its_requests_with_it():
+    """Its neighbour is served all the while."""
+
+    async def run() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            scheduler = await stack.enter_async_context(running_scheduler(link_stall_timeout_ms=400))
+            await stack.enter_async_context(running_worker(scheduler, num_blocks=4096, step_ms=1))
+            other = await stack.enter_async_context(linked(scheduler))
+            window = [("grpc.http2.lookahead_bytes", 65536), ("grpc.http2.bdp_probe", 0)]
+            channel = await stack.enter_async_context(grpc.aio.insecure_channel(scheduler, options=window))
+            call = srpc.SchedulingStub(channel).Link()
+            await call.write(spb.RouterFrame(hello=spb.LinkHello(protocol_version=PROTOCOL_VERSION, router="deaf")))
+            wordy = {"n": 12, "max_tokens": 1000, "logprobs": 20}
+            submits = [submit_message(key, range(16, 40), **wordy) for key in range(4)]
+            await call.write(spb.RouterFrame(submits=submits))
+            await other.until(lambda: other.loads[0].requests_running == 48)
+            other.submit(1, range(16, 40))
+            (released,) = await other.released(1)
+            assert released.refusal == ""
+            await other.until(lambda: other.loads[0].kv_blocks_referenced == 0, timeout_s=5)
+            await call.write(spb.RouterFrame(submits=[submit_message(9, range(16, 40), max_tokens=1000)]))
+            await asyncio.sleep(0.2)
+            assert other.loads[0].requests_running == 0
+            async with asyncio.timeout(5):
+                while await call.read() is not grpc.aio.EOF:
+                    pass
 
     asyncio.run(run())
 
