@@ -11,7 +11,7 @@ from services.router import wire
 from services.router.admission import Admission
 from services.router.fleet import Fleet
 from services.router.model import ServedModel
-from services.router.request import Accepted
+from services.router.request import Accepted, GenerateOptions, Prompt
 from services.router.session import Session
 from shared import __version__
 from shared.clock import NS_PER_MS, NowNs
@@ -50,25 +50,31 @@ class RouterInference(InferenceServicer):
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        """Writes through the context rather than by yielding: only so is a blocked write ours to time."""
+        """One request."""
         deadline_ns = remaining_ns(context)
         request_id = wire.request_id_of(request, _header(context, REQUEST_ID_HEADER))
-        told = ((REQUEST_ID_HEADER, request_id),)
-        context.set_trailing_metadata(told)  # for a refusal, which has no headers
+        context.set_trailing_metadata(((REQUEST_ID_HEADER, request_id),))  # for a refusal, which has no headers
         if request.model and request.model not in self._model.names:
             known = ", ".join(self._model.names)
             raise refuse("model_not_found", f"there is no model {request.model[:128]!r} here; served: {known}")
         length = self._fleet.max_model_len or self._model.max_model_len
         prompt = wire.prompt_of(request, self._model, max_bytes=self._max_request_bytes, max_model_len=length)
         options = wire.options_of(request, self._model, request_id, deadline_ns)
+        try:
+            await self._answer(prompt, options, context)
+        except grpc.aio.InternalError:  # what a write comes to that was blocked when its call ended
+            raise refuse("cancelled", "the client is gone") from None
+        return
+        yield  # an async generator, as grpc wants it
+
+    async def _answer(self, prompt: Prompt, options: GenerateOptions, context: Context) -> None:
+        """Writes through the context rather than by yielding: only so is a blocked write ours to time."""
         async with aclosing(self._session.run(prompt, options)) as events:
             async for event in events:
                 if isinstance(event, Accepted):  # not before: a refusal without headers may be retried by gRPC itself
-                    await context.send_initial_metadata(told)
+                    await context.send_initial_metadata(((REQUEST_ID_HEADER, options.request_id),))
                 for response in wire.responses_of(event):
-                    await self._write(context, request_id, response)
-        return
-        yield  # an async generator, as grpc wants it
+                    await self._write(context, options.request_id, response)
 
     async def _write(self, context: Context, request_id: str, response: inference_pb2.GenerateResponse) -> None:
         try:

@@ -7,6 +7,7 @@ from contextlib import aclosing
 
 import grpc
 import pytest
+import structlog
 
 from services.router import session
 from services.router.answer import Answer
@@ -182,6 +183,34 @@ def test_a_client_that_does_not_read_is_ended_and_delays_nobody(tiny_model):
             await router.idle()
             _, error = await drained(stalled)
             assert refusal(error) == ("RESOURCE_EXHAUSTED", "", 0)
+            await channel.close()
+
+    run(test(), timeout_s=40)
+
+
+@pytest.mark.parametrize("leave", ["cancel", "close"])
+def test_a_client_that_leaves_while_a_write_to_it_is_blocked_is_no_failure(tiny_model, leave):
+    async def test():
+        scheduler = FakeScheduler(answer=None)
+        async with running_router(tiny_model, scheduler, max_unread_bytes=64 * 2**20) as router:
+            window = [("grpc.http2.lookahead_bytes", 65536), ("grpc.http2.bdp_probe", 0)]
+            channel = grpc.aio.insecure_channel(router.address, options=window)
+            call = InferenceStub(channel).Generate(ask(), timeout=20)
+            request = await scheduler.request()
+            for _ in range(4):
+                request.tokens([300] * 40_000)
+                await asyncio.sleep(0.01)
+            with structlog.testing.capture_logs() as lines:
+                if leave == "cancel":
+                    call.cancel()
+                else:
+                    await channel.close()
+                async with asyncio.timeout(2):
+                    await request.aborted.wait()
+                await router.idle()
+                await asyncio.sleep(0.05)
+            assert request.aborts == [(EVERY, scheduling_pb2.ABORT_CAUSE_CLIENT)]
+            assert [line for line in lines if line["log_level"] == "error"] == []
             await channel.close()
 
     run(test(), timeout_s=40)
