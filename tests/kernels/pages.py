@@ -49,14 +49,15 @@ def draw(heads: Heads, length: int, dtype: torch.dtype, seed: int) -> Sequence:
 class Cache:
     """A pool and the blocks of each sequence in it."""
 
-    def __init__(self, heads: Heads, sequences: list[Sequence], seed: int = 0) -> None:
-        self.heads, self.sequences = heads, sequences
+    def __init__(self, heads: Heads, sequences: list[Sequence], seed: int = 0, device: str = "cpu") -> None:
+        self.heads, self.device = heads, device
+        self.sequences = [Sequence(sequence.q.to(device), sequence.kv.to(device)) for sequence in sequences]
         needed = [-(-len(sequence.q) // heads.block_size) for sequence in sequences]
         num_blocks = sum(needed) + 3
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed)).tolist()
         self.tables = [[order.pop() for _ in range(count)] for count in needed]
         shape = (num_blocks, LAYERS, 2, heads.num_kv_heads, heads.block_size, heads.head_dim)
-        self.pool = torch.full(shape, POISON, dtype=sequences[0].kv.dtype)
+        self.pool = torch.full(shape, POISON, dtype=sequences[0].kv.dtype, device=device)
 
     def step(self, chunks: list[Chunk], *, body=None, window: int | None = None, exact: bool = False) -> list[Tensor]:
         """Write and attend the chunks in one step; the result of each. `body` defaults to the public door."""

@@ -27,11 +27,6 @@ MIXED = [
 ]
 
 
-def fill(cache: Cache, heads: Heads) -> None:
-    """K and V of all but the last step, written without attending."""
-    cache.step(BEFORE, body=WriteOnly)
-
-
 class WriteOnly:
     plan_attention = staticmethod(spec.plan_attention)
     write_kv = staticmethod(spec.write_kv)
@@ -66,34 +61,35 @@ class Spec(WriteOnly):
         return spec.paged_attention(*args, **self.scoring)
 
 
-def compare(heads, dtype, *, window=None, exact=False, **scoring):
+def compare(heads, dtype, device, *, window=None, exact=False, **scoring):
+    on_device = {name: each.to(device) if isinstance(each, torch.Tensor) else each for name, each in scoring.items()}
     sequences = [draw(heads, length, dtype, seed) for seed, length in enumerate(LENGTHS)]
-    fast, slow = Cache(heads, sequences), Cache(heads, sequences)
+    fast, slow = Cache(heads, sequences, device=device), Cache(heads, sequences)
     for cache in (fast, slow):
-        fill(cache, heads)
-    actual = fast.step(MIXED, body=Fused(**scoring), window=window, exact=exact)
+        cache.step(BEFORE, body=WriteOnly)
+    actual = fast.step(MIXED, body=Fused(**on_device), window=window, exact=exact)
     expected = slow.step(MIXED, body=Spec(**scoring), window=window)
     for mine, theirs in zip(actual, expected, strict=True):
-        assert_same(mine, theirs)
+        assert_same(mine.cpu(), theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
 @pytest.mark.parametrize("name", HEADS)
-def test_a_mixed_step(name, exact, dtype):
-    compare(HEADS[name], dtype, exact=exact)
+def test_a_mixed_step(name, exact, dtype, device):
+    compare(HEADS[name], dtype, device, exact=exact)
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
 @pytest.mark.parametrize("window", [1, 21, 256, 400])
-def test_a_sliding_window(window, exact):
-    compare(Heads(), torch.float32, window=window, exact=exact)
+def test_a_sliding_window(window, exact, device):
+    compare(Heads(), torch.float32, device, window=window, exact=exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_way_of_scoring_at_once(dtype):
+def test_every_way_of_scoring_at_once(dtype, device):
     torch.manual_seed(1)
-    compare(Heads(), dtype, window=90, soft_cap=2.0, alibi_slopes=torch.rand(4), sinks=torch.randn(4))
+    compare(Heads(), dtype, device, window=90, soft_cap=2.0, alibi_slopes=torch.rand(4), sinks=torch.randn(4))
 
 
 @pytest.mark.parametrize(
@@ -101,17 +97,17 @@ def test_every_way_of_scoring_at_once(dtype):
     [{"soft_cap": 1.5}, {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0])}, {"sinks": torch.arange(4.0)}],
     ids=lambda scoring: next(iter(scoring)),
 )
-def test_each_way_of_scoring_alone(scoring):
-    compare(Heads(), torch.float32, **scoring)
+def test_each_way_of_scoring_alone(scoring, device):
+    compare(Heads(), torch.float32, device, **scoring)
 
 
-def test_exact_bits_depend_on_neither_chunks_nor_neighbours():
+def test_exact_bits_depend_on_neither_chunks_nor_neighbours(device):
     heads, lengths = Heads(), [70, 300, 9]
     sequences = [draw(heads, length, torch.bfloat16, seed) for seed, length in enumerate(lengths)]
 
     def run(*steps: list[Chunk]) -> torch.Tensor:
         """The answers for sequence 1, computed in these steps."""
-        cache = Cache(heads, sequences)
+        cache = Cache(heads, sequences, device=device)
         found = []
         for step in steps:
             answers = cache.step(step, body=Fused(), exact=True)

@@ -1,0 +1,81 @@
+"""Everything that only a GPU can tell, section by section.
+
+    python -m ops.bench.gpu [--sections ceilings correctness ipc kernels] [--out FILE] [--dry-run]
+
+Writes one JSON after every section, so that a run that is cut short keeps what it has. `--dry-run` goes through every
+section on a CPU at toy sizes, the kernels interpreted; its figures mean nothing. Run it in the root of the repository.
+"""
+
+import argparse
+import datetime
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SECTIONS = ("ceilings", "correctness", "ipc", "kernels")
+ROOT = Path(__file__).resolve().parents[3]
+DEFAULT_OUT = ROOT / "ops" / "bench" / "results" / "gpu.json"
+
+
+def run_section(name: str, device: Any, result: dict[str, Any]) -> dict[str, Any]:
+    """A section's figures, or what stopped it."""
+    section = importlib.import_module(f"ops.bench.gpu.{name}")
+    begin = time.perf_counter()
+    measure: Callable[..., dict[str, Any]] = section.measure
+    try:
+        found = measure(device, result["ceilings"]) if name == "kernels" else measure(device)
+    except Exception as error:  # the sections after it must still run
+        found = {"error": f"{type(error).__name__}: {error}"[:1000]}
+    return {**found, "section_s": round(time.perf_counter() - begin, 1)}
+
+
+def show(name: str, found: dict[str, Any]) -> None:
+    print(f"── {name} ──")
+    for key, value in found.items():
+        print(f"  {key:34} {json.dumps(value)[:400]}")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--dry-run", action="store_true")
+    options = parser.parse_args()
+    if options.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
+    from ops.bench.gpu.device import describe, open_device
+
+    device = open_device(options.dry_run)
+    out = options.out or (None if options.dry_run else DEFAULT_OUT)
+    result: dict[str, Any] = {
+        **describe(device),
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    wanted = ["ceilings", *options.sections] if "kernels" in options.sections else options.sections
+    for name in dict.fromkeys(wanted):
+        result[name] = run_section(name, device, result)
+        show(name, result[name])
+        if out:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(result, indent=1) + "\n")
+    failed = [name for name in SECTIONS if "error" in result.get(name, {})]
+    failed += ["correctness"] if result.get("correctness", {}).get("exit_code") else []
+    print(f"failed: {', '.join(failed)}" if failed else "every section ran")
+    return 1 if failed else 0
+
+
+def _commit() -> str:
+    told = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return told.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""Each kernel beside its floor and the best that this machine has otherwise; shapes are Llama-3.1-8B's.
+
+A floor is the larger of bytes over the measured copy bandwidth and operations over the measured matrix rate. A peer
+that this machine lacks, or that cannot do a case, is left out by name.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.fused import activation, attention, norm, rope
+from ops.bench.gpu.device import Device
+
+HEADS, KV_HEADS, DIM, BLOCK, HIDDEN, INTERMEDIATE = 32, 8, 128, 16, 4096, 14336
+
+
+@dataclass(slots=True)
+class Case:
+    """One kernel on one shape: `num_bytes` that must move and `num_flops` that must be done, at least.
+
+    `make` builds fresh inputs and returns calls by name, ours first.
+    """
+
+    name: str
+    num_bytes: float
+    num_flops: float
+    make: Callable[[Device], dict[str, Callable[[], object]]]
+    limits: dict[str, float] = field(default_factory=dict)
+
+
+def measure(device: Device, ceilings: dict[str, float]) -> dict[str, Any]:
+    """By case: microseconds by name, the floor, and the share of it that we reach."""
+    found = {}
+    for case in cases(device):
+        try:
+            found[case.name] = _measure(device, case, ceilings)
+        except Exception as error:  # one kernel that fails must not cost the others their figures
+            found[case.name] = {"error": f"{type(error).__name__}: {error}"[:400]}
+    return found
+
+
+def _measure(device: Device, case: Case, ceilings: dict[str, float]) -> dict[str, Any]:
+    floor_us = max(
+        case.num_bytes / ceilings["copy_gb_per_s"] / 1e3, case.num_flops / ceilings["matmul_bf16_tflop_per_s"] / 1e6
+    )
+    sets = [case.make(device) for _ in range(device.num_sets(int(case.num_bytes)))]
+    result: dict[str, Any] = {"floor_us": round(floor_us, 2)}
+    for name in sets[0]:
+        try:
+            result[f"{name}_us"] = round(device.median_us([each[name] for each in sets]), 2)
+        except Exception as error:
+            if name == "ours":
+                raise
+            result[f"{name}_error"] = f"{type(error).__name__}: {error}"[:200]
+    result["of_floor"] = round(floor_us / result["ours_us"], 3)
+    peers = [value for key, value in result.items() if key.endswith("_us") and key not in ("ours_us", "floor_us")]
+    if peers:
+        result["over_best_peer"] = round(min(peers) / result["ours_us"], 3)
+    return result
+
+
+def cases(device: Device) -> Iterator[Case]:
+    yield from _elementwise(device.size(8192, 3))
+    for batch, context in [(64, 1024), (8, 8192), (64, 8192), (1, 8192), (1, 32768), (256, 1024)]:
+        yield _decode([context // device.size(1, 64)] * device.size(batch, 2))
+        if device.dry:
+            break
+    yield _decode([64, 256, 1024, 2048, 4096, 8192, 16384] * 4 if not device.dry else [3, 40], "ragged")
+    for new, cached in [(4096, 0), (8192, 0), (512, 8192)]:
+        yield _prefill(new // device.size(1, 256), cached // device.size(1, 256))
+
+
+def _elementwise(tokens: int) -> Iterator[Case]:
+    size = tokens * HIDDEN * 2
+
+    def norms(device: Device) -> dict[str, Callable[[], object]]:
+        x, residual, weight = device.randn(tokens, HIDDEN), device.randn(tokens, HIDDEN), device.randn(HIDDEN)
+
+        def eager() -> Tensor:
+            return F.rms_norm(x + residual, (HIDDEN,), weight, 1e-5)
+
+        return {"ours": lambda: norm.add_rms_norm(x, residual, weight, 1e-5), "eager": eager}
+
+    yield Case("add + RMSNorm", 4 * size, 0, norms)
+
+    def gates(device: Device) -> dict[str, Callable[[], object]]:
+        gate_up = device.randn(tokens, 2 * INTERMEDIATE)
+
+        def eager() -> Tensor:
+            gate, up = gate_up.chunk(2, dim=-1)
+            return F.silu(gate) * up
+
+        return {"ours": lambda: activation.silu_and_mul(gate_up), "eager": eager}
+
+    yield Case("SiLU * up", 3 * tokens * INTERMEDIATE * 2, 0, gates)
+
+    def ropes(device: Device) -> dict[str, Callable[[], object]]:
+        heads = device.randn(tokens, HEADS + 2 * KV_HEADS, DIM)
+        pool = device.randn(-(-tokens // BLOCK), 1, 2, KV_HEADS, BLOCK, DIM)
+        cos, sin = device.randn(tokens, DIM), device.randn(tokens, DIM)
+        slots = torch.randperm(tokens, device=device.name)
+        index = torch.arange(tokens, dtype=torch.int32, device=device.name)
+
+        def eager() -> None:
+            turned = heads[:, : HEADS + KV_HEADS]
+            first, second = turned.chunk(2, dim=-1)
+            turned.copy_(turned * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None])
+            pool[slots // BLOCK, 0, :, :, slots % BLOCK] = heads[:, HEADS:].view(tokens, 2, KV_HEADS, DIM)
+
+        return {"ours": lambda: rope.rope_and_write_kv(heads, pool, 0, slots, index, cos, sin), "eager": eager}
+
+    yield Case("rope + KV write", 2 * tokens * (HEADS + 2 * KV_HEADS) * DIM * 2, 0, ropes)
+
+
+def _pages(device: Device, contexts: list[int]) -> tuple[Tensor, Tensor]:
+    """A pool of one layer and block tables [rows, most] whose blocks lie scattered."""
+    counts = [-(-context // BLOCK) for context in contexts]
+    pool = device.randn(sum(counts), 1, 2, KV_HEADS, BLOCK, DIM)
+    tables = torch.zeros(len(contexts), max(counts), dtype=torch.int32)
+    for row, blocks in enumerate(torch.randperm(sum(counts)).int().split(counts)):
+        tables[row, : counts[row]] = blocks
+    return pool, tables.to(device.name)
+
+
+def _decode(contexts: list[int], name: str = "") -> Case:
+    rows, total = len(contexts), sum(contexts)
+
+    def make(device: Device) -> dict[str, Callable[[], object]]:
+        pool, tables = _pages(device, contexts)
+        q = device.randn(rows, HEADS, DIM)
+        slots = torch.zeros(rows, dtype=torch.int64)
+        plan = attention.plan_attention(pool, [*range(rows + 1)], contexts, tables, slots, num_heads=HEADS)
+        calls: dict[str, Callable[[], object]] = {
+            "ours": lambda: attention.paged_attention(q, pool, 0, plan, DIM**-0.5)
+        }
+        if len(set(contexts)) == 1:
+            keys, values = (device.randn(rows, KV_HEADS, contexts[0], DIM) for _ in range(2))
+            query = q.view(rows, HEADS, 1, DIM)
+            calls["sdpa_unpaged"] = lambda: F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+        flashinfer = _flashinfer_decode(device, q, pool, tables, contexts)
+        return {**calls, **({"flashinfer": flashinfer} if flashinfer else {})}
+
+    label = name or f"{rows} x {contexts[0]}"
+    return Case(f"paged decode, {label}", total * KV_HEADS * DIM * 4, 4.0 * total * HEADS * DIM, make)
+
+
+def _flashinfer_decode(
+    device: Device, q: Tensor, pool: Tensor, tables: Tensor, contexts: list[int]
+) -> Callable[[], object] | None:
+    """FlashInfer's decode over the same pages, where it is installed."""
+    try:
+        import flashinfer
+    except ImportError:
+        return None
+    counts = [-(-context // BLOCK) for context in contexts]
+    starts = torch.tensor([0, *counts]).cumsum(0).int().to(device.name)
+    pages = torch.cat([tables[row, :count] for row, count in enumerate(counts)])
+    last = torch.tensor([(context - 1) % BLOCK + 1 for context in contexts], dtype=torch.int32, device=device.name)
+    workspace = torch.empty(256 * 2**20, dtype=torch.uint8, device=device.name)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
+    wrapper.plan(starts, pages, last, HEADS, KV_HEADS, DIM, BLOCK, q_data_type=q.dtype, kv_data_type=pool.dtype)
+    return lambda: wrapper.run(q, pool[:, 0])
+
+
+def _prefill(new: int, cached: int) -> Case:
+    context = new + cached
+
+    def make(device: Device) -> dict[str, Callable[[], object]]:
+        pool, tables = _pages(device, [context])
+        q = device.randn(new, HEADS, DIM)
+        slots = torch.zeros(new, dtype=torch.int64)
+        plan = attention.plan_attention(pool, [0, new], [context], tables, slots, num_heads=HEADS)
+        calls: dict[str, Callable[[], object]] = {
+            "ours": lambda: attention.paged_attention(q, pool, 0, plan, DIM**-0.5)
+        }
+        if not cached:
+            query = q.transpose(0, 1)[None].contiguous()
+            keys, values = (device.randn(1, KV_HEADS, context, DIM) for _ in range(2))
+            calls["sdpa_unpaged"] = lambda: F.scaled_dot_product_attention(
+                query, keys, values, is_causal=True, enable_gqa=True
+            )
+        return calls
+
+    pairs = new * cached + new * (new + 1) / 2
+    label = f"{new} onto {cached}" if cached else f"{new}"
+    return Case(
+        f"paged prefill, {label}", 4.0 * (new * HEADS + context * KV_HEADS) * DIM, 4 * pairs * HEADS * DIM, make
+    )

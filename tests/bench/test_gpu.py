@@ -1,0 +1,35 @@
+"""The script that waits for a GPU runs end to end without one, so that a lease is not spent on its mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is published for Linux only")
+ROOT = Path(__file__).parents[2]
+
+
+def bench(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ops.bench.gpu", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+@pytest.mark.timeout(600)
+def test_every_section_runs_dry(tmp_path):
+    out = tmp_path / "gpu.json"
+    done = bench("--dry-run", "--out", str(out), OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    result = json.loads(out.read_text())
+    assert result["correctness"]["exit_code"] == 0
+    assert result["ipc"]["real_block_read"] and result["ipc"]["poisoned_block_read"]
+    assert result["ipc"]["dead_owner"] != "opened"
+    cases = {name: case for name, case in result["kernels"].items() if name != "section_s"}
+    assert len(cases) >= 8 and all(case["ours_us"] > 0 for case in cases.values())
+
+
+def test_without_a_gpu_it_says_what_to_do():
+    done = bench("--sections", "ceilings", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode != 0 and "--dry-run" in done.stderr
