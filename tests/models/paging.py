@@ -30,7 +30,7 @@ class Harness:
     def __init__(self, decoder: Decoder, *, num_blocks: int = 64, block_size: int = 16, seed: int = 0) -> None:
         self.decoder = decoder
         self.layout = layout_of(decoder.spec, decoder.dtype, block_size)
-        self.pages = allocate_pool(self.layout, num_blocks).pages.fill_(POISON)
+        self.pages = allocate_pool(self.layout, num_blocks, str(decoder.device)).pages.fill_(POISON)
         self.random = random.Random(seed)
         self.free = self.random.sample(range(num_blocks), num_blocks)
 

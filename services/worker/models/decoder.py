@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.ops import choice
 from kernels.ops.attention import plan_attention
 from services.worker.layers.attention import Attention, AttentionStep
 from services.worker.layers.linear import GatedLinear, Linear
@@ -76,27 +77,28 @@ class Decoder:
         head = self._embedding if head_name == embedding_name else weights.take(head_name).to(device)
         self._head = Linear(head)
         self._rope = RopeTable(self.spec.rope, self.spec.head_dim, dtype, device)
+        self._pairs_lone_rows = not choice.is_fused(self._embedding)
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch, pool: Tensor) -> Tensor:
         """float32 logits [S, vocab_size] of `logit_rows`, after writing K and V of all tokens into `pool`.
 
         `pool` is [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim] in this decoder's dtype and changes
-        in the batch's slots only. Every layer writes all rows before any row reads.
+        in the batch's slots only. Every layer writes all rows before any row reads. The batch may lie on the host.
         """
         exact = batch.exact or self.dtype == torch.float32
         step = self._plan(batch, pool, exact)
-        hidden = self._embedding.index_select(0, _padded(batch.token_ids, exact))
+        hidden = self._embedding.index_select(0, self._per_token(batch.token_ids, exact))
         for layer in self._layers[:-1]:
             hidden = layer.forward(hidden, step)
-        hidden = self._layers[-1].forward(hidden, step, batch.logit_rows)
+        hidden = self._layers[-1].forward(hidden, step, batch.logit_rows.to(self.device, non_blocking=True))
         if hidden.shape[0] == 0:
             return hidden.new_empty((0, self.spec.vocab_size), dtype=torch.float32)
         return self._head(self._norm(hidden, exact=exact), exact=exact).float()
 
     def _plan(self, batch: StepBatch, pool: Tensor, exact: bool) -> AttentionStep:
         starts, contexts = list(batch.query_starts), list(batch.context_lens)
-        cos, sin = self._rope.gather(_padded(batch.positions, exact), max(contexts))
+        cos, sin = self._rope.gather(self._per_token(batch.positions, exact), max(contexts))
         plans = {
             window: plan_attention(
                 pool,
@@ -111,6 +113,12 @@ class Decoder:
             for window in dict.fromkeys(self.spec.windows)
         }
         return AttentionStep(pool, plans, cos, sin, exact)
+
+    def _per_token(self, values: Tensor, exact: bool) -> Tensor:
+        """On the device. On a CPU a lone token of an exact step gets a twin: oneDNN multiplies one row unlike two."""
+        if exact and values.shape[0] == 1 and self._pairs_lone_rows:
+            return values.repeat(2)
+        return values.to(self.device, non_blocking=True)
 
 
 def load_decoder(
@@ -128,11 +136,6 @@ def random_decoder(
     """The decoder of a config.json with random weights of standard deviation `scale`, the same for the same seed."""
     family = translate(config)
     return Decoder(family, RandomWeights(family, dtype, seed, scale), dtype, device)
-
-
-def _padded(per_token: Tensor, exact: bool) -> Tensor:
-    """In an exact step a lone token gets a twin: oneDNN multiplies a single row differently from two."""
-    return per_token.repeat(2) if exact and per_token.shape[0] == 1 else per_token
 
 
 def _build_layer(family: Family, layer_id: int, weights: WeightSource, device: str) -> DecoderLayer:
