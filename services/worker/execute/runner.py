@@ -64,7 +64,7 @@ class Runner:
         if len(slots) == 0:
             return StepOutput(prompt_logprobs=prompt_logprobs)
         if len(logits) != len(slots):
-            logits = logits[torch.from_numpy(inputs.sampled_at)]
+            logits = logits[torch.from_numpy(inputs.sampled_at).to(logits.device)]
         rows = plan.samples.nonzero()[0]
         tokens, logprobs = self._sampler.sample(logits, slots, self._slots.known[slots], rows)
         return StepOutput(tokens.astype("uint32"), logprobs, prompt_logprobs)

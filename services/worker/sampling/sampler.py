@@ -109,19 +109,19 @@ class Sampler:
         """
         if self._plain[slots].all():
             token_ids, values = ops.best(logits)
-            _check_finite(values.numpy())
-            return token_ids.numpy(), ()
+            _check_finite(_host(values))
+            return _host(token_ids), ()
         asking = np.flatnonzero(self._num_logprobs[slots] != NO_LOGPROBS)
         adjusted = np.flatnonzero(self._adjusted[slots])
         raw = logits
         if len(asking):
-            raw = logits[torch.from_numpy(asking)] if len(asking) < len(slots) or len(adjusted) else logits
+            raw = logits[_beside(logits, asking)] if len(asking) < len(slots) or len(adjusted) else logits
         self._adjust(logits, slots[adjusted], positions[adjusted], adjusted)
-        keys = ops.noise_keys(*(torch.from_numpy(each) for each in self._noise_counters(slots, positions)))
+        keys = ops.noise_keys(*(_beside(logits, each) for each in self._noise_counters(slots, positions)))
         parameters = (self._temperature, self._top_k, self._top_p, self._min_p)
-        sampled, values = ops.sample(logits, keys, *(torch.from_numpy(each[slots]) for each in parameters))
-        _check_finite(values.numpy())
-        token_ids = sampled.numpy()
+        sampled, values = ops.sample(logits, keys, *(_beside(logits, each[slots]) for each in parameters))
+        _check_finite(_host(values))
+        token_ids = _host(sampled)
         for slot, token_id in zip(slots[adjusted].tolist(), token_ids[adjusted].tolist(), strict=True):
             counts = self._adjustments[slot].counts
             if counts is not None:
@@ -138,7 +138,7 @@ class Sampler:
         chosen = [self._adjustments[slot] for slot in slots.tolist()]
         bias = [(row, each.bias_ids, each.bias) for row, each in zip(at, chosen, strict=True) if len(each.bias)]
         if bias:
-            ops.add_bias(logits, *_entries(bias), _joined([values for _, _, values in bias]))
+            ops.add_bias(logits, *_entries(logits, bias), _joined(logits, [values for _, _, values in bias]))
         penalized = [(row, each) for row, each in zip(at, chosen, strict=True) if each.counts is not None]
         if penalized:
             _penalize(logits, penalized)
@@ -149,14 +149,14 @@ class Sampler:
             if masked and len(each.stop_token_ids)
         ]
         if stops:
-            ops.forbid(logits, *_entries(stops))
+            ops.forbid(logits, *_entries(logits, stops))
 
     def _logprobs(self, raw: Tensor, slots: Array, token_ids: Array, rows: Array) -> tuple[RowLogprobs, ...]:
         if len(slots) == 0:
             return ()
         num_top = self._num_logprobs[slots]
-        found = ops.token_logprobs(raw, torch.from_numpy(token_ids), int(num_top.max()))
-        logprobs, ranks, top_ids, top_logprobs = (each.numpy() for each in found)
+        found = ops.token_logprobs(raw, _beside(raw, token_ids), int(num_top.max()))
+        logprobs, ranks, top_ids, top_logprobs = (_host(each) for each in found)
         columns = (rows.tolist(), logprobs.tolist(), ranks.tolist(), num_top.tolist())
         return tuple(
             RowLogprobs(row, logprob, rank, top_ids[i, :top].astype(np.uint32), top_logprobs[i, :top])
@@ -166,13 +166,13 @@ class Sampler:
     def prompt_logprobs(self, logits: Tensor, slot: int, row: int, start: int, token_ids: Array) -> RowPromptLogprobs:
         """Of the prompt tokens `token_ids` int32 [n] at positions `start`, …, whose logits are `logits` [n, vocab]."""
         num_top = int(self._num_prompt_logprobs[slot])
-        targets = torch.from_numpy(token_ids.astype(np.int64))
+        targets = _beside(logits, token_ids.astype(np.int64))
         chunk = max(1, PROMPT_CHUNK_ELEMENTS // self.vocab_size)
         parts = [
             ops.token_logprobs(logits[at : at + chunk], targets[at : at + chunk], num_top)
             for at in range(0, len(token_ids), chunk)
         ]
-        logprobs, ranks, top_ids, top_logprobs = (torch.cat(each).numpy() for each in zip(*parts, strict=True))
+        logprobs, ranks, top_ids, top_logprobs = (_host(torch.cat(each)) for each in zip(*parts, strict=True))
         _check_finite(logprobs)
         return RowPromptLogprobs(row, start, logprobs, ranks.astype(np.uint32), top_ids.astype(np.uint32), top_logprobs)
 
@@ -205,17 +205,26 @@ def _penalize(logits: Tensor, penalized: list[tuple[int, _Adjustments]]) -> None
     counted = [(row, each, each.counts) for row, each in penalized if each.counts is not None]
     sizes = [len(counts.token_ids) for _, _, counts in counted]
     per_row = np.asarray([(each.repetition, each.presence, each.frequency) for _, each, _ in counted], np.float32)
-    factors = (torch.from_numpy(np.repeat(column, sizes)) for column in per_row.T)
-    rows, token_ids = _entries([(row, counts.token_ids) for row, _, counts in counted])
-    ops.penalize(logits, rows, token_ids, _joined([counts.output_counts for _, _, counts in counted]), *factors)
+    factors = (_beside(logits, np.repeat(column, sizes)) for column in per_row.T)
+    rows, token_ids = _entries(logits, [(row, counts.token_ids) for row, _, counts in counted])
+    ops.penalize(logits, rows, token_ids, _joined(logits, [counts.output_counts for _, _, counts in counted]), *factors)
 
 
-def _entries(per_row: list[tuple]) -> tuple[Tensor, Tensor]:
+def _entries(logits: Tensor, per_row: list[tuple]) -> tuple[Tensor, Tensor]:
     """Row numbers and ids, one entry after another."""
     ids = [entry[1] for entry in per_row]
     rows = np.repeat(np.asarray([entry[0] for entry in per_row], np.int64), [len(each) for each in ids])
-    return torch.from_numpy(rows), _joined(ids)
+    return _beside(logits, rows), _joined(logits, ids)
 
 
-def _joined(arrays: list[Array]) -> Tensor:
-    return torch.from_numpy(np.concatenate(arrays))
+def _joined(logits: Tensor, arrays: list[Array]) -> Tensor:
+    return _beside(logits, np.concatenate(arrays))
+
+
+def _beside(logits: Tensor, array: Array) -> Tensor:
+    """An array as a tensor where the logits lie."""
+    return torch.from_numpy(array).to(logits.device, non_blocking=True)
+
+
+def _host(tensor: Tensor) -> Array:
+    return tensor.cpu().numpy()
