@@ -1,5 +1,6 @@
 """From a configuration to a runner: device, dtype, weights, pool. Runs on a thread, before the worker registers."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from shared.sampling import Sampling
 log = structlog.get_logger("load")
 
 BUNDLED_FOLDER = Path(shared.__path__[0]).resolve().parent / "ops" / "demo_model" / "model"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FAST_BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """As /proc/cpuinfo spells what makes bfloat16 faster than float32 (x86 and ARM)."""
 CGROUP = Path("/sys/fs/cgroup")
@@ -54,13 +55,14 @@ def load(config: WorkerConfig, progress: Progress) -> Loaded:
     model = str(BUNDLED_FOLDER) if config.model == BUNDLED_MODEL else config.model
     checkpoint = open_checkpoint(model, revision=config.revision or None, progress=progress)
     spec = translate(checkpoint.config).spec
-    dtype = DTYPES[choose_dtype(config.dtype, checkpoint.dtype, cpu_flags())]
-    _require_room(spec, dtype, free_bytes())
+    flags = cpu_flags() if device == "cpu" else frozenset[str]()
+    dtype = DTYPES[choose_dtype(config.dtype, checkpoint.dtype, flags, device)]
+    _require_room(spec, dtype, free_on(device))
     decoder = load_decoder(checkpoint, dtype, device, progress)
     weight_bytes = spec.num_parameters * dtype.itemsize
     progress(weight_bytes, weight_bytes)  # files also hold headers: without this the last report would fall short
     layout = layout_of(spec, dtype, config.block_size)
-    size = size_pool(config, layout, spec.max_positions, free_bytes())
+    size = size_pool(config, layout, spec.max_positions, free_on(device))
     runner = build_runner(config, decoder, layout, size, device)
     _warm_up(runner, layout, size)
     return _describe(config, checkpoint, runner, layout, size, device)
@@ -85,22 +87,37 @@ def _describe(
 
 
 def choose_device(asked: str) -> str:
-    """`auto` is the CPU until there are kernels for another. Raises WorkerError."""
-    if asked == "cuda":
-        raise WorkerError("this version computes on the CPU only: leave out --device, or say --device cpu")
-    return "cpu"
+    """`auto` is the CPU until the kernels for a GPU have been seen to run on one. Raises WorkerError."""
+    if asked != "cuda":
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise WorkerError(
+            f"--device cuda: torch {torch.__version__} sees no NVIDIA GPU here; see `nvidia-smi`, install the ordinary "
+            "build of torch (sh ops/scripts/setup does on a GPU machine), or leave out --device"
+        )
+    if importlib.util.find_spec("triton") is None:
+        raise WorkerError("--device cuda needs triton: sh ops/scripts/setup installs it on a machine with a GPU")
+    return "cuda"
 
 
-def choose_dtype(asked: str, kept_in: str, flags: frozenset[str]) -> str:
-    """`auto` takes a bfloat16 checkpoint as it is where the CPU multiplies bfloat16 fast, and float32 elsewhere.
+def choose_dtype(asked: str, kept_in: str, flags: frozenset[str], device: str = "cpu") -> str:
+    """`auto` takes a bfloat16 checkpoint as it is where the CPU multiplies bfloat16 fast, and float32 elsewhere; on a
+    GPU it takes a 16-bit checkpoint as it is, and bfloat16 otherwise.
 
     `kept_in` is the checkpoint's dtype. Raises WorkerError.
     """
+    if device == "cuda":
+        return asked if asked != "auto" else "float16" if kept_in == "float16" else "bfloat16"
     if asked == "float16":
         raise WorkerError("float16 is not offered on a CPU: use --dtype bfloat16 or float32")
     if asked != "auto":
         return asked
     return "bfloat16" if kept_in == "bfloat16" and flags & FAST_BFLOAT16_FLAGS else "float32"
+
+
+def free_on(device: str) -> int:
+    """Bytes that this process may still take on the device."""
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else free_bytes()
 
 
 def cpu_flags() -> frozenset[str]:

@@ -72,9 +72,23 @@ def test_the_dtype_follows_the_checkpoint_where_the_cpu_is_fast_at_it(asked, kep
 def test_what_a_cpu_cannot_do_is_refused_by_name():
     with pytest.raises(WorkerError, match="--dtype bfloat16 or float32"):
         choose_dtype("float16", "float16", frozenset())
-    with pytest.raises(WorkerError, match="--device cpu"):
+    with pytest.raises(WorkerError, match="sees no NVIDIA GPU.*leave out --device"):
         choose_device("cuda")
     assert choose_device("auto") == choose_device("cpu") == "cpu"
+
+
+def test_on_a_gpu_a_16_bit_checkpoint_is_taken_as_it_is(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert choose_device("cuda") == "cuda"
+    kept = {
+        kept_in: choose_dtype("auto", kept_in, frozenset(), "cuda") for kept_in in ("float16", "bfloat16", "float32")
+    }
+    assert kept == {"float16": "float16", "bfloat16": "bfloat16", "float32": "bfloat16"}
+    assert choose_dtype("float32", "float16", frozenset(), "cuda") == "float32"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(WorkerError, match="needs triton"):
+        choose_device("cuda")
     assert 1 <= count_cores() <= (os.cpu_count() or 1)
 
 
