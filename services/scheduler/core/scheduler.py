@@ -216,7 +216,7 @@ class Scheduler:
     def _try_admit(self, group: WorkerGroup, sample: Sample, step: Step, now_ns: int) -> WaitReason | None:
         if not group.free_slots:
             return WaitReason.MAX_NUM_SEQS
-        if step.prefill_budget <= 0 or sample.unknown:
+        if step.prefill_budget <= 0 or sample.unknown or not step.has_room_for(sample):
             return WaitReason.BUDGET
         hits = group.match(sample)
         pool, block_size = group.pool, group.spec.block_size

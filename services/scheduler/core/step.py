@@ -9,6 +9,11 @@ from services.scheduler.core.worker_group import InFlight, WorkerGroup
 from shared.sampling import NO_LOGPROBS
 
 
+MOST_ADMITTED_TOKENS = 2**21
+"""Known tokens that travel with one plan: 8 MiB of the 16 that a message to a worker may have. Only warm prefixes of
+many long prompts at once come near it; the first admission of a step is always taken."""
+
+
 @dataclass(slots=True)
 class Step:
     """Rows so far. `prefill_budget` is what is left for rows of more than one token: every running sample's next
@@ -23,6 +28,11 @@ class Step:
     samples: bytearray = field(default_factory=bytearray)
     blocks: list[int] = field(default_factory=list)
     exact: bool = False
+    admitted_tokens: int = 0
+
+    def has_room_for(self, sample: Sample) -> bool:
+        """Whether the plan can still carry the sample's known tokens."""
+        return not self.admissions or self.admitted_tokens + len(sample.tokens) <= MOST_ADMITTED_TOKENS
 
     def cut(self, wanted: int) -> int:
         """How much of a prompt the step takes, out of the budget that nobody has a claim on."""
@@ -48,6 +58,7 @@ class Step:
         """Adds the sample's whole state; its row follows."""
         submission = sample.request.submission
         want_prompt = submission.want.prompt_logprobs if sample.wants_prompt_logprobs else NO_LOGPROBS
+        self.admitted_tokens += len(sample.tokens)
         self.admissions.append(
             Admission(
                 slot=sample.slot,

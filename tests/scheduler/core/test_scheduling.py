@@ -515,3 +515,16 @@ def test_a_prompt_goes_on_while_decodes_claim_the_whole_budget():
         d.schedule()
         d.deliver()
     assert d.answer("prompt") == d.expected("prompt")
+
+
+def test_a_plan_carries_no_more_known_tokens_than_a_message_holds(monkeypatch):
+    monkeypatch.setattr("services.scheduler.core.step.MOST_ADMITTED_TOKENS", 50)
+    d = driver()
+    for key, length in (("long", 60), ("a", 20), ("b", 20), ("c", 20)):
+        d.submit(submission(key, range(length), max_tokens=1))
+    rows = []
+    while (plan := d.schedule()) is not None:
+        rows.append(len(plan.admissions))
+        d.deliver()
+    assert rows == [1, 2, 1]
+    assert all(d.answer(key) == d.expected(key) for key in ("long", "a", "b", "c"))
