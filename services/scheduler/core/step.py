@@ -8,7 +8,6 @@ from services.scheduler.core.request import Sample
 from services.scheduler.core.worker_group import InFlight, WorkerGroup
 from shared.sampling import NO_LOGPROBS
 
-
 MOST_ADMITTED_TOKENS = 2**21
 """Known tokens that travel with one plan: 8 MiB of the 16 that a message to a worker may have. Only warm prefixes of
 many long prompts at once come near it; the first admission of a step is always taken."""
