@@ -120,12 +120,20 @@ def keep(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
 
 
 def sample(
-    logits: Tensor, keys: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+    logits: Tensor,
+    keys: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     x = _array(logits)
     token_ids = x.argmax(axis=-1)
     values = _at(x, token_ids)
-    warm, k, p, floor = (each.numpy() for each in (temperature, top_k, top_p, min_p))
+    warm, k, p, floor = (
+        np.full(len(x), nothing) if each is None else each.numpy()
+        for each, nothing in ((temperature, 1.0), (top_k, 0), (top_p, 1.0), (min_p, 0.0))
+    )
     sampling = (warm > 0) & np.isfinite(values)  # a broken row shows in its value, and is for the caller
     filtered = sampling & ((k > 0) | (p < 1) | (floor > 0))
     key_words = _key_words(keys)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.fused import activation, attention, blocks, norm, rope
+from kernels.fused import activation, attention, blocks, norm, rope, sampling
 from kernels.fused.launch import Form, recorded
 
 
@@ -144,10 +144,25 @@ def _attentions(shape: ModelShape) -> None:
             )
 
 
+def _sampling(shape: ModelShape) -> None:
+    """float32 logits, as a decoder returns them."""
+    logits = shape.empty(2, shape.vocab_size, dtype=torch.float32)
+    ids, floats = shape.empty(2, dtype=torch.int64), shape.empty(2, dtype=torch.float32)
+    sampling.best(logits)
+    keys = sampling.noise_keys(ids, ids, ids)
+    sampling.sample(logits, keys, floats, ids, floats, floats)
+    sampling.sample(logits, keys, floats, None, None, None)
+    sampling.token_logprobs(logits, ids, 5)
+    sampling.add_bias(logits, ids, ids, floats)
+    sampling.penalize(logits, ids, ids, floats, floats, floats, floats)
+    sampling.forbid(logits, ids, ids)
+
+
 DECLARATIONS: tuple[Callable[[ModelShape], None], ...] = (
     _norms,
     _ropes,
     _activations,
     _blocks,
     _attentions,
+    _sampling,
 )

@@ -1,11 +1,15 @@
 """From logits to tokens: argmax, penalties, temperature, top-k, top-p, min-p, noise, logprobs.
 
-Logits are float32 [rows, vocab]. Every result depends on its own row alone, to the bit. The caller's order is: raw
+Logits are float32 [rows, vocab]; a GPU reads bfloat16 too, as the float32 that it stands for. Every result depends on its own row alone, to the bit. The caller's order is: raw
 logprobs; `add_bias`, `penalize`, `forbid` (in place); then `sample`, which applies temperature, top-k, top-p and min-p
 in this order and adds the noise. This is vLLM's order, but for min-p, which goes last as in transformers.
 
 Sampling is the Gumbel trick: the token with the highest scaled logit + noise is a draw from the softmax. The noise is a
 function of (seed, sample index, position, token id) and of nothing else, so neither is the draw.
+
+On a GPU nothing waits for the device, and a call starts the same grids whatever its rows ask for, so it can be captured
+in a graph; entries whose row is -1 are then left out by `penalize`, `add_bias` and `forbid`, so that a captured list of
+entries may have a fixed length. The fused bodies raise ValueError where shapes, dtypes or strides do not fit.
 """
 
 from types import ModuleType
@@ -17,6 +21,10 @@ from kernels.reference import sampling as reference
 
 
 def _body(tensor: Tensor) -> ModuleType:
+    if tensor.device.type == "cuda":
+        from kernels.fused import sampling as fused
+
+        return fused
     return cpu if tensor.device.type == "cpu" else reference
 
 
@@ -82,12 +90,18 @@ def keep(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
 
 
 def sample(
-    logits: Tensor, keys: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+    logits: Tensor,
+    keys: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """One id per row (int64), and the row's highest logit as `best` gives it; rows at temperature 0 are greedy.
 
-    `keys` come from `noise_keys`; `temperature`, `top_p`, `min_p` float32 [rows], `top_k` int64 [rows]. Where the value
-    is not finite the id means nothing.
+    `keys` come from `noise_keys`; `temperature`, `top_p`, `min_p` float32 [rows], `top_k` int64 [rows]. The last three
+    may all be None where no row filters, which saves a GPU four kernels. Where the value is not finite the id means
+    nothing.
     """
     return _body(logits).sample(logits, keys, temperature, top_k, top_p, min_p)
 

@@ -98,12 +98,18 @@ def keep(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
 
 
 def sample(
-    logits: Tensor, keys: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+    logits: Tensor,
+    keys: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     greedy, values = best(logits)
     scaled = scale(logits, torch.where(temperature > 0, temperature, 1))
-    token_ids = torch.arange(logits.shape[-1], device=logits.device)
-    scores = torch.where(keep(scaled, top_k, top_p, min_p), scaled + gumbel(keys, token_ids), -torch.inf)
+    scores = scaled + gumbel(keys, torch.arange(logits.shape[-1], device=logits.device))
+    if top_k is not None and top_p is not None and min_p is not None:
+        scores = torch.where(keep(scaled, top_k, top_p, min_p), scores, -torch.inf)
     return torch.where(temperature > 0, scores.argmax(dim=-1), greedy), values
 
 
