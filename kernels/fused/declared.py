@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.fused import activation, attention, blocks, norm, rope, sampling
+from kernels.fused import activation, attention, blocks, experts, norm, rope, sampling
 from kernels.fused.launch import Form, recorded
 
 
@@ -37,6 +37,9 @@ class ModelShape:
     interleaved_rope: bool = False
     activation: str = "silu"
     gated: bool = True
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_width: int = 0
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
@@ -62,6 +65,13 @@ SHAPES = (
     ModelShape(
         "Phi-2", 2560, 32, 32, 80, 10240, 51_200,
         layer_norm=True, biased_norm=True, rotary_dim=32, activation="gelu_tanh", gated=False,
+    ),
+    ModelShape(
+        "Qwen3-30B-A3B", 2048, 32, 4, 128, 6144, 151_936, qk_norm=True, num_layers=48,
+        num_experts=128, experts_per_token=8, expert_width=768,
+    ),
+    ModelShape(
+        "Mixtral-8x7B", 4096, 32, 8, 128, 14336, 32_000, num_experts=8, experts_per_token=2, expert_width=14336,
     ),
 )  # fmt: skip
 """What prove.py compiles."""
@@ -158,6 +168,20 @@ def _sampling(shape: ModelShape) -> None:
     sampling.forbid(logits, ids, ids)
 
 
+def _experts(shape: ModelShape) -> None:
+    if not shape.num_experts:
+        return
+    packed = experts.pack_experts(
+        shape.empty(shape.num_experts, 2 * shape.expert_width, shape.hidden),
+        shape.empty(shape.num_experts, shape.hidden, shape.expert_width),
+    )
+    for num_tokens in (2, 1024 * shape.num_experts):  # with the exact one, each of the tiles that it may take
+        logits, x = shape.empty(num_tokens, shape.num_experts), shape.empty(num_tokens, shape.hidden)
+        weights, expert_ids = experts.route(logits, shape.experts_per_token, renormalize=True)
+        for exact in (False, True):
+            experts.experts(x, packed, weights, expert_ids, exact=exact)
+
+
 DECLARATIONS: tuple[Callable[[ModelShape], None], ...] = (
     _norms,
     _ropes,
@@ -165,4 +189,5 @@ DECLARATIONS: tuple[Callable[[ModelShape], None], ...] = (
     _blocks,
     _attentions,
     _sampling,
+    _experts,
 )

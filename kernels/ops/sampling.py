@@ -1,8 +1,9 @@
 """From logits to tokens: argmax, penalties, temperature, top-k, top-p, min-p, noise, logprobs.
 
-Logits are float32 [rows, vocab]; a GPU reads bfloat16 too, as the float32 that it stands for. Every result depends on its own row alone, to the bit. The caller's order is: raw
-logprobs; `add_bias`, `penalize`, `forbid` (in place); then `sample`, which applies temperature, top-k, top-p and min-p
-in this order and adds the noise. This is vLLM's order, but for min-p, which goes last as in transformers.
+Logits are float32 [rows, vocab]; a GPU reads bfloat16 too, as the float32 that it stands for. Every result depends on
+its own row alone, to the bit. The caller's order is: raw logprobs; `add_bias`, `penalize`, `forbid` (in place); then
+`sample`, which applies temperature, top-k, top-p and min-p in this order and adds the noise. This is vLLM's order, but
+for min-p, which goes last as in transformers.
 
 Sampling is the Gumbel trick: the token with the highest scaled logit + noise is a draw from the softmax. The noise is a
 function of (seed, sample index, position, token id) and of nothing else, so neither is the draw.
@@ -17,15 +18,15 @@ from types import ModuleType
 from torch import Tensor
 
 from kernels.cpu import sampling as cpu
-from kernels.reference import sampling as reference
+from kernels.ops import choice
 
 
 def _body(tensor: Tensor) -> ModuleType:
-    if tensor.device.type == "cuda":
-        from kernels.fused import sampling as fused
+    if not choice.is_fused(tensor):
+        return cpu
+    from kernels.fused import sampling as fused
 
-        return fused
-    return cpu if tensor.device.type == "cpu" else reference
+    return fused
 
 
 def best(logits: Tensor) -> tuple[Tensor, Tensor]:
