@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.fused import activation, attention, blocks, experts, norm, rope, sampling
+from kernels.fused import activation, attention, blocks, experts, linear, norm, rope, sampling
 from kernels.fused.launch import Form, recorded
+from kernels.tuning import candidates
+from kernels.tuning.candidates import BUCKETS, Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,48 @@ def _activations(shape: ModelShape) -> None:
         activation.activate(shape.empty(2, shape.intermediate), shape.activation)
 
 
+def _linears(shape: ModelShape) -> None:
+    """By the choices without a table; a worker asks for those of its own."""
+    heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    weights = [
+        Weight("linear", heads, shape.hidden),
+        Weight("linear_add", shape.hidden, shape.num_heads * shape.head_dim),
+        Weight("linear", shape.vocab_size, shape.hidden),
+    ]
+    if not shape.num_experts:
+        gated_here = shape.gated and shape.activation == "silu"  # other gates follow in a launch of their own
+        width = shape.intermediate * (2 if shape.gated and not gated_here else 1)
+        weights.append(Weight("gated_linear" if gated_here else "linear", width, shape.hidden))
+        weights.append(Weight("linear_add", shape.hidden, shape.intermediate))
+    for weight in weights:
+        _products(shape, weight)
+
+
+def _products(shape: ModelShape, weight: Weight) -> None:
+    """One weight at every number of rows that has a form of its own."""
+    values = shape.empty(weight.halves * weight.out_features, weight.in_features)
+    packed = (linear.pack_gated if weight.op == "gated_linear" else linear.pack_linear)(values)
+    compute = getattr(linear, weight.op)
+    for num_rows in BUCKETS:
+        residual = (shape.empty(num_rows, weight.out_features),) if weight.op == "linear_add" else ()
+        for exact in (False, True):
+            compute(shape.empty(num_rows, weight.in_features), packed, *residual, exact=exact)
+
+
+def candidate_forms(shared_bytes: int) -> list[Form]:
+    """What the tuner may choose, at two shapes of Llama-3.1-8B: every tile, with its K in the fewest and most parts."""
+    meta = torch.device("meta")
+    with recorded() as forms:
+        for weight in (Weight("linear_add", 4096, 4096), Weight("gated_linear", 14336, 4096)):
+            x, residual = SHAPES[0].empty(2, weight.in_features), None
+            values = SHAPES[0].empty(weight.halves * weight.out_features, weight.in_features)
+            if weight.op == "linear_add":
+                residual = SHAPES[0].empty(2, weight.out_features)
+            for config in candidates.extremes(weight, shared_bytes):
+                linear.prepare(weight, config, 2, meta)(x, values, residual)
+    return forms
+
+
 def _blocks(shape: ModelShape) -> None:
     pool = shape.empty(4, shape.num_layers, 2, shape.num_kv_heads, shape.block_size, shape.head_dim)
     ids = shape.empty(2, dtype=torch.int64)
@@ -133,7 +177,7 @@ def _blocks(shape: ModelShape) -> None:
 
 
 def _attentions(shape: ModelShape) -> None:
-    pool = shape.empty(4, 2, 2, shape.num_kv_heads, shape.block_size, shape.head_dim)
+    pool = shape.empty(4, shape.num_layers, 2, shape.num_kv_heads, shape.block_size, shape.head_dim)
     heads = shape.empty(4, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
     per_head = shape.empty(shape.num_heads, dtype=torch.float32)
     tables, slots = shape.empty(2, 8, dtype=torch.int32), shape.empty(4, dtype=torch.int64)
@@ -186,6 +230,7 @@ DECLARATIONS: tuple[Callable[[ModelShape], None], ...] = (
     _norms,
     _ropes,
     _activations,
+    _linears,
     _blocks,
     _attentions,
     _sampling,

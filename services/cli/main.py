@@ -84,6 +84,12 @@ def _doctor(app: typer.Typer) -> None:
     app.command("doctor")(doctor)
 
 
+def _tune(app: typer.Typer) -> None:
+    from services.cli.tune import tune
+
+    app.command("tune")(tune)
+
+
 COMMANDS: dict[str, Callable[[typer.Typer], None]] = {
     "up": _up,
     "router": _service("router"),
@@ -93,6 +99,7 @@ COMMANDS: dict[str, Callable[[typer.Typer], None]] = {
     "chat": _chat,
     "demo": _demo,
     "doctor": _doctor,
+    "tune": _tune,
 }
 
 SUMMARIES = {
@@ -104,6 +111,7 @@ SUMMARIES = {
     "chat": "Talk to a model.",
     "demo": "Start a cluster on free ports, stream one answer, show where its time went, and stop.",
     "doctor": "Say what this machine can run and what is missing.",
+    "tune": "Measure which configuration multiplies each weight fastest on this GPU, and write the table.",
 }
 
 
