@@ -2,8 +2,8 @@
 
 Two forms of the same Gumbel value. `exact_gumbel` is the specification's, in float64: with c = 1 - v, which float64
 holds exactly, it is -ln(-ln c), rounded once to float32. NVIDIA states an error of at most 1 ulp for its float64
-logarithm, so the float32 result differs from that of another such library where the float64 values straddle a rounding
-boundary: about one value in 10^8, by one ulp. `near_gumbel` costs two fast float32 logarithms, is off by less than
+logarithm: with both logarithms off by as much, either way, 1 of 2 * 10^7 values moved, by one ulp of float32. A token
+then differs only where two scores are that close. `near_gumbel` costs two fast float32 logarithms, is off by less than
 2e-5, and only finds the few ids that the exact form decides between.
 """
 
