@@ -6,8 +6,9 @@ number of rows is made once, when a weight is packed; a call looks up a list.
 
 Split K: each part goes to a float32 workspace, then its program draws a ticket of its tile. The program that draws the
 last one adds all parts in their order, finishes, and puts the tickets back to zero. No value is added atomically, so
-the result does not depend on who came last; and there is no second launch, which would cost a fifth of a product that
-reads 30 MB. Calls must not overlap on one device: the workspace is shared by all its weights, as one stream runs them.
+the result does not depend on who came last. A second launch would do the same, but would begin only when the first has
+ended, four times a layer, where a whole product takes some ten microseconds. Calls must not overlap on one device: its
+weights share one workspace, as one stream runs them.
 
 Exactness: one configuration per weight, whatever the number of rows. A part is summed from zero whether its program
 does it alone (few rows) or one program does all parts in turn (many), and parts are added in the same order.
