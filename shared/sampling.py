@@ -23,12 +23,14 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
 class Stopping(msgspec.Struct, frozen=True, kw_only=True):
     """When a sample ends. `stop_token_ids` holds end-of-sequence tokens too, unless they are to be ignored.
 
-    `max_tokens` 0 means as many as fit. Stop strings are text and stay with the router.
+    `max_tokens` 0 means as many as fit. Stop strings are text and stay with the router; `stops_on_text` says that there
+    are some, so that a sample may end early.
     """
 
     max_tokens: int = 0
     min_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
+    stops_on_text: bool = False
 
 
 NO_LOGPROBS = -1

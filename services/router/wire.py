@@ -170,7 +170,12 @@ def _stopping(message: pb.Stopping, model: ServedModel) -> Stopping:
         raise invalid("stopping.min_tokens", f"{message.min_tokens} exceeds max_tokens, {max_tokens}")
     own = frozenset() if message.ignore_eos else model.eos_token_ids
     ends = own | frozenset(message.stop_token_ids)
-    return Stopping(max_tokens=max_tokens, min_tokens=message.min_tokens, stop_token_ids=ends)
+    return Stopping(
+        max_tokens=max_tokens,
+        min_tokens=message.min_tokens,
+        stop_token_ids=ends,
+        stops_on_text=bool(message.stop),
+    )
 
 
 def _want(message: pb.ResponseOptions) -> Want:

@@ -5,7 +5,9 @@ plans in flight allow.
 """
 
 import asyncio
+import functools
 from collections.abc import Callable
+from typing import Concatenate, ParamSpec
 
 import structlog
 
@@ -22,6 +24,20 @@ from shared.outcome import AbortCause, Refusal
 from shared.prefix import short
 
 log = structlog.get_logger("loop")
+P = ParamSpec("P")
+
+
+def guarded(method: Callable[Concatenate["Loop", P], None]) -> Callable[Concatenate["Loop", P], None]:
+    """What touches the core and raises leaves it in doubt, whoever called."""
+
+    @functools.wraps(method)
+    def call(self: "Loop", *args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            method(self, *args, **kwargs)
+        except Exception as error:
+            self.fatal(error)
+
+    return call
 
 
 class Loop:
@@ -43,7 +59,7 @@ class Loop:
         self._publisher = publisher
         self._max_plans_in_flight = max_plans_in_flight
         self._now_ns = now_ns
-        self._fatal = fatal
+        self.fatal = fatal
         self._check_every_step = check_every_step
         self._turn_due = False
         self._deadline: asyncio.TimerHandle | None = None
@@ -55,6 +71,7 @@ class Loop:
 
     # Commands.
 
+    @guarded
     def submit(self, submission: Submission) -> None:
         if self.draining:
             refusal = Refusal(name="draining", message="the scheduler is shutting down", retry_after_ms=1000)
@@ -64,10 +81,12 @@ class Loop:
         self._core.submit(submission, self._now_ns())
         self._request_turn()
 
+    @guarded
     def abort(self, link: int, key: int, index: int, cause: AbortCause) -> None:
         self._core.abort((link, key), index, cause, self._now_ns())
         self._request_turn()
 
+    @guarded
     def abort_link(self, link: RouterLink) -> None:
         """The router is gone, and nobody waits for its answers."""
         self._publisher.close(link)
@@ -75,6 +94,7 @@ class Loop:
             self._core.abort(key, -1, AbortCause.CLIENT, self._now_ns())
         self._request_turn()
 
+    @guarded
     def abort_all(self, cause: AbortCause) -> None:
         for key in list(self._core.requests):
             self._core.abort(key, -1, cause, self._now_ns())
@@ -82,23 +102,22 @@ class Loop:
 
     # From the workers.
 
+    @guarded
     def on_ready(self, spec: GroupSpec) -> None:
         self._core.add_group(spec, self._now_ns())
         self._publisher.publish_state()
         self._request_turn()
 
+    @guarded
     def on_result(self, group: str, result: StepResult) -> None:
         if group not in self._core.groups:
             return
-        try:
-            self._core.apply(group, result, self._now_ns())
-        except Exception as error:
-            self._fatal(error)
-            return
+        self._core.apply(group, result, self._now_ns())
         if result.error:
             self._workers.begin_again(group)
         self._request_turn()
 
+    @guarded
     def on_lost(self, group: str, reason: str) -> None:
         if group not in self._core.groups:
             return
@@ -129,15 +148,12 @@ class Loop:
             self._turn_due = True
             asyncio.get_running_loop().call_soon(self._turn)
 
+    @guarded
     def _turn(self) -> None:
         self._turn_due = False
-        try:
-            self._plan()
-            self._publish(self._core.take_events())
-            self._check()
-        except Exception as error:
-            self._fatal(error)
-            return
+        self._plan()
+        self._publish(self._core.take_events())
+        self._check()
         self._arm_deadline()
 
     def _plan(self) -> None:
@@ -190,6 +206,7 @@ class Loop:
             delay_s = max(0.0, (next_ns - self._now_ns()) / 1e9)
             self._deadline = asyncio.get_running_loop().call_later(delay_s, self._expire)
 
+    @guarded
     def _expire(self) -> None:
         self._deadline = None
         self._core.expire(self._now_ns())

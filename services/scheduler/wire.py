@@ -61,6 +61,7 @@ def submission_of(submit: scheduling_pb2.Submit, token_ids: array, link: int, no
             max_tokens=submit.max_tokens,
             min_tokens=submit.min_tokens,
             stop_token_ids=frozenset(unpack_u32(submit.stop_token_ids)),
+            stops_on_text=submit.stops_on_text,
         ),
         want=Want(logprobs=submit.logprobs, prompt_logprobs=submit.prompt_logprobs),
         n=submit.n,

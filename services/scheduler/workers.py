@@ -29,9 +29,9 @@ class Worker:
     request: execution_pb2.RegisterRequest
     expires_ns: int
     spec: GroupSpec
-    steps_done: int = 0
+    progress: int = 0
     progress_ns: int = 0
-    """When `steps_done` last moved, or a plan was sent to an idle worker."""
+    """When `progress` last moved, or a plan was sent to an idle worker."""
     in_flight: int = 0
     begin_again: bool = False
     """A step failed: the stream is to be opened again, under a newer epoch."""
@@ -93,8 +93,8 @@ class Workers:
         for worker in self._workers.values():
             if worker.lease == request.lease:
                 worker.expires_ns = self._now_ns() + self._ttl_ms * NS_PER_MS
-                if request.steps_done != worker.steps_done:
-                    worker.steps_done, worker.progress_ns = request.steps_done, self._now_ns()
+                if request.progress != worker.progress:
+                    worker.progress, worker.progress_ns = request.progress, self._now_ns()
                 return True
         return False
 
@@ -128,7 +128,7 @@ class Workers:
             if now_ns > worker.expires_ns:
                 self._lose(worker, "its lease ran out")
             elif worker.in_flight and now_ns > worker.progress_ns + self._stuck_ns:
-                self._lose(worker, f"no progress for {self._stuck_ns // NS_PER_S} s")
+                self._lose(worker, f"no progress for {self._stuck_ns / NS_PER_S:g} s")
 
     async def close(self) -> None:
         tasks = [worker.task for worker in self._workers.values() if worker.task]

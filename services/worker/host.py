@@ -135,7 +135,7 @@ async def _execute(
         if registered:
             on_event("ready", _ready_facts(identity))
 
-    registration = Registration(registry, identity, steps_done=lambda: device.steps_done, on_change=on_change)
+    registration = Registration(registry, identity, progress=lambda: device.progress, on_change=on_change)
     door.servicer.on_stream_end = registration.hurry
     try:
         await _until_stopped(registration, stop)

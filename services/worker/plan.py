@@ -104,6 +104,11 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True):
 class StepRunner(Protocol):
     """Whatever runs plans in order, on one thread."""
 
+    @property
+    def layers_done(self) -> int:
+        """Grows while a step runs; read from other threads."""
+        ...
+
     def run(self, plan: StepPlan) -> StepOutput:
         """Runs one step. Any exception means that the step failed and that only `reset` may follow."""
 

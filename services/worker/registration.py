@@ -30,7 +30,7 @@ class Registry(Protocol):
 
     async def register(self, identity: WorkerIdentity, timeout_s: float) -> Lease: ...
 
-    async def renew(self, lease: Lease, steps_done: int, timeout_s: float) -> None: ...
+    async def renew(self, lease: Lease, progress: int, timeout_s: float) -> None: ...
 
 
 class Registration:
@@ -42,12 +42,12 @@ class Registration:
         registry: Registry,
         identity: WorkerIdentity,
         *,
-        steps_done: Callable[[], int],
+        progress: Callable[[], int],
         on_change: Callable[[bool], Awaitable[None]],
     ) -> None:
         self._registry = registry
         self._identity = identity
-        self._steps_done = steps_done
+        self._progress = progress
         self._on_change = on_change
         self._hurry = asyncio.Event()
 
@@ -87,7 +87,7 @@ class Registration:
         while monotonic_ns() - renewed_ns < lease.ttl_ms * NS_PER_MS:
             await self._wait(wait_s)
             try:
-                await self._registry.renew(lease, self._steps_done(), min(CALL_TIMEOUT_S, interval_s))
+                await self._registry.renew(lease, self._progress(), min(CALL_TIMEOUT_S, interval_s))
                 wait_s, renewed_ns, reported = interval_s, monotonic_ns(), None
             except grpc.aio.AioRpcError as error:
                 if error.code() is not reported:

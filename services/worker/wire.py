@@ -129,7 +129,7 @@ class RegistryClient:
         )
         return Lease(id=response.lease, ttl_ms=response.ttl_ms)
 
-    async def renew(self, lease: Lease, steps_done: int, timeout_s: float) -> None:
+    async def renew(self, lease: Lease, progress: int, timeout_s: float) -> None:
         await self._stub.Renew(
-            pb.RenewRequest(lease=lease.id, steps_done=steps_done), timeout=timeout_s, metadata=self._metadata
+            pb.RenewRequest(lease=lease.id, progress=progress), timeout=timeout_s, metadata=self._metadata
         )

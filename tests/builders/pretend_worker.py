@@ -78,6 +78,7 @@ class PretendRunner:
             vocab_size=vocab_size,
         )
         self.steps = 0
+        self.layers_done = 0
         self._step_ms = step_ms
         self._fail_step = fail_step
         self._pages = np.zeros((num_blocks, block_size), np.uint32)

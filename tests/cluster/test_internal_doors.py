@@ -67,7 +67,7 @@ def test_a_worker_gets_a_lease_and_renews_it(scheduler: str, silent: str) -> Non
         registry = execution_pb2_grpc.RegistryStub(channel)
         given = await registry.Register(execution_pb2.RegisterRequest(**WORKER | {"address": silent}))
         assert given.ttl_ms == 1000
-        return await registry.Renew(execution_pb2.RenewRequest(lease=given.lease, steps_done=0))
+        return await registry.Renew(execution_pb2.RenewRequest(lease=given.lease, progress=0))
 
     assert call(scheduler, talk) == execution_pb2.RenewResponse()
 

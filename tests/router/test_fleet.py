@@ -50,6 +50,53 @@ def test_a_lost_scheduler_ends_its_requests_within_a_second_and_is_found_again(t
     run(test())
 
 
+def test_a_link_whose_writer_fails_is_made_afresh_and_its_requests_end(tiny_model, monkeypatch):
+    from services.router.fleet import outbox
+
+    take, failures = outbox.Outbox.take, [RuntimeError("a bug")]
+
+    def broken(self):
+        if failures:
+            raise failures.pop()
+        return take(self)
+
+    async def test():
+        async with running_router(tiny_model, FakeScheduler(answer=lambda request, index: [9, 10])) as router:
+            monkeypatch.setattr(outbox.Outbox, "take", broken)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await router.generate(ask())
+            assert refusal(caught.value)[0] == "UNAVAILABLE"
+            await router.usable()
+            await router.generate(ask())
+
+    with structlog.testing.capture_logs() as logs:
+        run(test())
+    assert [line["event"] for line in logs].count("link_writer_failed") == 1
+
+
+def test_an_aborted_submit_that_was_never_written_leaves_no_bytes_behind():
+    from services.router.fleet.outbox import EVERY_SAMPLE, MAX_OUTBOX_BYTES, Outbox
+    from services.router.fleet.values import Submission
+    from shared.outcome import AbortCause
+    from shared.sampling import Sampling, Stopping, Want
+
+    async def test():
+        box = Outbox()
+        long = Submission(
+            request_id="a",
+            token_ids=[1] * (MAX_OUTBOX_BYTES // 4),
+            sampling=Sampling(seed=0),
+            stopping=Stopping(),
+            want=Want(),
+        )
+        for key in range(5):
+            box.submit(key, long)
+            assert not box.abort(key, EVERY_SAMPLE, AbortCause.CLIENT)
+        assert list(box.take()) == []
+
+    asyncio.run(test())
+
+
 def test_a_scheduler_that_falls_silent_is_lost_though_its_connection_lives(tiny_model, monkeypatch):
     monkeypatch.setattr("services.router.fleet.link.SILENCE_TIMEOUT_S", 0.4)
 

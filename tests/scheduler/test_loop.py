@@ -80,3 +80,16 @@ def test_a_stale_link_is_stalled_only_once_it_holds_something():
         assert publisher.stalled() == [link]
 
     asyncio.run(run())
+
+
+def test_an_error_under_any_call_that_touches_the_core_is_fatal():
+    async def run() -> None:
+        loop, core, _ = make_loop()
+        errors: list[BaseException] = []
+        loop.fatal = errors.append
+        core.groups["g"].pool = None  # whatever reads the books now raises
+        loop.on_lost("g", "its lease ran out")
+        loop.submit(submission((1, 1), range(5)))
+        assert len(errors) == 2
+
+    asyncio.run(run())

@@ -305,7 +305,7 @@ def test_a_worker_that_makes_no_progress_is_given_up():
 
             async def renew() -> None:
                 while True:
-                    await stub.Renew(epb.RenewRequest(lease=response.lease, steps_done=3))
+                    await stub.Renew(epb.RenewRequest(lease=response.lease, progress=3))
                     await asyncio.sleep(0.05)
 
             renewing = asyncio.create_task(renew())
@@ -316,6 +316,31 @@ def test_a_worker_that_makes_no_progress_is_given_up():
             assert released.refusal == "worker_lost" and released.retry_after_ms > 0
             renewing.cancel()
             await asyncio.gather(renewing, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+def test_a_slow_step_that_makes_progress_keeps_its_worker():
+    async def run() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            scheduler = await stack.enter_async_context(running_scheduler(heartbeat_timeout_ms=400))
+            server = grpc.aio.server()
+            erpc.add_ExecutionServicer_to_server(_SilentWorker(), server)
+            port = server.add_insecure_port("127.0.0.1:0")
+            await server.start()
+            stack.push_async_callback(server.stop, 0)
+            response = await register(scheduler, address=f"127.0.0.1:{port}")
+            channel = await stack.enter_async_context(grpc.aio.insecure_channel(scheduler))
+            stub = erpc.RegistryStub(channel)
+            link = await stack.enter_async_context(linked(scheduler))
+            await link.until(lambda: link.state.ready)
+            link.submit(1, range(16, 40))
+            for layers in range(30):
+                await stub.Renew(epb.RenewRequest(lease=response.lease, progress=layers))
+                await asyncio.sleep(0.05)
+            assert link.state.ready
+            with pytest.raises(TimeoutError):
+                await link.released(1, timeout_s=0.05)
 
     asyncio.run(run())
 

@@ -72,7 +72,7 @@ def test_the_dtype_follows_the_checkpoint_where_the_cpu_is_fast_at_it(asked, kep
 def test_what_a_cpu_cannot_do_is_refused_by_name():
     with pytest.raises(WorkerError, match="--dtype bfloat16 or float32"):
         choose_dtype("float16", "float16", frozenset())
-    with pytest.raises(WorkerError, match="sees no NVIDIA GPU.*leave out --device"):
+    with pytest.raises(WorkerError, match=r"sees no NVIDIA GPU.*leave out --device"):
         choose_device("cuda")
     assert choose_device("auto") == choose_device("cpu") == "cpu"
 

@@ -17,12 +17,12 @@ IDENTITY = identify(pretend_loaded(PretendRunner(num_blocks=77)), "worker-test",
 class Registering:
     def __init__(self, address, token=""):
         self.changes = []
-        self.steps_done = 0
+        self.progress = 0
         self._channel = open_internal_channel(address)
         self.registration = Registration(
             RegistryClient(self._channel, internal_metadata(token)),
             IDENTITY,
-            steps_done=lambda: self.steps_done,
+            progress=lambda: self.progress,
             on_change=self._on_change,
         )
 
@@ -53,9 +53,9 @@ def test_a_worker_registers_all_its_facts_and_renews_with_its_progress():
             assert request.protocol_version == PROTOCOL_VERSION
             assert (request.num_blocks, request.block_size, request.vocab_size) == (77, 16, 512)
             assert (request.rank, request.world, request.address) == (0, 1, "127.0.0.1:5")
-            worker.steps_done = 41
+            worker.progress = 41
             await registry.until(renewed=2)
-            assert registry.renewed[-1].steps_done == 41
+            assert registry.renewed[-1].progress == 41
             assert len(registry.registered) == 1
             assert worker.changes == [True]
 

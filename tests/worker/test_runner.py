@@ -245,6 +245,8 @@ def test_a_bias_decides(decoder):
 
 def test_logits_that_are_not_numbers_fail_the_step_and_name_the_rows(decoder):
     class Broken:
+        layers_done = 0
+
         def forward(self, batch, pool):
             logits = decoder.forward(batch, pool)
             logits[1, 5] = torch.nan
@@ -263,6 +265,8 @@ def test_a_step_is_exact_where_its_plan_or_the_worker_says_so(decoder, asked, de
     recorded = []
 
     class Recording:
+        layers_done = 0
+
         def forward(self, batch, pool):
             recorded.append(batch.exact)
             return decoder.forward(batch, pool)

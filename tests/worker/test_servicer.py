@@ -169,6 +169,20 @@ async def test_a_newer_epoch_drops_plans_that_have_not_started():
 
 
 @scenario
+async def test_a_long_step_shows_progress_by_its_layers():
+    async with worker(GatedRunner()) as w:
+        call = await w.ready(1)
+        w.runner.gate.clear()
+        await call.write(plan_message(prompt_plan(1)))
+        assert await asyncio.to_thread(w.runner.entered.wait, TIMEOUT_S)
+        before = w.device.progress
+        w.runner.layers_done += 3
+        assert (w.device.progress, w.device.steps_done) == (before + 3, 0)
+        w.runner.gate.set()
+        await read(call)
+
+
+@scenario
 async def test_after_a_failed_step_every_plan_is_skipped_until_a_newer_epoch():
     runner = GatedRunner(fail_step=lambda plan: plan.step == 2)
     async with worker(runner) as w:

@@ -50,6 +50,7 @@ def submit_parts(key: int, submission: Submission) -> list[pb.Submit]:
         prompt_logprobs=submission.want.prompt_logprobs,
         deadline_in_ns=submission.deadline_in_ns,
         salt=submission.salt,
+        stops_on_text=submission.stopping.stops_on_text,
     )
     parts = [first, *(pb.Submit(key=key, token_ids=chunk) for chunk in chunks[1:])]
     for part in parts[:-1]:

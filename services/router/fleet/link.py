@@ -185,6 +185,9 @@ class Link:
                     await self._write_frame(call, frame)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError):
             call.cancel()  # the reader ends too, and the link is made afresh
+        except Exception as error:  # a bug: loud; without a writer the link would be silent for ever
+            log.error("link_writer_failed", scheduler=self.target, error_id=new_error_id(), exc_info=error)
+            call.cancel()
 
     async def _write_frame(self, call: grpc.aio.StreamStreamCall, frame: pb.RouterFrame) -> None:
         async with asyncio.timeout(WRITE_TIMEOUT_S):

@@ -33,7 +33,7 @@ class Outbox:
     def abort(self, key: int, index: int, cause: AbortCause) -> bool:
         """False when the request had not been written yet: then it never will be, and nobody needs to be told."""
         if key in self._submits and index == EVERY_SAMPLE:
-            del self._submits[key]
+            self._bytes -= sum(len(part.token_ids) for part in self._submits.pop(key))
             return False
         if (key, EVERY_SAMPLE) not in self._aborts:
             self._aborts.setdefault((key, index), cause)

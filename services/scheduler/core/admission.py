@@ -25,9 +25,14 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def refuse_submission(
-    submission: Submission, groups: list[WorkerGroup], num_waiting: int, limits: Limits, now_ns: int
+    submission: Submission,
+    groups: list[WorkerGroup],
+    num_waiting: int,
+    limits: Limits,
+    order: tuple[float, int],
+    now_ns: int,
 ) -> Refusal | None:
-    """The refusal of a request that can never run, or not in time; None for one to take."""
+    """The refusal of a request that can never run, or not in time; None for one to take. `order` is its policy key."""
     if not groups:
         return Refusal(
             name="no_worker", message="no worker is ready; try again soon", retry_after_ms=NO_WORKER_RETRY_MS
@@ -38,7 +43,7 @@ def refuse_submission(
             message=f"{num_waiting} samples wait already; try again later",
             retry_after_ms=retry_after_ms(groups),
         )
-    return _refuse_length(submission, groups, limits) or _refuse_deadline(submission, groups, now_ns)
+    return _refuse_length(submission, groups, limits) or _refuse_deadline(submission, groups, order, now_ns)
 
 
 def longest_sample(submission: Submission, groups: list[WorkerGroup], limits: Limits) -> int:
@@ -80,14 +85,17 @@ def _refuse_length(submission: Submission, groups: list[WorkerGroup], limits: Li
     return None
 
 
-def _refuse_deadline(submission: Submission, groups: list[WorkerGroup], now_ns: int) -> Refusal | None:
+def _refuse_deadline(
+    submission: Submission, groups: list[WorkerGroup], order: tuple[float, int], now_ns: int
+) -> Refusal | None:
     if not submission.deadline_ns:
         return None
     left_ns = submission.deadline_ns - now_ns
     stopping = submission.stopping
-    steps = max(1, stopping.min_tokens, 0 if stopping.stop_token_ids else stopping.max_tokens)
-    # A warm prefix may spare the whole prompt, so only waiting and decoding are certain.
-    needed_ns = min(group.pace.estimate_ns(group.waiting.tokens, steps) for group in groups)
+    may_end_early = stopping.stop_token_ids or stopping.stops_on_text
+    steps = max(1, stopping.min_tokens, 0 if may_end_early else stopping.max_tokens)
+    # A warm prefix may spare the whole prompt, so only decoding and what goes before it are certain.
+    needed_ns = min(group.pace.estimate_ns(group.waiting.tokens_before(order), steps) for group in groups)
     if left_ns > 0 and needed_ns <= left_ns:
         return None
     return Refusal(

@@ -52,6 +52,11 @@ class OrderedSamples:
             self.moved = True
         self.tokens -= sample.backlog
 
+    def tokens_before(self, order: tuple[float, int]) -> int:
+        """What the samples have to compute that go before a request of this order."""
+        place = bisect_left(self.samples, (*order, 0), key=_order)
+        return self.tokens if place == len(self.samples) else sum(sample.backlog for sample in self.samples[:place])
+
     def overtaken(self) -> Iterator[tuple[Sample, bool]]:
         """Each sample, and whether one of a request that came later stands before it; nothing where that can not have
         changed since this was asked last."""

@@ -92,12 +92,13 @@ class Scheduler:
             raise ValueError(f"request {submission.key} is live")
         groups = list(self.groups.values())
         num_waiting = sum(len(group.waiting) for group in groups)
-        refusal = refuse_submission(submission, groups, num_waiting, self._limits, now_ns)
+        order = self._policy.order(arrival=self._arrivals + 1, priority=submission.priority, now_ns=now_ns)
+        refusal = refuse_submission(submission, groups, num_waiting, self._limits, order, now_ns)
         if refusal:
             self._events.append(Released(key=submission.key, refusal=refusal))
             return
         self._arrivals += 1
-        request, target = self._make_request(submission, groups, now_ns)
+        request, target = self._make_request(submission, groups, order, now_ns)
         self.requests[submission.key] = request
         for sample in request.samples:
             self._enqueue(sample, target)
@@ -315,7 +316,7 @@ class Scheduler:
     def _fail_step(self, group: WorkerGroup, now_ns: int) -> None:
         """The oldest plan failed and the worker skips what follows it: what was pending is withdrawn, and every
         running sample falls back to what the index still holds. Who was in too many failed steps ends."""
-        culprits = {sample for sample in group.in_flight[0].rows if sample.status is not Status.ENDED}
+        culprits = list(dict.fromkeys(row for row in group.in_flight[0].rows if row.status is not Status.ENDED))
         for flight in group.in_flight:
             for block in flight.pending:
                 group.pool.withdraw(block)
@@ -333,11 +334,11 @@ class Scheduler:
     # One sample's life.
 
     def _make_request(
-        self, submission: Submission, groups: list[WorkerGroup], now_ns: int
+        self, submission: Submission, groups: list[WorkerGroup], order: tuple[float, int], now_ns: int
     ) -> tuple[Request, WorkerGroup]:
         request = Request(
             submission=submission,
-            order=self._policy.order(arrival=self._arrivals, priority=submission.priority, now_ns=now_ns),
+            order=order,
             max_len=longest_sample(submission, groups, self._limits),
             root=root_hash(self._salt(submission), exact=submission.deterministic),
             ledger=Ledger(now_ns, submission.n, groups[0].clock),

@@ -53,7 +53,7 @@ class DeviceThread:
         self, runner: StepRunner, *, now_ns: NowNs = monotonic_ns, max_pending_plans: int = MAX_PENDING_PLANS
     ) -> None:
         self.steps_done = 0
-        """Plans answered so far, failed ones included: the proof that the thread is alive."""
+        """Plans answered so far, failed ones included."""
         self._runner = runner
         self._now_ns = now_ns
         self._max_pending_plans = max_pending_plans
@@ -63,6 +63,11 @@ class DeviceThread:
         self._failed_step: int | None = None
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="device", daemon=True)
+
+    @property
+    def progress(self) -> int:
+        """Grows with every step and every layer of one: the thread is alive, however long a step takes."""
+        return self.steps_done + self._runner.layers_done
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()

@@ -15,6 +15,8 @@ from services.worker.sampling.sampler import Sampler
 class Forward(Protocol):
     """The part of a decoder that a runner needs."""
 
+    layers_done: int
+
     def forward(self, batch: StepBatch, pool: Tensor) -> Tensor: ...
 
 
@@ -36,6 +38,10 @@ class Runner:
     @property
     def vocab_size(self) -> int:
         return self._slots.vocab_size
+
+    @property
+    def layers_done(self) -> int:
+        return self._decoder.layers_done
 
     def reset(self) -> None:
         self._slots.reset()

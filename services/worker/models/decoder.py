@@ -77,6 +77,8 @@ class Decoder:
         head = self._embedding if head_name == embedding_name else weights.take(head_name).to(device)
         self._head = Linear(head)
         self._rope = RopeTable(self.spec.rope, self.spec.head_dim, dtype, device)
+        self.layers_done = 0
+        """Over all forwards: tells a slow step from a stuck one."""
         self._pairs_lone_rows = not choice.is_fused(self._embedding)
 
     @torch.inference_mode()
@@ -91,6 +93,7 @@ class Decoder:
         hidden = self._embedding.index_select(0, self._per_token(batch.token_ids, exact))
         for layer in self._layers[:-1]:
             hidden = layer.forward(hidden, step)
+            self.layers_done += 1
         hidden = self._layers[-1].forward(hidden, step, batch.logit_rows.to(self.device, non_blocking=True))
         if hidden.shape[0] == 0:
             return hidden.new_empty((0, self.spec.vocab_size), dtype=torch.float32)

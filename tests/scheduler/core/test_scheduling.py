@@ -1,5 +1,6 @@
 """The scheduling rule: budgets, order, prefix hits, preemption, ends. One behaviour each."""
 
+import msgspec
 import pytest
 
 from services.scheduler.core.events import Released
@@ -528,3 +529,31 @@ def test_a_plan_carries_no_more_known_tokens_than_a_message_holds(monkeypatch):
         d.deliver()
     assert rows == [1, 2, 1]
     assert all(d.answer(key) == d.expected(key) for key in ("long", "a", "b", "c"))
+
+
+def test_a_deadline_is_judged_by_what_goes_before_it():
+    d = driver(policy="priority", max_num_seqs=1)
+    d.submit(submission("first", range(100), max_tokens=50))
+    for _ in range(5):
+        d.schedule()
+        d.deliver()
+    for i in range(10):
+        d.submit(submission(f"later{i}", range(200), max_tokens=2, priority=10))
+    urgent = {"max_tokens": 2, "deadline_ns": d.now_ns + 4_000_000}
+    d.submit(submission("urgent", range(5), priority=-5, **urgent))
+    d.submit(submission("patient", range(5), priority=20, **urgent))
+    assert refusal(d, "patient") == "deadline_unreachable"
+    assert "urgent" not in d.released
+
+
+def test_a_stop_string_may_end_what_a_deadline_would_not_allow():
+    d = driver(max_num_seqs=1)
+    d.submit(submission("first", range(100), max_tokens=50))
+    for _ in range(5):
+        d.schedule()
+        d.deliver()
+    for key, stops_on_text in (("certain", False), ("perhaps", True)):
+        made = submission(key, range(5), max_tokens=100, deadline_ns=d.now_ns + 3_000_000)
+        stopping = msgspec.structs.replace(made.stopping, stop_token_ids=frozenset(), stops_on_text=stops_on_text)
+        d.submit(msgspec.structs.replace(made, stopping=stopping))
+    assert refusal(d, "certain") == "deadline_unreachable" and "perhaps" not in d.released

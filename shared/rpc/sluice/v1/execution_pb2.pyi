@@ -50,12 +50,12 @@ class RegisterResponse(_message.Message):
     def __init__(self, lease: _Optional[int] = ..., ttl_ms: _Optional[int] = ...) -> None: ...
 
 class RenewRequest(_message.Message):
-    __slots__ = ("lease", "steps_done")
+    __slots__ = ("lease", "progress")
     LEASE_FIELD_NUMBER: _ClassVar[int]
-    STEPS_DONE_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
     lease: int
-    steps_done: int
-    def __init__(self, lease: _Optional[int] = ..., steps_done: _Optional[int] = ...) -> None: ...
+    progress: int
+    def __init__(self, lease: _Optional[int] = ..., progress: _Optional[int] = ...) -> None: ...
 
 class RenewResponse(_message.Message):
     __slots__ = ()
