@@ -156,10 +156,11 @@ def _products(shape: ModelShape, weight: Weight) -> None:
 
 
 def candidate_forms(shared_bytes: int) -> list[Form]:
-    """What the tuner may choose, at two shapes of Llama-3.1-8B: every tile, with its K in the fewest and most parts."""
+    """What the tuner may choose, at shapes of Llama-3.1-8B: every tile, with its K in the fewest and most parts."""
+    shapes = (("linear_add", 4096, 4096), ("gated_linear", 14336, 4096), ("linear", 128_256, 4096))
     meta = torch.device("meta")
     with recorded() as forms:
-        for weight in (Weight("linear_add", 4096, 4096), Weight("gated_linear", 14336, 4096)):
+        for weight in (Weight(*shape) for shape in shapes):
             x, residual = SHAPES[0].empty(2, weight.in_features), None
             values = SHAPES[0].empty(weight.halves * weight.out_features, weight.in_features)
             if weight.op == "linear_add":
