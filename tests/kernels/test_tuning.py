@@ -348,7 +348,8 @@ def test_every_candidate_compiles_and_spills_nothing():
 from kernels.fused.declared import candidate_forms
 from kernels.fused.prove import MAX_SHARED_BYTES, prove
 for target in {targets}:
-    for form in candidate_forms(MAX_SHARED_BYTES[target])[:: {count("candidate_step")}]:
+    forms = candidate_forms(MAX_SHARED_BYTES[target])
+    for form in forms[:: max(1, len(forms) // {count("candidate_forms")})]:
         report = prove("", form, target)
         print(report.kernel, report.registers, report.problem and (report.problem, target, report.constants))
 """

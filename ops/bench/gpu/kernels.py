@@ -12,10 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.fused import activation, attention, norm, rope
+from kernels.fused import activation, attention, experts, linear, noise, norm, rope, sampling
 from ops.bench.gpu.device import Device
 
-HEADS, KV_HEADS, DIM, BLOCK, HIDDEN, INTERMEDIATE = 32, 8, 128, 16, 4096, 14336
+HEADS, KV_HEADS, DIM, BLOCK, HIDDEN, INTERMEDIATE, VOCAB = 32, 8, 128, 16, 4096, 14336, 128_256
+WEIGHTS = {
+    "QKV": ((HEADS + 2 * KV_HEADS) * DIM, HIDDEN),
+    "O": (HIDDEN, HEADS * DIM),
+    "gate-up": (2 * INTERMEDIATE, HIDDEN),
+    "down": (HIDDEN, INTERMEDIATE),
+    "lm_head": (VOCAB, HIDDEN),
+}
+"""[out_features, in_features] of each product of a step."""
 
 
 @dataclass(slots=True)
@@ -57,7 +65,8 @@ def _measure(device: Device, case: Case, ceilings: dict[str, float]) -> dict[str
                 raise
             result[f"{name}_error"] = f"{type(error).__name__}: {error}"[:200]
     result["of_floor"] = round(floor_us / result["ours_us"], 3)
-    peers = [value for key, value in result.items() if key.endswith("_us") and key not in ("ours_us", "floor_us")]
+    own = ("floor_us", "ours_us", "exact_us")
+    peers = [value for key, value in result.items() if key.endswith("_us") and key not in own]
     if peers:
         result["over_best_peer"] = round(min(peers) / result["ours_us"], 3)
     return result
@@ -65,6 +74,13 @@ def _measure(device: Device, case: Case, ceilings: dict[str, float]) -> dict[str
 
 def cases(device: Device) -> Iterator[Case]:
     yield from _elementwise(device.size(8192, 3))
+    for rows in (1, 16, 64, 256, 2048):
+        for name, (out_features, in_features) in WEIGHTS.items():
+            yield _product(name, device.size(rows, 2), device.size(out_features, 64), device.size(in_features, 64))
+        if device.dry:
+            break
+    yield from _samplings(device.size(256, 2), device.size(VOCAB, 300))
+    yield _experts(device.size(256, 3), device.size(128, 4), device.size(2048, 64), device.size(768, 32))
     for batch, context in [(64, 1024), (8, 8192), (64, 8192), (1, 8192), (1, 32768), (256, 1024)]:
         yield _decode([context // device.size(1, 64)] * device.size(batch, 2))
         if device.dry:
@@ -114,6 +130,74 @@ def _elementwise(tokens: int) -> Iterator[Case]:
         return {"ours": lambda: rope.rope_and_write_kv(heads, pool, 0, slots, index, cos, sin), "eager": eager}
 
     yield Case("rope + KV write", 2 * tokens * (HEADS + 2 * KV_HEADS) * DIM * 2, 0, ropes)
+
+
+def _product(name: str, rows: int, out_features: int, in_features: int) -> Case:
+    """By the choice of the table of this device if there is one, else by the stated defaults."""
+
+    def make(device: Device) -> dict[str, Callable[[], object]]:
+        x, weight = device.randn(rows, in_features), device.randn(out_features, in_features, scale=0.02)
+        pack: Callable[..., Any]
+        compute: Callable[..., Tensor]
+        pack, compute = (
+            (linear.pack_gated, linear.gated_linear) if name == "gate-up" else (linear.pack_linear, linear.linear)
+        )
+        packed = pack(weight)
+        return {
+            "ours": lambda: compute(x, packed),
+            "exact": lambda: compute(x, packed, exact=True),
+            "cublas": lambda: F.linear(x, weight),
+        }
+
+    num_bytes = 2.0 * (out_features * in_features + rows * (in_features + out_features))
+    return Case(f"{name}, {rows} rows", num_bytes, 2.0 * rows * out_features * in_features, make)
+
+
+def _samplings(rows: int, vocab: int) -> Iterator[Case]:
+    for name, temperature, top_k, top_p in (
+        ("greedy", 0.0, 0, 1.0),
+        ("plain", 1.0, 0, 1.0),
+        ("filtered", 0.8, 50, 0.9),
+    ):
+
+        def make(
+            device: Device, temperature: float = temperature, top_k: int = top_k, top_p: float = top_p
+        ) -> dict[str, Callable[[], object]]:
+            logits = device.randn(rows, vocab, dtype=torch.float32, scale=3.0)
+            index = torch.arange(rows, device=device.name)
+            keys = noise.noise_keys(index, index * 0, index)
+
+            def each(value: float, dtype: torch.dtype) -> Tensor:
+                return torch.full((rows,), value, dtype=dtype, device=device.name)
+
+            filters: tuple[Tensor | None, ...] = (None, None, None)
+            if top_k:
+                filters = (each(top_k, torch.int64), each(top_p, torch.float32), each(0.0, torch.float32))
+            heat = each(temperature, torch.float32)
+            calls: dict[str, Callable[[], object]] = {"ours": lambda: sampling.sample(logits, keys, heat, *filters)}
+            if temperature == 0:
+                calls["argmax"] = lambda: torch.argmax(logits, dim=-1)
+            return calls
+
+        yield Case(f"sampling, {name}, {rows} x {vocab}", 4.0 * rows * vocab, 0, make)
+
+
+def _experts(tokens: int, num_experts: int, hidden: int, intermediate: int) -> Case:
+    """Eight of the experts for each token, as Qwen3-30B-A3B has it."""
+    chosen = min(8, num_experts // 2)
+
+    def make(device: Device) -> dict[str, Callable[[], object]]:
+        x = device.randn(tokens, hidden)
+        packed = experts.pack_experts(
+            device.randn(num_experts, 2 * intermediate, hidden, scale=0.02),
+            device.randn(num_experts, hidden, intermediate, scale=0.02),
+        )
+        weights, ids = experts.route(device.randn(tokens, num_experts, dtype=torch.float32), chosen, renormalize=True)
+        return {"ours": lambda: experts.experts(x, packed, weights, ids)}
+
+    touched = min(num_experts, tokens * chosen)
+    num_bytes = 2.0 * touched * 3 * hidden * intermediate + 4.0 * tokens * hidden
+    return Case(f"experts, {tokens} tokens", num_bytes, 6.0 * tokens * chosen * hidden * intermediate, make)
 
 
 def _pages(device: Device, contexts: list[int]) -> tuple[Tensor, Tensor]:
