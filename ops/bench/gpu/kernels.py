@@ -137,12 +137,9 @@ def _product(name: str, rows: int, out_features: int, in_features: int) -> Case:
 
     def make(device: Device) -> dict[str, Callable[[], object]]:
         x, weight = device.randn(rows, in_features), device.randn(out_features, in_features, scale=0.02)
-        pack: Callable[..., Any]
-        compute: Callable[..., Tensor]
-        pack, compute = (
-            (linear.pack_gated, linear.gated_linear) if name == "gate-up" else (linear.pack_linear, linear.linear)
-        )
-        packed = pack(weight)
+        gated = name == "gate-up"
+        compute: Callable[..., Tensor] = linear.gated_linear if gated else linear.linear
+        packed: Any = linear.pack_gated(weight) if gated else linear.pack_linear(weight)
         return {
             "ours": lambda: compute(x, packed),
             "exact": lambda: compute(x, packed, exact=True),
