@@ -1,5 +1,6 @@
 """What the command line says when something is wrong: one sentence, and what to do."""
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,13 @@ def fail(message: str) -> None:
     """Prints an error to standard error, coloured on a terminal."""
     mark = "\033[31merror:\033[0m" if sys.stderr.isatty() else "error:"
     print(f"{mark} {message}", file=sys.stderr, flush=True)
+
+
+def mute_stderr() -> None:
+    """Standard error goes nowhere from now on: whoever read it has gone, or its disk is full."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
 
 
 def user_message(error: BaseException) -> str | None:

@@ -260,7 +260,7 @@ class Supervisor:
             case Restart(delay_s):
                 child.quick_deaths = child.quick_deaths + 1 if end.lived_s < self._policy.quick_s else 0
                 child.failed_starts = 0 if was_ready else child.failed_starts + 1
-                self._observe(Died(child.spec.name, how(exit_code), delay_s))
+                self._tell(Died(child.spec.name, how(exit_code), delay_s))
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stop_asked.wait(), delay_s)
 
@@ -314,28 +314,33 @@ class Supervisor:
 
     def _on_event(self, child: Child, name: str, data: dict[str, Any]) -> None:
         if name == "loading":
-            self._observe(Loading(child.spec.name, int(data.get("done_bytes", 0)), int(data.get("total_bytes", 0))))
+            self._tell(Loading(child.spec.name, int(data.get("done_bytes", 0)), int(data.get("total_bytes", 0))))
         elif name == "refused":
             child.refusal = str(data.get("message", "refused to start"))
         elif name == "ready":
             restarted = child.ever_ready
             child.state, child.since, child.ever_ready = ChildState.READY, time.monotonic(), True
-            self._observe(Ready(child.spec.name, data, restarted))
+            self._tell(Ready(child.spec.name, data, restarted))
             if not self._all_ready and all(c.state is ChildState.READY for c in self.children.values()):
                 self._all_ready = True
-                self._observe(AllReady())
+                self._tell(AllReady())
 
     async def _pump_lines(self, child: Child, output: asyncio.StreamReader) -> None:
         async for line in _lines(output):
             text = line.decode(errors="replace")
             child.tail.append(text)
-            self._observe(Line(child.spec.name, text))
+            self._tell(Line(child.spec.name, text))
+
+    def _tell(self, notice: Notice) -> None:
+        """An observer that cannot write must not stop a pump: a child whose pipe is full stands still."""
+        with contextlib.suppress(OSError, ValueError):
+            self._observe(notice)
 
     async def _stop_in_order(self) -> None:
         for rank in sorted({child.spec.stop_rank for child in self.children.values()}):
             stopping = [c for c in self.children.values() if c.spec.stop_rank == rank and c.pid is not None]
             if stopping:
-                self._observe(Stopping(tuple(child.spec.name for child in stopping)))
+                self._tell(Stopping(tuple(child.spec.name for child in stopping)))
                 await asyncio.gather(*(_stop(child) for child in stopping))
 
 

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import errno
+import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -17,7 +19,7 @@ from rich.text import Text
 from services.cli.cluster import Cluster, plan_cluster, up_flags
 from services.cli.flags import with_flags
 from services.cli.loglines import compact
-from services.cli.output import REFUSED, fail
+from services.cli.output import REFUSED, fail, mute_stderr
 from services.cli.serve import ConfigFile
 from services.cli.supervise import (
     AllReady,
@@ -75,6 +77,7 @@ def start(
     code. Returns the exit code."""
     try:
         cluster = plan_cluster(flags, file=config)
+        _require_writable(ready_file, flag="--ready-file")
         with _open_log(log_file) as log:
             return asyncio.run(_supervise(cluster, View(cluster, log, ready_file), meanwhile))
     except ConfigError as error:
@@ -83,15 +86,49 @@ def start(
 
 
 @contextlib.contextmanager
-def _open_log(path: str) -> Any:
+def _open_log(path: str) -> Iterator[TextIO | None]:
     if not path:
         yield None
         return
     try:
-        with open(path, "a", buffering=1) as log:
-            yield log
+        log = open(path, "a", buffering=1)  # noqa: SIM115 - closed below, where a full disk is no news
     except OSError as error:
         raise ConfigError(f"cannot write --log-file {path}: {error.strerror}") from None
+    try:
+        yield log
+    finally:
+        with contextlib.suppress(OSError):
+            log.close()
+
+
+def _require_writable(path: str, *, flag: str) -> None:
+    """Raises ConfigError where no file can be put at `path`, before anything is started."""
+    if not path:
+        return
+    partial = _partial(Path(path))
+    try:
+        if Path(path).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        raise ConfigError(f"cannot write {flag} {path}: {error.strerror}") from None
+
+
+def _partial(path: Path) -> Path:
+    """Where a file is written before it takes its name."""
+    return path.with_name(path.name + ".partial")
+
+
+class Screen(Console):
+    """Standard error. Rich's own console ends the process when its reader has gone."""
+
+    def __init__(self) -> None:
+        super().__init__(stderr=True, highlight=False, soft_wrap=True)
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        mute_stderr()
 
 
 class View:
@@ -103,7 +140,7 @@ class View:
         self._cluster = cluster
         self._log = log
         self._ready_file = Path(ready_file) if ready_file else None
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = Screen()
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=self._console, transient=True
         )
@@ -111,6 +148,13 @@ class View:
         self._stopping = False
 
     def observe(self, notice: Notice) -> None:
+        """Shows it. Once nobody reads standard error any more, it goes on in silence."""
+        try:
+            self._show(notice)
+        except (OSError, ValueError):
+            mute_stderr()
+
+    def _show(self, notice: Notice) -> None:
         match notice:
             case Loading():
                 self._show_loading(notice)
@@ -148,9 +192,12 @@ class View:
     def report(self, outcome: Outcome) -> None:
         """Says why the cluster ended, when nobody asked it to."""
         if outcome.message:
-            for line in outcome.tail if self._log else ():
-                print(line, file=sys.stderr)
-            fail(outcome.message)
+            try:
+                for line in outcome.tail if self._log else ():
+                    print(line, file=sys.stderr)
+                fail(outcome.message)
+            except OSError:
+                mute_stderr()
 
     def _say(self, text: str) -> None:
         self._console.print(text)
@@ -175,7 +222,7 @@ class View:
 
     def _show_line(self, name: str, text: str) -> None:
         if self._log:
-            self._log.write(f"{name} | {text}\n")
+            self._write_log(f"{name} | {text}\n")
         elif self._console.is_terminal:
             line = compact(text, stopping=self._stopping)
             if line is not None:
@@ -183,18 +230,32 @@ class View:
         else:
             print(f"{name} | {text}", file=sys.stderr, flush=True)
 
+    def _write_log(self, line: str) -> None:
+        assert self._log is not None
+        try:
+            self._log.write(line)
+        except (OSError, ValueError) as error:
+            self._log = None
+            fail(f"cannot write --log-file any more: {error}; the services' lines come here from now on")
+
     def _write_ready_file(self) -> None:
         if not (self._ready_file and self.ready.is_set()):
             return
+        try:
+            self._replace_ready_file(self._ready_file)
+        except OSError as error:
+            fail(f"cannot write --ready-file {self._ready_file}: {error.strerror}")
+
+    def _replace_ready_file(self, path: Path) -> None:
         data = {
             "router": self._cluster.router,
             "scheduler": self._cluster.scheduler,
             "workers": self._cluster.workers,
             "pids": {name: child.pid for name, child in self.supervisor.children.items()},
         }
-        partial = self._ready_file.with_name(self._ready_file.name + ".partial")
+        partial = _partial(path)
         partial.write_bytes(msgspec.json.encode(data))
-        partial.replace(self._ready_file)
+        partial.replace(path)
 
 
 async def _supervise(cluster: Cluster, view: View, meanwhile: Callable[[Cluster], Awaitable[int]] | None) -> int:

@@ -28,6 +28,10 @@ def main() -> None:
     started = sum(line.startswith(f"{given.name} start") for line in runs.read_text().splitlines())
     scripts = given.play.split(";")
     for step in scripts[min(started, len(scripts)) - 1].split():
+        if step == "note":
+            with runs.open("a") as log:
+                log.write(f"{given.name} note\n")
+            continue
         play(step, write_events(given.event_fd))
 
 
@@ -48,6 +52,9 @@ def play(step: str, on_event) -> None:
             on_event("refused", {"message": value.replace("_", " ")})
         case "print":
             print(value, flush=True)
+        case "fill":
+            for _ in range(int(value)):
+                print("x" * 1000, flush=True)
         case "sleep":
             time.sleep(float(value))
         case "exit":

@@ -229,6 +229,25 @@ def test_very_long_lines_of_a_child_neither_block_nor_break_it(stage, tmp_path: 
     assert sum(len(n.text) for n in s.notices if isinstance(n, Line)) == 100_000
 
 
+def test_an_observer_that_cannot_write_does_not_stop_the_pumps(stage) -> None:
+    s = stage({"worker-0": "fill:600 ready wait"})
+
+    def observe(notice: Notice) -> None:
+        s.notices.append(notice)
+        raise BrokenPipeError
+
+    s.supervisor._observe = observe
+
+    async def scenario() -> Outcome:
+        running = asyncio.create_task(s.supervisor.run())
+        await s.until(lambda: s.saw(AllReady))
+        s.supervisor.request_stop()
+        return await running
+
+    assert run(scenario) == Outcome(0)
+    assert s.saw(Line, 600)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_children_die_with_a_supervisor_that_is_killed(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
