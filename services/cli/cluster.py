@@ -11,6 +11,7 @@ from services.cli.flags import KINDS, SECRETS, Flag, build, fields_of, make_flag
 from services.cli.ports import free_port, require_free
 from services.cli.supervise import ServiceSpec
 from shared.config import ConfigError, RouterConfig, SchedulerConfig, UpConfig, WorkerConfig
+from shared.net.address import join_address
 
 INTERNAL_HOST = "127.0.0.1"
 STOP_MARGIN_S = 5.0
@@ -77,7 +78,7 @@ def plan_cluster(flags: Mapping[str, Any], *, file: str = "") -> Cluster:
         ),
     ]
     return Cluster(
-        router=f"{_reachable(router.host)}:{ports['router']}",
+        router=join_address(_reachable(router.host), ports["router"]),
         scheduler=scheduler_at,
         workers=tuple(f"{INTERNAL_HOST}:{port}" for port in worker_ports.values()),
         specs=tuple(specs),
@@ -97,7 +98,7 @@ def _choose_ports(
         "scheduler": _internal_port("scheduler_port", up.scheduler_port, scheduler_port, free, given),
         "worker": _internal_port("worker_port", up.worker_port, worker_port, free, given),
     }
-    ports = {"router": router.grpc_port or free_port(_bindable(router.host))}
+    ports = {"router": router.grpc_port or free_port(_bindable(router.host), flag="--grpc-port")}
     ports["scheduler"] = wanted["scheduler"] or free_port()
     for i in range(up.workers):
         ports[f"worker-{i}"] = wanted["worker"] + i if wanted["worker"] else free_port()

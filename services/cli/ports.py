@@ -7,29 +7,35 @@ import socket
 import psutil
 
 from shared.config import ConfigError
+from shared.net.address import join_address
 
 ANY_HOSTS = {"": "0.0.0.0", "localhost": "127.0.0.1"}
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nobody listens on now."""
-    with socket.socket(_family(host)) as probe:
-        probe.bind((_bare(host), 0))
-        return int(probe.getsockname()[1])
+def free_port(host: str = "127.0.0.1", *, flag: str = "") -> int:
+    """A port that nobody listens on now. Raises ConfigError where `host` cannot be listened on."""
+    return _bind(host, 0, flag=flag)
 
 
 def require_free(host: str, port: int, *, flag: str) -> None:
     """Raises ConfigError, naming the holder where it can be seen, when host:port cannot be listened on."""
-    if host.startswith("unix:"):
-        return
-    with socket.socket(_family(host)) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as grpc: old connections do not count
-        try:
+    if not host.startswith("unix:"):
+        _bind(host, port, flag=flag)
+
+
+def _bind(host: str, port: int, *, flag: str) -> int:
+    """Binds for a moment and returns the port."""
+    try:
+        with socket.socket(_family(host)) as probe:
+            if port:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as grpc: old connections do not count
             probe.bind((_bare(host), port))
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise ConfigError(f"port {port} is taken{holder(port)}; choose another with {flag}") from None
-            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; see --host and {flag}") from None
+            return int(probe.getsockname()[1])
+    except (OSError, UnicodeError) as error:  # the latter is a name that no resolver takes
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            raise ConfigError(f"port {port} is taken{holder(port)}; choose another with {flag}") from None
+        reason = error.strerror if isinstance(error, OSError) else "this is no host name"
+        raise ConfigError(f"cannot listen on {join_address(host, port)}: {reason}; see --host and {flag}") from None
 
 
 def holder(port: int) -> str:

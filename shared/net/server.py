@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import grpc
 
+from shared.net.address import join_address
 from shared.net.errors import GuardInterceptor
 from shared.net.options import server_options
 from shared.outcome import Refusal, RefusedError
@@ -72,13 +73,14 @@ def create_server(
 
 def bind(server: grpc.aio.Server, host: str, port: int, *, flag: str = "--port") -> int:
     """Binds and returns the port (chosen by the system for port 0). Raises BindError."""
+    address = join_address(host, port)
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        bound = server.add_insecure_port(address)
     except RuntimeError:
         bound = 0
     if bound == 0:
         raise BindError(
-            f"cannot listen on {host}:{port}: the port is taken or the address is not this machine's; "
+            f"cannot listen on {address}: the port is taken or the address is not this machine's; "
             f"choose another with {flag}"
         )
     return bound

@@ -1,5 +1,6 @@
 """Flags, variables and TOML keys are the configuration's fields, one to one."""
 
+import asyncio
 import os
 import re
 import socket
@@ -13,6 +14,8 @@ import pytest
 from services.cli.cluster import PLACED_HERE, plan_cluster, up_flags
 from services.cli.flags import HELP, KINDS, build, fields_of, flag, make_flags, to_argv
 from shared.config import ConfigError, RouterConfig, SchedulerConfig, WorkerConfig
+from shared.net.address import join_address
+from shared.net.server import bind, create_server
 
 SERVICES = ("router", "scheduler", "worker")
 
@@ -199,6 +202,42 @@ def test_services_inside_stay_on_loopback_when_the_router_is_opened() -> None:
     assert "--host=127.0.0.1" in argv["scheduler"]
     assert "--host=127.0.0.1" in argv["worker-0"]
     assert cluster.router.startswith("127.0.0.1:")
+
+
+@pytest.mark.parametrize("host", ["203.0.113.7", "no-such-host.invalid", "a..b"])
+@pytest.mark.parametrize("port", [0, 50051])
+def test_a_host_that_is_not_ours_is_a_sentence(host: str, port: int) -> None:
+    with pytest.raises(ConfigError, match=f"cannot listen on {host}:{port}: .*; see --host and --grpc-port"):
+        plan_cluster({"grpc_port": port, "host": host})
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [("::1", "[::1]:1"), ("[::1]", "[::1]:1"), ("localhost", "localhost:1"), ("1.2.3.4", "1.2.3.4:1")],
+)
+def test_an_ipv6_address_gets_its_brackets(host: str, address: str) -> None:
+    assert join_address(host, 1) == address
+
+
+def has_ipv6_loopback() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not has_ipv6_loopback(), reason="this machine has no IPv6 loopback (::1)")
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_ipv6_loopback_is_served_with_and_without_brackets(host: str) -> None:
+    cluster = plan_cluster({"grpc_port": 0, "host": host})
+    assert cluster.router.startswith("[::1]:")
+
+    async def bound() -> int:
+        server = create_server(max_receive_bytes=1)
+        return bind(server, host, int(cluster.router.rpartition(":")[2]))
+
+    assert asyncio.run(bound()) == int(cluster.router.rpartition(":")[2])
 
 
 def test_a_taken_port_is_named_with_its_holder_before_anything_starts() -> None:
