@@ -1,5 +1,6 @@
 """Defaults, then the TOML file, then the environment, then flags: the last one that speaks wins."""
 
+import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,8 @@ import msgspec
 Config = TypeVar("Config", bound=msgspec.Struct)
 
 ENV_PREFIX = "SLUICE_"
-RESERVED = frozenset({"SLUICE_CONFIG", "SLUICE_TORCH_INDEX"})
+RESERVED = frozenset({"SLUICE_ADDRESS", "SLUICE_CONFIG", "SLUICE_TEST_TIER", "SLUICE_TORCH_INDEX"})
+"""Variables that are no field of a service: of the command line, of the scripts and of the tests."""
 
 
 class ConfigError(Exception):
@@ -30,6 +32,7 @@ def load_config(
     `file` is a TOML file whose top level and `[section]` table are read; flags whose value is None are unset.
     Raises ConfigError naming the key, where it came from and what it may be.
     """
+    _require_known(environ)
     fields = {field.name: field for field in msgspec.structs.fields(kind)}
     values: dict[str, Any] = {}
     if file:
@@ -43,6 +46,16 @@ def load_config(
         return msgspec.convert(values, kind, strict=True)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{section}: {_readable(error)}") from None
+
+
+def _require_known(environ: Mapping[str, str]) -> None:
+    """A variable that no service reads is a slip of the pen, and would be ignored in silence."""
+    known = RESERVED | {ENV_PREFIX + name.upper() for name in _all_fields()}
+    unknown = sorted(name for name in environ if name.startswith(ENV_PREFIX) and name not in known)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], sorted(known), n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"unknown variable {', '.join(unknown)}{meant}")
 
 
 SECTIONS = ("router", "scheduler", "worker", "up")

@@ -152,6 +152,22 @@ def test_a_bad_variable_is_named() -> None:
     assert "SLUICE_MAX_NUM_SEQS='lots'" in done.stderr
 
 
+@pytest.mark.parametrize("service", [*SERVICES, "up"])
+def test_an_unknown_variable_is_refused_with_the_name_that_was_meant(service: str) -> None:
+    done = sluice(service, SLUICE_MAX_NUM_SEQZ="3")
+    assert done.returncode == 2
+    assert "unknown variable SLUICE_MAX_NUM_SEQZ; did you mean SLUICE_MAX_NUM_SEQS?" in done.stderr
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_variables_of_others_are_known_to_every_service(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLUICE_ADDRESS", "SLUICE_CONFIG", "SLUICE_TEST_TIER", "SLUICE_TORCH_INDEX"):
+        monkeypatch.setenv(name, "")
+    for name in {name for kind in KINDS.values() for name in fields_of(kind)} - set(fields_of(KINDS[service])):
+        monkeypatch.setenv(f"SLUICE_{name.upper()}", "1")
+    assert build(service, file="", flags={}) == KINDS[service]()
+
+
 def test_the_names_of_services_reach_only_those_who_know_them() -> None:
     cluster = plan_cluster({"grpc_port": 0, "max_num_seqs": 5, "scheduling_policy": "priority", "host": "127.0.0.1"})
     argv = {spec.name: spec.argv for spec in cluster.specs}
