@@ -9,6 +9,11 @@ import msgspec
 from shared.outcome import RefusedError, refuse
 
 
+def number(value: float) -> str:
+    """For people: an integer has all of its digits."""
+    return str(value) if isinstance(value, int) else f"{value:g}"
+
+
 class Range(msgspec.Struct, frozen=True):
     """From `low` to `high`, both allowed unless `above` (then `low` itself is not)."""
 
@@ -20,7 +25,7 @@ class Range(msgspec.Struct, frozen=True):
         return math.isfinite(value) and (self.low < value if self.above else self.low <= value) and value <= self.high
 
     def __str__(self) -> str:
-        return f"{'above' if self.above else 'from'} {self.low:g} to {self.high:g}"
+        return f"{'above' if self.above else 'from'} {number(self.low)} to {number(self.high)}"
 
 
 MAX_U32 = 2**32 - 1
@@ -68,7 +73,7 @@ def too_long(field: str, size: str, max_model_len: int) -> RefusedError:
 def check_range(field: str, value: float) -> None:
     """Refuses a value outside its row, NaN and infinities included."""
     if value not in RANGES[field]:
-        raise invalid(field, f"{value:g} is not allowed; it goes {RANGES[field]}")
+        raise invalid(field, f"{number(value)} is not allowed; it goes {RANGES[field]}")
 
 
 def check_request_id(request_id: str) -> None:

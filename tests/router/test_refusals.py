@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from services.router import wire
-from services.router.limits import MAX_JSON_BYTES, RANGES, Limits
+from services.router.limits import MAX_JSON_BYTES, RANGES, Limits, check_range
 from shared.outcome import REFUSALS, RefusedError
 from shared.rpc.sluice.v1 import inference_pb2 as pb
 from shared.rpc.sluice.v1.inference_pb2_grpc import InferenceStub
@@ -110,6 +110,13 @@ def test_every_row_of_the_table_refuses_what_is_outside_and_takes_what_is_inside
     assert all(value not in row for value in outside(field))
     assert row.high in row
     assert (row.low in row) is not row.above
+
+
+def test_integers_of_a_range_keep_their_digits():
+    assert str(RANGES["stopping.max_tokens"]) == "from 1 to 4294967295"
+    assert str(RANGES["sampling.repetition_penalty"]) == "from 0.01 to 10"
+    with pytest.raises(RefusedError, match="2147483648 is not allowed; it goes from 0 to 2147483647"):
+        check_range("sampling.top_k", 2**31)
 
 
 FLOATS = ["temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"]
