@@ -27,6 +27,7 @@ def test_every_section_runs_dry(tmp_path):
     assert result["ipc"]["real_block_read"] and result["ipc"]["poisoned_block_read"]
     assert result["ipc"]["dead_owner"] != "opened"
     cases = {name: case for name, case in result["kernels"].items() if name != "section_s"}
+    assert result["decode"].keys() >= {"decode 2 x 20", "prefill 24"}
     assert len(cases) >= 8 and all(case["ours_us"] > 0 for case in cases.values())
 
 

@@ -1,6 +1,6 @@
 """Everything that only a GPU can tell, section by section.
 
-    python -m ops.bench.gpu [--sections ceilings correctness ipc kernels] [--out FILE] [--dry-run]
+    python -m ops.bench.gpu [--sections ceilings correctness ipc kernels decode] [--out FILE] [--dry-run]
 
 Writes one JSON after every section, so that a run that is cut short keeps what it has. `--dry-run` goes through every
 section on a CPU at toy sizes, the kernels interpreted; its figures mean nothing. Run it in the root of the repository.
@@ -18,7 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SECTIONS = ("ceilings", "correctness", "ipc", "kernels")
+SECTIONS = ("ceilings", "correctness", "ipc", "kernels", "decode")
+BESIDE_CEILINGS = ("kernels", "decode")
 ROOT = Path(__file__).resolve().parents[3]
 DEFAULT_OUT = ROOT / "ops" / "bench" / "results" / "gpu.json"
 
@@ -29,7 +30,7 @@ def run_section(name: str, device: Any, result: dict[str, Any]) -> dict[str, Any
     begin = time.perf_counter()
     measure: Callable[..., dict[str, Any]] = section.measure
     try:
-        found = measure(device, result["ceilings"]) if name == "kernels" else measure(device)
+        found = measure(device, result["ceilings"]) if name in BESIDE_CEILINGS else measure(device)
     except Exception as error:  # the sections after it must still run
         found = {"error": f"{type(error).__name__}: {error}"[:1000]}
     return {**found, "section_s": round(time.perf_counter() - begin, 1)}
@@ -59,7 +60,7 @@ def main() -> int:
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    wanted = ["ceilings", *options.sections] if "kernels" in options.sections else options.sections
+    wanted = ["ceilings", *options.sections] if set(BESIDE_CEILINGS) & set(options.sections) else options.sections
     for name in dict.fromkeys(wanted):
         result[name] = run_section(name, device, result)
         show(name, result[name])

@@ -34,14 +34,11 @@ class Device:
 
     def median_us(self, calls: Sequence[Callable[[], object]]) -> float:
         """Median microseconds of one call; `calls` do the same on different inputs and are captured in one graph."""
+        if self.dry:
+            return self.eager_us(calls[0])
         for call in calls:
             call()
         self.synchronize()
-        if self.dry:
-            begin = time.perf_counter()
-            for call in calls:
-                call()
-            return (time.perf_counter() - begin) * 1e6 / len(calls)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for call in calls:
@@ -51,8 +48,9 @@ class Device:
 
     def eager_us(self, call: Callable[[], object], repeats: int = REPEATS) -> float:
         """Median microseconds of one call without a graph, its launches included; for what cannot be captured."""
-        call()
-        self.synchronize()
+        if not self.dry:
+            call()
+            self.synchronize()
         times = []
         for _ in range(1 if self.dry else repeats):
             begin = time.perf_counter()

@@ -46,6 +46,15 @@ class StepBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class PreparedStep:
+    """A batch on the device: what `Decoder.compute` needs, and nothing that it has to wait for."""
+
+    attention: AttentionStep
+    token_ids: Tensor
+    logit_rows: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderLayer:
     """One pre-norm block."""
 
@@ -88,13 +97,24 @@ class Decoder:
         `pool` is [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim] in this decoder's dtype and changes
         in the batch's slots only. Every layer writes all rows before any row reads. The batch may lie on the host.
         """
+        return self.compute(self.prepare(batch, pool))
+
+    @torch.inference_mode()
+    def prepare(self, batch: StepBatch, pool: Tensor) -> PreparedStep:
+        """Everything that comes from the host, and what all layers share."""
         exact = batch.exact or self.dtype == torch.float32
-        step = self._plan(batch, pool, exact)
-        hidden = self._embedding.index_select(0, self._per_token(batch.token_ids, exact))
+        logit_rows = batch.logit_rows.to(self.device, non_blocking=True)
+        return PreparedStep(self._plan(batch, pool, exact), self._per_token(batch.token_ids, exact), logit_rows)
+
+    @torch.inference_mode()
+    def compute(self, prepared: PreparedStep) -> Tensor:
+        """The forward itself: on a GPU it only launches kernels, so a CUDA graph can hold it."""
+        step, exact = prepared.attention, prepared.attention.exact
+        hidden = self._embedding.index_select(0, prepared.token_ids)
         for layer in self._layers[:-1]:
             hidden = layer.forward(hidden, step)
             self.layers_done += 1
-        hidden = self._layers[-1].forward(hidden, step, batch.logit_rows.to(self.device, non_blocking=True))
+        hidden = self._layers[-1].forward(hidden, step, prepared.logit_rows)
         if hidden.shape[0] == 0:
             return hidden.new_empty((0, self.spec.vocab_size), dtype=torch.float32)
         return self._head(self._norm(hidden, exact=exact), exact=exact).float()

@@ -1,0 +1,103 @@
+"""Whole decoder steps at real shapes with random weights, in one process and without a scheduler: the engine's ceiling.
+
+`eager` launches every kernel from Python, `graph` replays them from a CUDA graph; both leave sampling out. A floor is
+the weights (without the embedding, which is only looked up) and the context's K and V, read once.
+"""
+
+from typing import Any
+
+import torch
+
+from ops.bench.gpu.device import Device
+from services.worker.memory.layout import layout_of
+from services.worker.memory.pool import allocate_pool
+from services.worker.models.decoder import Decoder, StepBatch, random_decoder
+
+BLOCK = 16
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128_256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500_000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+TOY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4} | {
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 256,
+}
+
+
+def measure(device: Device, ceilings: dict[str, float]) -> dict[str, Any]:
+    """Tokens a second by batch at a context of 1,024, and prompt tokens a second."""
+    from kernels.ops import choice
+
+    if device.dry:
+        choice.is_fused = lambda tensor: True  # the process ends with the bench
+    config = {**LLAMA_8B, **(TOY if device.dry else {})}
+    decoder = random_decoder(config, torch.bfloat16, device=device.name)
+    batches = [2] if device.dry else [1, 16, 64, 256]
+    context = device.size(1024, 20)
+    found = {f"decode {batch} x {context}": _decode(device, decoder, batch, context, ceilings) for batch in batches}
+    for length in [24] if device.dry else [1024, 4096]:
+        found[f"prefill {length}"] = _prefill(device, decoder, length)
+    return found
+
+
+def _decode(device: Device, decoder: Decoder, batch: int, context: int, ceilings: dict[str, float]) -> dict[str, Any]:
+    layout = layout_of(decoder.spec, decoder.dtype, BLOCK)
+    pool = allocate_pool(layout, batch * layout.blocks_for(context), device.name).pages
+    pool.normal_()
+    prepared = decoder.prepare(_batch([(1, context)] * batch), pool)
+    weight_bytes = (decoder.spec.num_parameters - decoder.spec.vocab_size * decoder.spec.hidden_size) * 2
+    floor_us = (weight_bytes + batch * context * layout.bytes_per_token) / ceilings["copy_gb_per_s"] / 1e3
+    eager_us = device.eager_us(lambda: decoder.compute(prepared))
+    graph_us = device.median_us([lambda: decoder.compute(prepared)])
+    return {
+        "floor_us": round(floor_us, 1),
+        "eager_us": round(eager_us, 1),
+        "graph_us": round(graph_us, 1),
+        "graph_tokens_per_s": round(batch * 1e6 / graph_us, 1),
+        "of_floor": round(floor_us / graph_us, 3),
+    }
+
+
+def _prefill(device: Device, decoder: Decoder, length: int) -> dict[str, Any]:
+    layout = layout_of(decoder.spec, decoder.dtype, BLOCK)
+    pool = allocate_pool(layout, layout.blocks_for(length), device.name).pages
+    batch = _batch([(length, length)])
+    took_us = device.eager_us(lambda: decoder.forward(batch, pool))
+    return {"us": round(took_us, 1), "tokens_per_s": round(length * 1e6 / took_us, 1)}
+
+
+def _batch(rows: list[tuple[int, int]]) -> StepBatch:
+    """Rows of (new tokens, context with them), blocks in shuffled order, on the host."""
+    counts = [-(-context // BLOCK) for _, context in rows]
+    order = torch.randperm(sum(counts)).split(counts)
+    tables = torch.zeros(len(rows), max(counts), dtype=torch.int32)
+    positions, slots, starts = [], [], [0]
+    for row, (new, context) in enumerate(rows):
+        tables[row, : counts[row]] = order[row]
+        position = torch.arange(context - new, context)
+        positions.append(position)
+        slots.append(order[row][position // BLOCK] * BLOCK + position % BLOCK)
+        starts.append(starts[-1] + new)
+    return StepBatch(
+        token_ids=torch.randint(0, 256, (starts[-1],)),
+        positions=torch.cat(positions),
+        slots=torch.cat(slots),
+        query_starts=starts,
+        context_lens=[context for _, context in rows],
+        block_tables=tables,
+        logit_rows=torch.tensor(starts[1:]) - 1,
+        exact=False,
+    )
