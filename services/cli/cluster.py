@@ -34,7 +34,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
 
 def up_flags() -> list[Flag]:
     """The union of the services' flags and the cluster's own."""
-    return make_flags((UpConfig, RouterConfig, SchedulerConfig, WorkerConfig), without=PLACED_HERE, panels=True)
+    return make_flags((UpConfig, RouterConfig, SchedulerConfig, WorkerConfig), without=PLACED_HERE)
 
 
 def plan_cluster(flags: Mapping[str, Any], *, file: str = "") -> Cluster:

@@ -76,29 +76,23 @@ class Flag(msgspec.Struct, frozen=True):
     """int, float, str, bool or list[str]: what the command line parses. load_config checks the rest."""
     default: Any
     choices: tuple[str, ...]
-    panel: str
 
 
 def fields_of(kind: Kind) -> dict[str, msgspec.structs.FieldInfo]:
     return {field.name: field for field in msgspec.structs.fields(kind)}
 
 
-def make_flags(kinds: Iterable[Kind], *, without: frozenset[str] = frozenset(), panels: bool = False) -> list[Flag]:
+def make_flags(kinds: Iterable[Kind], *, without: frozenset[str] = frozenset()) -> list[Flag]:
     """The union of the kinds' fields, the first kind's type and default winning."""
     flags: dict[str, Flag] = {}
     for kind in kinds:
-        panel = kind.__name__.removesuffix("Config") if panels else "Options"
         for name, field in fields_of(kind).items():
-            if name in without:
-                continue
-            if name in flags:
-                flags[name] = msgspec.structs.replace(flags[name], panel="Shared" if panels else panel)
-                continue
-            flags[name] = _flag(name, field, panel)
+            if name not in flags and name not in without:
+                flags[name] = _flag(name, field)
     return list(flags.values())
 
 
-def _flag(name: str, field: msgspec.structs.FieldInfo, panel: str) -> Flag:
+def _flag(name: str, field: msgspec.structs.FieldInfo) -> Flag:
     bare = get_args(field.type)[0] if get_origin(field.type) is Annotated else field.type
     choices: tuple[str, ...] = ()
     if get_origin(bare) is Literal:
@@ -107,7 +101,7 @@ def _flag(name: str, field: msgspec.structs.FieldInfo, panel: str) -> Flag:
         bare = list[str]
     if bare not in (int, float, str, bool, list[str]):
         raise TypeError(f"{name}: no flag can be made from {field.type}")
-    return Flag(name, bare, field.default, choices, panel)
+    return Flag(name, bare, field.default, choices)
 
 
 def parameter(flag_: Flag) -> inspect.Parameter:
@@ -121,7 +115,6 @@ def parameter(flag_: Flag) -> inspect.Parameter:
         show_default=False,
         metavar=f"[{'|'.join(flag_.choices)}]" if flag_.choices else None,
         callback=_one_of(flag_.choices) if flag_.choices else None,
-        rich_help_panel=flag_.panel,
     )
     return inspect.Parameter(
         flag_.name,

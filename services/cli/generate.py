@@ -16,8 +16,6 @@ Address = Annotated[str, typer.Option("--address", envvar="SLUICE_ADDRESS", meta
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 CONNECT_TIMEOUT_S = 5.0
 
-SAMPLING, STOPPING, ASKED = "Sampling", "Stopping", "What to return"
-
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to go on from; `-` reads standard input.")] = "-",
@@ -30,37 +28,25 @@ def generate(
     token_ids: Annotated[str, typer.Option(metavar="ID,ID,…", help="A prompt of token ids instead of text.")] = "",
     tools_json: Annotated[str, typer.Option(help="Tools for the chat template, a JSON array.")] = "",
     template_kwargs_json: Annotated[str, typer.Option(help="Further template variables, a JSON object.")] = "",
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", rich_help_panel=SAMPLING)] = None,
-    top_p: Annotated[float | None, typer.Option(rich_help_panel=SAMPLING)] = None,
-    top_k: Annotated[int | None, typer.Option(help="0 is off.", rich_help_panel=SAMPLING)] = None,
-    min_p: Annotated[float | None, typer.Option(rich_help_panel=SAMPLING)] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="The same request gives the same answer.", rich_help_panel=SAMPLING)
-    ] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(rich_help_panel=SAMPLING)] = None,
-    presence_penalty: Annotated[float | None, typer.Option(rich_help_panel=SAMPLING)] = None,
-    frequency_penalty: Annotated[float | None, typer.Option(rich_help_panel=SAMPLING)] = None,
-    logit_bias: Annotated[
-        list[str] | None, typer.Option(metavar="ID=BIAS", help="May be repeated.", rich_help_panel=SAMPLING)
-    ] = None,
-    n: Annotated[int | None, typer.Option("--n", "-n", help="Samples.", rich_help_panel=SAMPLING)] = None,
-    max_tokens: Annotated[int | None, typer.Option(rich_help_panel=STOPPING)] = None,
-    min_tokens: Annotated[int, typer.Option(rich_help_panel=STOPPING)] = 0,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.", rich_help_panel=STOPPING)
-    ] = None,
-    stop_token_ids: Annotated[
-        str, typer.Option(metavar="ID,ID,…", help="Tokens that end it.", rich_help_panel=STOPPING)
-    ] = "",
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", rich_help_panel=STOPPING)] = False,
-    logprobs: Annotated[
-        int | None, typer.Option(help="0: of each token; k: and of the k best.", rich_help_panel=ASKED)
-    ] = None,
-    prompt_logprobs: Annotated[int | None, typer.Option(rich_help_panel=ASKED)] = None,
-    timing: Annotated[bool, typer.Option("--timing", help="Print the phase table.", rich_help_panel=ASKED)] = False,
-    json_lines: Annotated[
-        bool, typer.Option("--json", help="Print each event as one line of JSON.", rich_help_panel=ASKED)
-    ] = False,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option()] = None,
+    top_k: Annotated[int | None, typer.Option(help="0 is off.")] = None,
+    min_p: Annotated[float | None, typer.Option()] = None,
+    seed: Annotated[int | None, typer.Option(help="The same request gives the same answer.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option()] = None,
+    presence_penalty: Annotated[float | None, typer.Option()] = None,
+    frequency_penalty: Annotated[float | None, typer.Option()] = None,
+    logit_bias: Annotated[list[str] | None, typer.Option(metavar="ID=BIAS", help="May be repeated.")] = None,
+    n: Annotated[int | None, typer.Option("--n", "-n", help="Samples.")] = None,
+    max_tokens: Annotated[int | None, typer.Option()] = None,
+    min_tokens: Annotated[int, typer.Option()] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")] = None,
+    stop_token_ids: Annotated[str, typer.Option(metavar="ID,ID,…", help="Tokens that end it.")] = "",
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos")] = False,
+    logprobs: Annotated[int | None, typer.Option(help="0: of each token; k: and of the k best.")] = None,
+    prompt_logprobs: Annotated[int | None, typer.Option()] = None,
+    timing: Annotated[bool, typer.Option("--timing", help="Print the phase table.")] = False,
+    json_lines: Annotated[bool, typer.Option("--json", help="Print each event as one line of JSON.")] = False,
     priority: Annotated[int, typer.Option(help="Lower runs first, under --scheduling-policy priority.")] = 0,
     deterministic: Annotated[
         bool | None, typer.Option("--deterministic/--no-deterministic", help="Bit-identical whatever the batch.")

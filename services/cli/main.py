@@ -17,7 +17,7 @@ def build_app(command: str) -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
-        rich_markup_mode="rich",
+        rich_markup_mode=None,  # rich's tables cut the names of flags on a narrow terminal
     )
 
     @app.callback(invoke_without_command=True)
@@ -42,7 +42,7 @@ def _announce(app: typer.Typer, name: str) -> None:
     def never() -> None:
         raise AssertionError(name)
 
-    app.command(name, help=SUMMARIES[name])(never)
+    app.command(name, short_help=SUMMARIES[name])(never)
 
 
 def _up(app: typer.Typer) -> None:

@@ -59,6 +59,14 @@ def test_up_has_every_flag_of_every_service_but_those_it_fills_in() -> None:
     assert shown - own - {flag(name) for name in fields} == set()
 
 
+@pytest.mark.parametrize("command", ["up", "generate", "scheduler"])
+def test_help_shows_whole_names_on_a_narrow_terminal(command: str) -> None:
+    narrow = sluice(command, "--help", COLUMNS="80").stdout
+    assert "…" not in narrow.replace("SLUICE_…", "").replace("ID,…", "")
+    assert set(re.findall(r"--[a-z][a-z0-9-]*", narrow)) >= flags_in_help(command)
+    assert "--heartbeat-timeout-ms" in narrow or command == "generate"
+
+
 def test_every_field_has_a_line_of_help_and_no_line_lacks_its_field() -> None:
     assert {name for kind in KINDS.values() for name in fields_of(kind)} == set(HELP)
 
