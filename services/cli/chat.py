@@ -3,14 +3,13 @@
 import asyncio
 import contextlib
 import signal
-import sys
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from services.cli.generate import CONNECT_TIMEOUT_S, DEFAULT_ADDRESS, Address
-from services.cli.output import fail, fail_call
+from services.cli.output import fail, fail_call, fail_field
 
 COMMANDS = "/reset forgets the conversation, /timing shows the last answer's phases, /exit leaves (Ctrl-D too)"
 
@@ -46,6 +45,9 @@ class Session:
         self._first = [("system", system)] if system else []
         self._history: list[tuple[str, str]] = list(self._first)
         self._last: Any = None
+        """The end of the last answer, with its timing."""
+        self._untimed = "no answer yet"
+        """Why there is none."""
         self._client: Any = None
         self._console = Console(highlight=False)
 
@@ -109,17 +111,19 @@ class Session:
             self._ask(line)
 
     def _ask(self, line: str) -> None:
-        from services.cli.client import CallError
+        from services.cli.client import CallError, FieldError
 
         self._history.append(("user", line))
         parts: list[str] = []
+        self._last, self._untimed = None, "the last answer failed: only a whole one has its phases"
         try:
             self._runner.run(self._interruptible(parts))
         except (KeyboardInterrupt, asyncio.CancelledError):
+            self._untimed = "you ended the last answer: only a whole one has its phases"
             self._console.print("\n[dim](ended)[/]")
-        except CallError as error:
-            sys.stdout.flush()
-            fail_call(error)
+        except (CallError, FieldError) as error:
+            print(end="\n" if parts else "", flush=True)
+            fail_call(error) if isinstance(error, CallError) else fail_field(error)
         if parts:
             self._history.append(("assistant", "".join(parts)))
         else:
@@ -154,6 +158,6 @@ class Session:
         from services.cli.timing import phase_table
 
         if self._last is None or not (self._last.timing and self._last.usage):
-            self._console.print("[dim]no answer yet[/]")
+            self._console.print(f"[dim]{self._untimed}[/]")
         else:
             self._console.print(phase_table(self._last.timing, self._last.usage))

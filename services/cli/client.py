@@ -1,7 +1,8 @@
 """A small typed client over the generated stubs: values in, values out, no protobuf beyond this file."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+import contextlib
+from collections.abc import AsyncIterator, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -176,6 +177,15 @@ class CallError(Exception):
         self.retry_after_ms = retry_after_ms
 
 
+class FieldError(ValueError):
+    """A value that its field of a request cannot hold. `field` is the field's name in Request."""
+
+    def __init__(self, field: str, why: Exception) -> None:
+        super().__init__(f"{field} does not fit its field: {why}")
+        self.field = field
+        self.why = str(why)
+
+
 class Client:
     """One channel to one router (or, for the control calls, a scheduler). An async context manager."""
 
@@ -206,7 +216,10 @@ class Client:
     async def generate(
         self, request: Request, *, timeout_s: float | None = None, metadata: tuple[tuple[str, str], ...] = ()
     ) -> AsyncIterator[Event]:
-        """The request's events. Leaving the iteration cancels the call, which frees what it holds on the server."""
+        """The request's events. Leaving the iteration cancels the call, which frees what it holds on the server.
+
+        Raises CallError, and FieldError before anything is sent.
+        """
         call = self._inference.Generate(_to_wire(request), timeout=timeout_s, metadata=metadata)
         try:
             async for response in call:
@@ -254,24 +267,36 @@ class Client:
 
 
 def _to_wire(request: Request) -> inference_pb2.GenerateRequest:
-    wire = inference_pb2.GenerateRequest(request_id=request.request_id, model=request.model, priority=request.priority)
-    if request.prompt is not None:
-        wire.prompt = request.prompt
+    """Raises FieldError."""
+    wire = inference_pb2.GenerateRequest()
+    _set(wire, request, ("request_id", "model", "priority", "prompt", "deterministic"))
     if request.token_ids is not None:
         wire.token_ids.SetInParent()
-        wire.token_ids.ids.extend(request.token_ids)
+        with _naming("token_ids"):
+            wire.token_ids.ids.extend(request.token_ids)
     if request.messages is not None:
-        wire.chat.tools_json, wire.chat.template_kwargs_json = request.tools_json, request.template_kwargs_json
-        for message in request.messages:
-            wire.chat.messages.add(role=message.role, content=message.content)
+        _set(wire.chat, request, ("tools_json", "template_kwargs_json"))
+        with _naming("messages"):
+            for message in request.messages:
+                wire.chat.messages.add(role=message.role, content=message.content)
     _set(wire.sampling, request, SAMPLING)
-    wire.sampling.logit_bias.update(request.logit_bias)
+    with _naming("logit_bias"):
+        wire.sampling.logit_bias.update(request.logit_bias)
     _set(wire.stopping, request, STOPPING)
-    wire.stopping.stop.extend(request.stop)
-    wire.stopping.stop_token_ids.extend(request.stop_token_ids)
+    with _naming("stop"):
+        wire.stopping.stop.extend(request.stop)
+    with _naming("stop_token_ids"):
+        wire.stopping.stop_token_ids.extend(request.stop_token_ids)
     _set(wire.response, request, RESPONSE)
-    _set(wire, request, ("deterministic",))
     return wire
+
+
+@contextlib.contextmanager
+def _naming(field: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise FieldError(field, error) from None
 
 
 SAMPLING = (
@@ -293,7 +318,8 @@ def _set(wire: Any, request: Request, names: tuple[str, ...]) -> None:
     for name in names:
         value = getattr(request, name)
         if value is not None:
-            setattr(wire, name, value)
+            with _naming(name):
+                setattr(wire, name, value)
 
 
 def _from_wire(response: inference_pb2.GenerateResponse) -> Event | None:

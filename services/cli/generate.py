@@ -10,7 +10,7 @@ import msgspec
 import typer
 from rich.console import Console
 
-from services.cli.output import fail, fail_call
+from services.cli.output import fail_call, fail_field
 
 Address = Annotated[str, typer.Option("--address", envvar="SLUICE_ADDRESS", metavar="HOST:PORT", help="The router.")]
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -60,6 +60,9 @@ def generate(
     """
     from services.cli.client import Request
 
+    _require_chat(
+        chat, {"--system": system, "--tools-json": tools_json, "--template-kwargs-json": template_kwargs_json}
+    )
     try:
         request = Request(
             **_input(prompt, chat=chat, system=system, token_ids=token_ids),
@@ -99,47 +102,53 @@ def generate(
 
 
 async def _run(address: str, request: Any, timeout_s: float | None, *, json_lines: bool) -> int:
-    from services.cli.client import CallError, Client
+    from services.cli.client import CallError, Client, FieldError
 
     async with Client(address) as client:
         try:
             await client.connect(CONNECT_TIMEOUT_S)
             return await stream(client, request, timeout_s=timeout_s, json_lines=json_lines)
-        except (CallError, ValueError, TypeError) as error:
-            sys.stdout.flush()
-            if isinstance(error, CallError):
-                fail_call(error)
-            else:
-                fail(f"a value does not fit its field: {error}")
-            return 1 if isinstance(error, CallError) else 2
+        except CallError as error:
+            fail_call(error)
+            return 1
+        except FieldError as error:
+            fail_field(error)
+            return 2
 
 
 async def stream(client: Any, request: Any, *, timeout_s: float | None = None, json_lines: bool = False) -> int:
-    """Prints the answer as it comes, then the phase table where it was asked for. Raises CallError."""
+    """Prints the answer as it comes, then the phase table where it was asked for. Raises CallError and FieldError."""
     from services.cli.client import Accepted, Delta, Finished
 
     answer = Answer(request.n or 1)
     encoder = msgspec.json.Encoder()
-    async for event in client.generate(request, timeout_s=timeout_s):
-        if json_lines:
-            print(encoder.encode(event).decode(), flush=True)
-            continue
-        match event:
-            case Accepted():
-                answer.show_prompt_logprobs(event)
-            case Delta():
-                answer.show(event)
-            case Finished():
-                answer.finish(event)
+    try:
+        async for event in client.generate(request, timeout_s=timeout_s):
+            if json_lines:
+                print(encoder.encode(event).decode(), flush=True)
+                continue
+            match event:
+                case Accepted():
+                    answer.show_prompt_logprobs(event)
+                case Delta():
+                    answer.show(event)
+                case Finished():
+                    answer.finish(event)
+    finally:
+        answer.end()
     return 0
 
 
 class Answer:
-    """Writes samples to standard output: a single one as it comes, several one after the other as they end."""
+    """Writes samples to standard output: a single one as it comes, several one after the other as they end. Logprobs
+    wait for the end of their sample: they would stand in the middle of its lines."""
 
     def __init__(self, num_samples: int) -> None:
         self._live = num_samples == 1
+        self._open = False
+        """A line of the answer has begun."""
         self._texts: dict[int, list[str]] = {}
+        self._logprobs: dict[int, list[str]] = {}
 
     def show_prompt_logprobs(self, accepted: Any) -> None:
         for entry in accepted.prompt_logprobs:
@@ -147,27 +156,46 @@ class Answer:
 
     def show(self, delta: Any) -> None:
         if self._live:
+            self._open = True
             print(delta.text, end="", flush=True)
         else:
             self._texts.setdefault(delta.index, []).append(delta.text)
-        for entry in delta.logprobs:
-            print(_logprob_line(entry), file=sys.stderr)
+        self._logprobs.setdefault(delta.index, []).extend(map(_logprob_line, delta.logprobs))
 
     def finish(self, finished: Any) -> None:
         if not self._live:
             print(f"── sample {finished.index} ──")
             print("".join(self._texts.pop(finished.index, [])), end="")
+        self._open = False
         print(flush=True)
+        self._show_logprobs(finished.index)
         if finished.timing and finished.usage:
             from services.cli.timing import phase_table
 
             print(flush=True)
             Console().print(phase_table(finished.timing, finished.usage))
 
+    def end(self) -> None:
+        """After an answer that broke off: what is said next begins on a line of its own."""
+        if self._open:
+            print(flush=True)
+        for index in list(self._logprobs):
+            self._show_logprobs(index)
+
+    def _show_logprobs(self, index: int) -> None:
+        for line in self._logprobs.pop(index, []):
+            print(line, file=sys.stderr)
+
 
 def _logprob_line(entry: Any) -> str:
     best = "  ".join(f"{top.token.decode(errors='replace')!r} {top.logprob:.3f}" for top in entry.top)
     return f"token {entry.token_id}  logprob {entry.logprob:.4f}  rank {entry.rank}  {best}".rstrip()
+
+
+def _require_chat(chat: bool, options: dict[str, str]) -> None:
+    unused = next((name for name, value in options.items() if value and not chat), None)
+    if unused:
+        raise typer.BadParameter(f"{unused} is for the chat template; add --chat")
 
 
 def _input(prompt: str, *, chat: bool, system: str, token_ids: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from services.cli.client import CallError
+    from services.cli.client import CallError, FieldError
 
 REFUSED = 2
 """The exit code for something that the user can mend: flags, ports, models, memory."""
@@ -47,3 +47,10 @@ def fail_call(error: "CallError") -> None:
     if error.retry_after_ms:
         notes += f" (try again in {error.retry_after_ms / 1000:.1f} s)"
     fail(f"{error}{notes}")
+
+
+def fail_field(error: "FieldError") -> None:
+    """Prints which option has a value that no request can hold."""
+    said = {"prompt": "the prompt", "messages": "the message"}
+    option = said.get(error.field) or "--" + error.field.replace("_", "-")
+    fail(f"{option} does not fit its field: {error.why}")

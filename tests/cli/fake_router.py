@@ -29,8 +29,12 @@ TIMING = pb.Timing(
 )
 
 
+LOGPROBS = pb.Logprobs(token_id=9, logprob=-0.5, rank=1)
+
+
 class FakeRouter(inference_pb2_grpc.InferenceServicer, control_pb2_grpc.ControlServicer):
-    """Says the words of `answer`, each sample in turn. A prompt `refuse` is refused, `hang` never ends."""
+    """Says the words of `answer`, each sample in turn. A prompt `refuse` is refused, `hang` never ends, `break` ends
+    with an error after the words."""
 
     def __init__(self, *, has_chat_template: bool = True) -> None:
         self.requests: list[pb.GenerateRequest] = []
@@ -62,10 +66,15 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer, control_pb2_grpc.ControlS
         samples = request.sampling.n or 1
         for i in range(samples):
             for word in self.answer:
-                yield pb.GenerateResponse(delta=pb.Delta(index=i, text=word, token_ids=[i]))
+                logprobs = (
+                    [pb.Logprobs(token_id=9, logprob=-0.5, rank=1)] if request.response.HasField("logprobs") else []
+                )
+                yield pb.GenerateResponse(delta=pb.Delta(index=i, text=word, token_ids=[i], logprobs=logprobs))
             last = request.chat.messages[-1].content if request.chat.messages else request.prompt
             if last == "hang":
                 await asyncio.sleep(60)
+            if last == "break":
+                raise refuse("queue_full", "it broke")
             finished = pb.Finished(index=i, reason=pb.FINISH_REASON_STOP, stop_match=pb.StopMatch(stop="."))
             if i == samples - 1:
                 finished.usage.CopyFrom(pb.Usage(prompt_tokens=4, completion_tokens=3, cached_tokens=2))

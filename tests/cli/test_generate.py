@@ -122,11 +122,33 @@ def test_nobody_there_says_so() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_value_beyond_its_field_is_not_a_traceback(served: Served) -> None:
-    done = generate(served, "hi", "--seed", "-1")
+@pytest.mark.parametrize("option", ["--seed", "--max-tokens", "--stop-token-ids", "--token-ids", "-n"])
+def test_a_value_beyond_its_field_is_a_sentence_that_names_the_option(served: Served, option: str) -> None:
+    done = generate(served, "hi", option, "-1")
     assert done.returncode == 2
-    assert "does not fit" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith(f"error: {option.replace('-n', '--n')} does not fit its field: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--system", "--tools-json", "--template-kwargs-json"])
+def test_an_option_of_the_chat_template_needs_a_chat(served: Served, option: str) -> None:
+    done = generate(served, "hi", option, "[]")
+    assert done.returncode == 2
+    assert f"{option} is for the chat template; add --chat" in done.stderr
+    assert not served.router.requests
+
+
+def test_logprobs_stand_on_lines_of_their_own(served: Served) -> None:
+    line = "token 9  logprob -0.5000  rank 1\n"
+    command = [sys.executable, "-m", "services.cli.main", "generate", f"--address={served.address}", "--logprobs=0"]
+
+    def both(*more: str) -> str:
+        """As a terminal shows them."""
+        return subprocess.run([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+
+    assert both("hi") == "Hello, wörld\n" + 3 * line
+    assert both("hi", "-n2") == "".join(f"── sample {i} ──\nHello, wörld\n" + 3 * line for i in (0, 1))
+    assert both("break").startswith("Hello, wörld\n" + 3 * line + "error: RESOURCE_EXHAUSTED")
 
 
 @pytest.mark.parametrize("bad", [("--logit-bias", "x=1"), ("--stop-token-ids", "a,b"), ("--token-ids", "1,x")])
@@ -337,6 +359,36 @@ def test_ctrl_c_ends_the_answer_and_keeps_the_conversation(served: Served) -> No
     assert terminal.end() == 0
     assert served.router.cancelled == 1
     assert [m.content for m in served.router.requests[1].chat.messages] == ["hang", "Hello, wörld", "again"]
+
+
+def test_a_chat_says_why_there_is_no_timing(served: Served) -> None:
+    terminal = Terminal(served.address)
+    terminal.until("› ")
+    terminal.type("/timing")
+    terminal.until("no answer yet")
+    terminal.type("whole")
+    terminal.until("wörld")
+    terminal.until("› ")
+    terminal.type("hang")
+    terminal.until("wörld")
+    terminal.interrupt()
+    terminal.until("(ended)")
+    terminal.type("/timing")
+    terminal.until("you ended the last answer")
+    terminal.type("break")
+    terminal.until("wörld\r\n\x1b[31merror:\x1b[0m RESOURCE_EXHAUSTED")
+    terminal.type("/timing")
+    terminal.until("the last answer failed")
+    terminal.type("/exit")
+    assert terminal.end() == 0
+
+
+def test_a_chat_names_an_option_that_does_not_fit(served: Served) -> None:
+    command = [sys.executable, "-m", "services.cli.main", "chat", f"--address={served.address}", "--max-tokens=-1"]
+    done = subprocess.run(command, input="hi\n", capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert "error: --max-tokens does not fit its field" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_model_without_a_chat_template_is_a_clear_message() -> None:
