@@ -230,7 +230,8 @@ def _override(path: Path) -> dict[str, str]:
     try:
         return {"default": path.read_text(encoding="utf-8")}
     except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"--chat-template: cannot read {path}: {error}") from None
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise TokenizerError(f"--chat-template: cannot read {path}: {why}") from None
 
 
 def _sources(folder: Path) -> dict[str, str]:

@@ -167,9 +167,11 @@ def test_additional_template_files_are_read(tmp_path):
 def test_a_template_that_is_not_jinja_is_refused_at_start(tmp_path):
     with pytest.raises(TokenizerError, match="not valid"):
         ChatTemplate({"default": "{% for %}"}, {})
-    with pytest.raises(TokenizerError, match="--chat-template"):
-        folder = write_tokenizer(tmp_path / "a", byte_level(), **CONFIG)
-        load_chat_template(folder, load_tokenizer(folder), str(tmp_path / "none"))
+    folder = write_tokenizer(tmp_path / "a", byte_level(), **CONFIG)
+    (tmp_path / "latin").write_bytes(b"\xe9")
+    for name, why in (("none", "No such file or directory"), ("a", "Is a directory"), ("latin", "it is not UTF-8")):
+        with pytest.raises(TokenizerError, match=f"^--chat-template: cannot read {tmp_path / name}: {why}$"):
+            load_chat_template(folder, load_tokenizer(folder), str(tmp_path / name))
 
 
 @pytest.mark.parametrize(
