@@ -17,6 +17,7 @@ from services.router.session import Session
 from shared.clock import monotonic_ns
 from shared.config import RouterConfig
 from shared.ids import new_instance_id
+from shared.net.address import join_address
 from shared.net.health import Health
 from shared.net.server import bind, create_server
 from shared.outcome import AbortCause
@@ -111,7 +112,7 @@ class Router:
 
     async def _open(self) -> None:
         port = bind(self._server, self._config.host, self._config.grpc_port, flag="--grpc-port")
-        self._address = f"{self._config.host}:{port}"
+        self._address = join_address(self._config.host, port)
         self.fleet.on_change(self._health_changed.set)
         await self._server.start()
         log.info("serving", grpc=self._address, models=self._model.names, schedulers=self._config.scheduler)

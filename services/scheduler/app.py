@@ -17,6 +17,7 @@ from services.scheduler.workers import WorkerEvents, Workers
 from shared.clock import NS_PER_MS, monotonic_ns
 from shared.config import SchedulerConfig
 from shared.ids import new_instance_id
+from shared.net.address import join_address
 from shared.net.health import Health
 from shared.net.options import INTERNAL_MESSAGE_BYTES
 from shared.net.server import bind, create_server, require_private
@@ -81,8 +82,8 @@ class _App:
         await health.set_serving(True)
         _on_signals(self._stop)
         watcher = asyncio.create_task(self._watch(), name="watch")
-        log.info("ready", address=f"{config.host}:{port}")
-        on_event("ready", {"address": f"{config.host}:{port}"})
+        log.info("ready", address=join_address(config.host, port))
+        on_event("ready", {"address": join_address(config.host, port)})
         try:
             timeout_s = await self._stop.get()
             await health.set_serving(False)

@@ -20,6 +20,7 @@ from services.worker.registration import Registration
 from services.worker.servicer import SERVICE_NAME, ExecutionServicer
 from services.worker.wire import RegistryClient
 from shared.config import WorkerConfig
+from shared.net.address import join_address
 from shared.net.channel import internal_metadata, open_internal_channel
 from shared.net.health import Health
 from shared.net.options import INTERNAL_MESSAGE_BYTES
@@ -87,7 +88,7 @@ def identify(loaded: Loaded, instance: str, address: str) -> WorkerIdentity:
 
 
 def _reachable(bind_host: str, port: int) -> str:
-    return f"{socket.gethostname() if bind_host in WILDCARD_HOSTS else bind_host}:{port}"
+    return join_address(socket.gethostname() if bind_host in WILDCARD_HOSTS else bind_host, port)
 
 
 @dataclass(slots=True, frozen=True)
