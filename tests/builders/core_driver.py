@@ -124,7 +124,10 @@ class CoreDriver:
         """What the sample answers when nothing disturbs it."""
         one = self.submissions[key]
         longest = self.max_lens[key] - len(one.token_ids)
-        return generate(list(one.token_ids), one.sampling.seed, index, VOCAB, longest, one.stopping.stop_token_ids)
+        stopping = one.stopping
+        return generate(
+            list(one.token_ids), one.sampling.seed, index, VOCAB, longest, stopping.stop_token_ids, stopping.min_tokens
+        )
 
     def assert_answers(self) -> None:
         """Every sample ended once; what it says is what it would say alone, in whole or (ended early) in part."""

@@ -34,12 +34,14 @@ def sample_token(state: bytes, seed: int, index: int, vocab: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little") % vocab
 
 
-def generate(prompt: list[int], seed: int, index: int, vocab: int, max_new: int, stop: frozenset[int]) -> list[int]:
+def generate(
+    prompt: list[int], seed: int, index: int, vocab: int, max_new: int, stop: frozenset[int], min_tokens: int = 0
+) -> list[int]:
     """What a request must answer, undisturbed and alone."""
     tokens, state = [], history(prompt)[-1]
     while len(tokens) < max_new:
         tokens.append(sample_token(state, seed, index, vocab))
-        if tokens[-1] in stop:
+        if tokens[-1] in stop and len(tokens) > min_tokens:
             break
         state = digest(state, tokens[-1])
     return tokens

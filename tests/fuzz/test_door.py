@@ -140,6 +140,7 @@ def test_noise_on_the_other_methods_is_refused_or_answered(tiny_model):
 
 
 FLOATS = [math.nan, math.inf, -math.inf, -1.0, 0.0, 1e-30, 1e30, 1.0, 2.5, -100.5]
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 COUNTS = [0, 1, 16, 17, 2**31, 2**32 - 1]
 TEXTS = ["", "a", "\x00", "é" * 200, "{", "[]", "x" * 70_000, "🙂" * 3]
 
@@ -148,8 +149,10 @@ def parameters(rng):
     """A request whose every field is drawn from values at and beyond the borders; most are refused."""
     sampling = pb.Sampling(
         **{name: rng.choice(FLOATS) for name in ("temperature", "top_p", "min_p") if rng.random() < 0.3},
-        **{name: rng.choice(FLOATS) for name in ("repetition_penalty", "presence_penalty") if rng.random() < 0.3},
+        **{name: rng.choice(FLOATS) for name in PENALTIES if rng.random() < 0.3},
     )
+    if rng.random() < 0.3:
+        sampling.seed = rng.choice([0, 1, 2**63, 2**64 - 1])
     if rng.random() < 0.3:
         sampling.top_k = rng.choice([-1, 0, 5, 2**31 - 1, -(2**31)])
     if rng.random() < 0.3:
@@ -164,6 +167,8 @@ def parameters(rng):
     request = pb.GenerateRequest(sampling=sampling, stopping=stopping, priority=rng.choice([0, -(2**31), 2**31 - 1]))
     if rng.random() < 0.3:
         request.response.logprobs = rng.choice(COUNTS)
+    if rng.random() < 0.2:
+        request.response.prompt_logprobs = rng.choice(COUNTS)
     if rng.random() < 0.2:
         request.request_id = rng.choice(["a", "a b", "x" * 129, "\n", "ü"])
     put_input(rng, request)

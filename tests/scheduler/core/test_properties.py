@@ -46,6 +46,7 @@ def operate(driver: CoreDriver, kind: int, number: int) -> None:
                 len(driver.submissions),
                 prompt(number),
                 max_tokens=number % 23,
+                min_tokens=number % 4 if number % 23 > 4 else 0,
                 stop=[number % 50] if number % 3 else [],
                 n=1 + (number % 7 == 0) * 2,
                 priority=number % 3 - 1,
