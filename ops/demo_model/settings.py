@@ -47,8 +47,8 @@ class Settings:
     vector_rate: float = 0.004  # AdamW, for the embedding and the norms
     weight_decay: float = 0.02
     clip: float = 1.0  # gradient norm
-    evaluation_tokens: int = 49_152  # per kind of held-out text, while training
-    checkpoint_seconds: int = 300
-    evaluation_seconds: int = 240
+    evaluation_tokens: int = 16_384  # per kind of held-out text, while training
+    checkpoint_seconds: int = 600
+    evaluation_seconds: int = 900
     compile: bool = True  # torch.compile: a fifth faster, after a minute; needs a C++ compiler
     threads: int = 2
