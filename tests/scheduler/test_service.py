@@ -290,22 +290,27 @@ def test_a_lease_that_is_not_renewed_runs_out():
     asyncio.run(run())
 
 
+async def silent_worker(stack: contextlib.AsyncExitStack, scheduler: str) -> tuple[erpc.RegistryStub, int]:
+    """Registers a worker that answers no plan; what its leases are renewed with."""
+    server = grpc.aio.server()
+    erpc.add_ExecutionServicer_to_server(_SilentWorker(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    stack.push_async_callback(server.stop, 0)
+    response = await register(scheduler, address=f"127.0.0.1:{port}")
+    channel = await stack.enter_async_context(grpc.aio.insecure_channel(scheduler))
+    return erpc.RegistryStub(channel), response.lease
+
+
 def test_a_worker_that_makes_no_progress_is_given_up():
     async def run() -> None:
         async with contextlib.AsyncExitStack() as stack:
             scheduler = await stack.enter_async_context(running_scheduler(heartbeat_timeout_ms=400))
-            server = grpc.aio.server()
-            erpc.add_ExecutionServicer_to_server(_SilentWorker(), server)
-            port = server.add_insecure_port("127.0.0.1:0")
-            await server.start()
-            stack.push_async_callback(server.stop, 0)
-            response = await register(scheduler, address=f"127.0.0.1:{port}")
-            channel = await stack.enter_async_context(grpc.aio.insecure_channel(scheduler))
-            stub = erpc.RegistryStub(channel)
+            stub, lease = await silent_worker(stack, scheduler)
 
             async def renew() -> None:
                 while True:
-                    await stub.Renew(epb.RenewRequest(lease=response.lease, progress=3))
+                    await stub.Renew(epb.RenewRequest(lease=lease, progress=3))
                     await asyncio.sleep(0.05)
 
             renewing = asyncio.create_task(renew())
@@ -324,19 +329,12 @@ def test_a_slow_step_that_makes_progress_keeps_its_worker():
     async def run() -> None:
         async with contextlib.AsyncExitStack() as stack:
             scheduler = await stack.enter_async_context(running_scheduler(heartbeat_timeout_ms=400))
-            server = grpc.aio.server()
-            erpc.add_ExecutionServicer_to_server(_SilentWorker(), server)
-            port = server.add_insecure_port("127.0.0.1:0")
-            await server.start()
-            stack.push_async_callback(server.stop, 0)
-            response = await register(scheduler, address=f"127.0.0.1:{port}")
-            channel = await stack.enter_async_context(grpc.aio.insecure_channel(scheduler))
-            stub = erpc.RegistryStub(channel)
+            stub, lease = await silent_worker(stack, scheduler)
             link = await stack.enter_async_context(linked(scheduler))
             await link.until(lambda: link.state.ready)
             link.submit(1, range(16, 40))
             for layers in range(30):
-                await stub.Renew(epb.RenewRequest(lease=response.lease, progress=layers))
+                await stub.Renew(epb.RenewRequest(lease=lease, progress=layers))
                 await asyncio.sleep(0.05)
             assert link.state.ready
             with pytest.raises(TimeoutError):

@@ -67,10 +67,19 @@ def main() -> int:
         if out:
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(result, indent=1) + "\n")
-    failed = [name for name in SECTIONS if "error" in result.get(name, {})]
-    failed += ["correctness"] if result.get("correctness", {}).get("exit_code") else []
-    print(f"failed: {', '.join(failed)}" if failed else "every section ran")
+    failed = [problem for name in SECTIONS for problem in problems(name, result.get(name, {}))]
+    print(f"failed: {'; '.join(failed)}" if failed else "every section ran")
     return 1 if failed else 0
+
+
+def problems(name: str, found: dict[str, Any]) -> list[str]:
+    """What went wrong in a section: the whole of it, its tests, one of its cases, or something that should be true."""
+    if "error" in found or found.get("exit_code"):
+        return [name]
+    cases = [key for key, value in found.items() if isinstance(value, dict) and "error" in value]
+    untrue = [key for key, value in found.items() if value is False]
+    survived = ["dead_owner"] if found.get("dead_owner") == "opened" else []
+    return [f"{name}: {key}" for key in (*cases, *untrue, *survived)]
 
 
 def _commit() -> str:

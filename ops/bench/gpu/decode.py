@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from ops.bench.forward import build_batch
 from ops.bench.gpu.device import Device
 from services.worker.memory.layout import layout_of
 from services.worker.memory.pool import allocate_pool
-from services.worker.models.decoder import Decoder, StepBatch, random_decoder
+from services.worker.models.decoder import Decoder, random_decoder
 
 BLOCK = 16
 LLAMA_8B = {
@@ -57,7 +58,7 @@ def _decode(device: Device, decoder: Decoder, batch: int, context: int, ceilings
     layout = layout_of(decoder.spec, decoder.dtype, BLOCK)
     pool = allocate_pool(layout, batch * layout.blocks_for(context), device.name).pages
     pool.normal_()
-    prepared = decoder.prepare(_batch([(1, context)] * batch), pool)
+    prepared = decoder.prepare(build_batch([(1, context)] * batch, BLOCK, vocab_size=decoder.spec.vocab_size), pool)
     weight_bytes = (decoder.spec.num_parameters - decoder.spec.vocab_size * decoder.spec.hidden_size) * 2
     floor_us = (weight_bytes + batch * context * layout.bytes_per_token) / ceilings["copy_gb_per_s"] / 1e3
     eager_us = device.eager_us(lambda: decoder.compute(prepared))
@@ -74,30 +75,6 @@ def _decode(device: Device, decoder: Decoder, batch: int, context: int, ceilings
 def _prefill(device: Device, decoder: Decoder, length: int) -> dict[str, Any]:
     layout = layout_of(decoder.spec, decoder.dtype, BLOCK)
     pool = allocate_pool(layout, layout.blocks_for(length), device.name).pages
-    batch = _batch([(length, length)])
+    batch = build_batch([(length, length)], BLOCK, vocab_size=decoder.spec.vocab_size)
     took_us = device.eager_us(lambda: decoder.forward(batch, pool))
     return {"us": round(took_us, 1), "tokens_per_s": round(length * 1e6 / took_us, 1)}
-
-
-def _batch(rows: list[tuple[int, int]]) -> StepBatch:
-    """Rows of (new tokens, context with them), blocks in shuffled order, on the host."""
-    counts = [-(-context // BLOCK) for _, context in rows]
-    order = torch.randperm(sum(counts)).split(counts)
-    tables = torch.zeros(len(rows), max(counts), dtype=torch.int32)
-    positions, slots, starts = [], [], [0]
-    for row, (new, context) in enumerate(rows):
-        tables[row, : counts[row]] = order[row]
-        position = torch.arange(context - new, context)
-        positions.append(position)
-        slots.append(order[row][position // BLOCK] * BLOCK + position % BLOCK)
-        starts.append(starts[-1] + new)
-    return StepBatch(
-        token_ids=torch.randint(0, 256, (starts[-1],)),
-        positions=torch.cat(positions),
-        slots=torch.cat(slots),
-        query_starts=starts,
-        context_lens=[context for _, context in rows],
-        block_tables=tables,
-        logit_rows=torch.tensor(starts[1:]) - 1,
-        exact=False,
-    )

@@ -1,5 +1,6 @@
 """The device under measurement, and how its time is taken. On a CPU, for a dry run, the kernels are interpreted."""
 
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -70,7 +71,9 @@ def _replay_us(graph: "torch.cuda.CUDAGraph") -> float:
 
 
 def open_device(dry: bool) -> Device:
-    """Raises SystemExit where there is no GPU and no dry run was asked for."""
+    """Raises SystemExit where there is no Triton, or no GPU and no dry run was asked for."""
+    if importlib.util.find_spec("triton") is None:
+        raise SystemExit("error: triton is not installed; sh ops/scripts/setup test installs it on Linux")
     if not dry and not torch.cuda.is_available():
         raise SystemExit("error: torch sees no CUDA device; --dry-run goes through every section on a CPU")
     return Device("cpu" if dry else "cuda", dry)
