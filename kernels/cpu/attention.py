@@ -1,5 +1,8 @@
 """Paged attention on a CPU: whole pages gathered head-major, grouped query heads folded into rows.
 
+Decode rows in bfloat16 go to a compiled kernel instead, which gathers nothing (kernels/cpu/compiled/attention.py);
+what follows is for prompts, for float32, for exact steps and for machines without numba.
+
 One `index_select` over (block, layer, K/V, head) lines yields K and V as [heads, context, head_dim], contiguous, in a
 buffer that all layers share; its indices are the same for every layer but for an offset. (Selecting whole blocks and
 turning them within the caches is faster alone, 263 against 377 µs for 16 rows of 288 positions, but slower between
@@ -23,10 +26,19 @@ positions add exact zeros. tests/kernels/test_exactness.py holds all this to the
 import itertools
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.cpu import choice
+from kernels.cpu.norm import rms_norm
+from kernels.cpu.rope import apply_rope_
+
+if TYPE_CHECKING:
+    from kernels.cpu.compiled.attention import DecodeRows
 
 EXACT_TILE = 128
 EXACT_ROWS = 16
@@ -34,6 +46,8 @@ EXACT_DIMS = 8
 """head_dim is padded to a multiple of this: MKL treats rows of P · V unlike one another at 6 and 10 columns."""
 FAST_TILE = 16
 PIECE_QUERIES = 64
+COMPILED_DIMS = 16
+"""A head_dim that is no multiple of this does not fill the compiled kernel's vectors."""
 FAST_WASTE = (1.5, 1536)
 EXACT_WASTE = (1.1, 128)
 MOST_POSITIONS = 4608
@@ -75,14 +89,16 @@ class RowGroup:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """`slot_lines` says where each (token, K/V, head) goes among the [head_dim] lines of layer 0.
+    """`slot_lines` says where each (token, K/V, head) goes among the [head_dim] lines of layer 0; `slots` as given.
 
     `buffer` [lines, block_size * head_dim] holds one group's pages at a time. Memory fresh from the system costs a
     fault per 4 KiB, so it is taken once for all layers.
     """
 
     slot_lines: Tensor
+    slots: Tensor
     groups: list[RowGroup]
+    decodes: "DecodeRows | None"
     buffer: Tensor
     exact: bool
 
@@ -121,10 +137,42 @@ def plan_attention(
             decodes.append(span)
         elif span.num_queries > 1:
             groups.append(planner.prompt(span))
-    groups += [planner.decodes(bucket) for bucket in _bucket(decodes, *(EXACT_WASTE if exact else FAST_WASTE))]
+    compiled = None
+    if decodes and not exact and choice.is_compiled(pool) and pool.shape[5] % COMPILED_DIMS == 0:
+        compiled = planner.compiled_decodes(decodes)
+    else:
+        groups += [planner.decodes(bucket) for bucket in _bucket(decodes, *(EXACT_WASTE if exact else FAST_WASTE))]
     most_lines = max((len(group.lines) for group in groups), default=0)
     buffer = torch.empty(most_lines, pool.shape[4] * pool.shape[5], dtype=pool.dtype)
-    return AttentionPlan(planner.slot_lines(slots), groups, buffer, exact)
+    return AttentionPlan(planner.slot_lines(slots), slots, groups, compiled, buffer, exact)
+
+
+def rotate_and_write(
+    heads: Tensor,
+    pool: Tensor,
+    layer_id: int,
+    plan: AttentionPlan,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+    exact: bool = False,
+) -> Tensor:
+    num_kv_heads = pool.shape[3]
+    num_heads = heads.shape[1] - 2 * num_kv_heads
+    if choice.is_compiled(heads):
+        from kernels.cpu.compiled import rope as compiled
+
+        return compiled.rotate_and_write(heads, pool, layer_id, plan.slots, cos, sin, q_norm, k_norm, eps)
+    if q_norm is not None and k_norm is not None:
+        heads[:, :num_heads] = rms_norm(heads[:, :num_heads], q_norm, eps, exact=exact)
+        keys = heads[:, num_heads : num_heads + num_kv_heads]
+        keys.copy_(rms_norm(keys, k_norm, eps, exact=exact))
+    apply_rope_(heads[:, : num_heads + num_kv_heads], cos, sin)
+    write_kv(heads[:, num_heads:], pool, layer_id, plan)
+    return heads[:, :num_heads]
 
 
 def write_kv(kv: Tensor, pool: Tensor, layer_id: int, plan: AttentionPlan) -> None:
@@ -140,6 +188,10 @@ def paged_attention(q: Tensor, pool: Tensor, layer_id: int, plan: AttentionPlan,
     attend = _attend_exact if plan.exact else _attend
     scaled = (q.float() if plan.exact else q) * scale
     out = torch.zeros_like(q) if plan.exact else torch.empty_like(q)  # an exact step may carry a padding token
+    if plan.decodes is not None:
+        from kernels.cpu.compiled import attention as compiled
+
+        compiled.attend(q, out, pool, layer_id, plan.decodes, scale)
     for group in plan.groups:
         keys, values = _gather(pool, layer_id, group, plan.buffer)
         if plan.exact:
@@ -253,6 +305,14 @@ class _Planner:
             masked_from = 0
         piece = Piece(_tokens(spans), 1, 0, width, masked_from, _or_none(hidden[:, None, masked_from:]))
         return self._group(spans, width, [piece])
+
+    def compiled_decodes(self, spans: list[_Span]) -> "DecodeRows":
+        from kernels.cpu.compiled.attention import plan_rows
+
+        contexts = np.array([span.context_len for span in spans])
+        firsts = np.zeros_like(contexts) if self.window is None else np.maximum(0, contexts - self.window)
+        tables = self.block_tables.numpy()[[span.row for span in spans]]
+        return plan_rows(np.array([span.start for span in spans]), contexts, firsts, tables, self.num_kv_heads)
 
     def prompt(self, span: _Span) -> RowGroup:
         """One row, cut where its absolute positions are multiples of 64."""

@@ -6,9 +6,11 @@ Measured on two Zen 4 cores, bfloat16, 1024 â†’ 2816, weights from memory: 209 Â
 `torch.ops.mkldnn._reorder_linear_weight` and `_linear_pointwise` are private to torch (its compiler uses them), so
 they are tried once on a small product; where they are missing or wrong, `F.linear` takes their place.
 
-Exactness: the product of a row is bit-equal for every number of rows from two on, fused additions and gates
-included; a single row takes another path inside oneDNN and is therefore doubled. `F.linear` needs its rows padded to
-a multiple of 16 for the same promise. tests/kernels/test_exactness.py checks both.
+Exactness: in float32 the product of a row is bit-equal for every number of rows from two on, fused additions and gates
+included; a single row takes another path inside oneDNN and is therefore doubled. In bfloat16 that holds on AVX-512, but
+with AMX only up to 32 rows: beyond, the sum over in_features is cut by the number of rows. So exact bfloat16 goes in
+tiles of 32. `F.linear` needs its rows padded to a multiple of 16 for the same promise. tests/kernels/test_exactness.py
+checks all of it.
 """
 
 import functools
@@ -22,6 +24,7 @@ from kernels.cpu.activation import silu_and_mul
 
 PACKING_ROWS = 16
 FALLBACK_ROWS = 16
+EXACT_BFLOAT16_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,8 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
 
 
 def linear(x: Tensor, packed: PackedLinear, *, exact: bool = False) -> Tensor:
+    if exact and _needs_tiles(x, packed):
+        return torch.cat([linear(tile, packed, exact=True) for tile in x.split(EXACT_BFLOAT16_ROWS)])
     if exact and _needs_padding(x, packed):
         return linear(_pad(x, packed), packed, exact=True)[: x.shape[0]]
     if packed.packed:
@@ -63,6 +68,9 @@ def linear(x: Tensor, packed: PackedLinear, *, exact: bool = False) -> Tensor:
 
 
 def linear_add(x: Tensor, packed: PackedLinear, residual: Tensor, *, exact: bool = False) -> Tensor:
+    if exact and _needs_tiles(x, packed):
+        tiles = zip(x.split(EXACT_BFLOAT16_ROWS), residual.split(EXACT_BFLOAT16_ROWS), strict=True)
+        return torch.cat([linear_add(tile, packed, beside, exact=True) for tile, beside in tiles])
     if exact and _needs_padding(x, packed):
         return linear_add(_pad(x, packed), packed, _pad(residual, packed), exact=True)[: x.shape[0]]
     if packed.packed:
@@ -108,6 +116,10 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 def _reorder(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKING_ROWS)
+
+
+def _needs_tiles(x: Tensor, packed: PackedLinear) -> bool:
+    return packed.packed and x.dtype == torch.bfloat16 and x.shape[0] > EXACT_BFLOAT16_ROWS
 
 
 def _needs_padding(x: Tensor, packed: PackedLinear) -> bool:

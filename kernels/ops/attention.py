@@ -18,8 +18,7 @@ from torch import Tensor
 
 from kernels.cpu import attention as cpu
 from kernels.ops import choice
-from kernels.ops.norm import rms_norm
-from kernels.ops.rope import apply_rope_, rope_and_write_kv
+from kernels.ops.rope import rope_and_write_kv
 
 if TYPE_CHECKING:
     from kernels.fused import attention as fused
@@ -72,21 +71,15 @@ def rotate_and_write(
     """All between a layer's merged projection and its attention: norms of q and k, rope, K and V into their pages.
 
     `heads` is [tokens, num_heads + 2 * num_kv_heads, head_dim] and is overwritten; `cos` and `sin` [tokens, head_dim],
-    gathered by position. Returns q [tokens, num_heads, head_dim], a view. What is not finite is written as zero.
+    gathered by position. Returns q [tokens, num_heads, head_dim]. What is not finite is written as zero.
     """
-    num_kv_heads = pool.shape[3]
-    num_heads = heads.shape[1] - 2 * num_kv_heads
-    if not isinstance(plan, cpu.AttentionPlan):
-        return rope_and_write_kv(
-            heads, pool, layer_id, plan.slots, plan.token_rows, cos, sin, q_norm=q_norm, k_norm=k_norm, eps=eps
+    if isinstance(plan, cpu.AttentionPlan):
+        return cpu.rotate_and_write(
+            heads, pool, layer_id, plan, cos, sin, q_norm=q_norm, k_norm=k_norm, eps=eps, exact=exact
         )
-    if q_norm is not None and k_norm is not None:
-        heads[:, :num_heads] = rms_norm(heads[:, :num_heads], q_norm, eps, exact=exact)
-        keys = heads[:, num_heads : num_heads + num_kv_heads]
-        keys.copy_(rms_norm(keys, k_norm, eps, exact=exact))
-    apply_rope_(heads[:, : num_heads + num_kv_heads], cos, sin)
-    write_kv(heads[:, num_heads:], pool, layer_id, plan)
-    return heads[:, :num_heads]
+    return rope_and_write_kv(
+        heads, pool, layer_id, plan.slots, plan.token_rows, cos, sin, q_norm=q_norm, k_norm=k_norm, eps=eps
+    )
 
 
 def write_kv(kv: Tensor, pool: Tensor, layer_id: int, plan: AttentionPlan) -> None:

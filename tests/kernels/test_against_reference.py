@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.cpu import activation, attention, linear, norm, rope
+from kernels.cpu import activation, attention, choice, linear, norm, rope
 from kernels.ops import linear as ops_linear
 from kernels.reference import activation as activation_spec
 from kernels.reference import attention as attention_spec
@@ -16,6 +16,17 @@ from tests.kernels.pages import Cache, Chunk, Heads, Sequence, draw
 DTYPES = [torch.float32, torch.bfloat16]
 ROWS = [1, 2, 16, 70]
 pytestmark = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def bodies(request, dtype, monkeypatch):
+    """bfloat16 with numba's bodies and without them; float32 has only one kind."""
+    if request.param == "torch":
+        monkeypatch.setattr(choice, "is_compiled", lambda tensor: False)
+    elif dtype == torch.float32:
+        pytest.skip("compiled bodies are for bfloat16")
+    else:
+        assert choice.can_compile(), "numba is part of what the tests need"
 
 
 def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -53,7 +64,7 @@ def test_the_public_door_takes_the_packed_path_on_a_cpu(dtype):
 
 
 @pytest.mark.parametrize("shape", [(1, 64), (3, 64), (70, 64), (5, 3, 24), (2, 33)])
-def test_norms(dtype, shape):
+def test_norms(dtype, shape, bodies):
     x, other, weight = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype), randn(shape[-1], dtype=dtype)
     assert_same(norm.rms_norm(x, weight, 1e-5), norm_spec.rms_norm(x, weight, 1e-5))
     normed, total = norm.add_rms_norm(x, other, weight, 1e-5)
@@ -64,7 +75,7 @@ def test_norms(dtype, shape):
 
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
 @pytest.mark.parametrize("shape", [(1, 64), (5, 2 * 101), (33, 344)])
-def test_silu_and_mul(dtype, shape, exact):
+def test_silu_and_mul(dtype, shape, exact, bodies):
     gate_up = randn(*shape, dtype=dtype)
     assert_same(activation.silu_and_mul(gate_up, exact=exact), activation_spec.silu_and_mul(gate_up))
 
@@ -85,13 +96,15 @@ HEADS = [
     Heads(),
     Heads(num_heads=4, num_kv_heads=4, head_dim=10, block_size=8),
     Heads(num_heads=8, num_kv_heads=1, head_dim=64, block_size=32),
+    Heads(num_heads=14, num_kv_heads=2, head_dim=48, block_size=4),
+    Heads(num_heads=6, num_kv_heads=1, head_dim=96, block_size=16),
 ]
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
 @pytest.mark.parametrize("window", [None, 1, 21])
-@pytest.mark.parametrize("heads", HEADS, ids=["gqa", "mha", "mqa"])
-def test_attention_over_a_mixed_step(dtype, heads, window, exact):
+@pytest.mark.parametrize("heads", HEADS, ids=["gqa", "mha", "mqa", "sevenfold", "wide"])
+def test_attention_over_a_mixed_step(dtype, heads, window, exact, bodies):
     lengths = [1, 16, 17, 40, 100, 150]
     sequences = [draw(heads, length, dtype, seed) for seed, length in enumerate(lengths)]
     before = [Chunk(2, 0, 16), Chunk(3, 0, 39), Chunk(4, 0, 60), Chunk(5, 0, 149)]
@@ -105,7 +118,7 @@ def test_attention_over_a_mixed_step(dtype, heads, window, exact):
     assert torch.equal(fast.pool, spec.pool)
 
 
-def test_attention_reads_blocks_that_rows_share_and_that_are_written_in_this_step(dtype):
+def test_attention_reads_blocks_that_rows_share_and_that_are_written_in_this_step(dtype, bodies):
     heads = Heads()
     first = draw(heads, 40, dtype, 1)
     cache = Cache(heads, [first, first])
@@ -118,7 +131,7 @@ def test_attention_reads_blocks_that_rows_share_and_that_are_written_in_this_ste
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
-def test_a_sequence_that_overflowed_does_not_reach_the_next_owner_of_its_blocks(dtype, exact):
+def test_a_sequence_that_overflowed_does_not_reach_the_next_owner_of_its_blocks(dtype, exact, bodies):
     heads, sequence = Heads(), draw(Heads(), 40, dtype, 1)
     [expected] = Cache(heads, [sequence]).step([Chunk(0, 0, 40)], body=attention, exact=exact)
     broken = Sequence(sequence.q, torch.full_like(sequence.kv, float("nan")))
@@ -130,7 +143,7 @@ def test_a_sequence_that_overflowed_does_not_reach_the_next_owner_of_its_blocks(
     assert_same(torch.cat((first, second)), expected)
 
 
-def test_decode_rows_of_very_different_contexts(dtype):
+def test_decode_rows_of_very_different_contexts(dtype, bodies):
     heads, lengths = Heads(head_dim=8, num_heads=2, num_kv_heads=1), [3000, 5, 2900, 33, 8]
     sequences = [draw(heads, length, dtype, seed) for seed, length in enumerate(lengths)]
     fast, spec = Cache(heads, sequences), Cache(heads, sequences)
@@ -140,3 +153,49 @@ def test_decode_rows_of_very_different_contexts(dtype):
     actual, expected = fast.step(last, body=attention), spec.step(last, body=attention_spec)
     for mine, theirs in zip(actual, expected, strict=True):
         assert_same(mine, theirs)
+
+
+NORMS = pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
+
+
+@NORMS
+@pytest.mark.parametrize("tokens", [1, 2, 37])
+@pytest.mark.parametrize("head_dim", [10, 64])
+def test_all_between_projection_and_attention(dtype, tokens, head_dim, normed, bodies):
+    if dtype == torch.bfloat16 and not choice.is_compiled(randn(1, dtype=dtype)):
+        pytest.skip("torch's bodies round in between")
+    num_heads, num_kv_heads, block_size = 4, 2, 8
+    heads = randn(tokens, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
+    heads[0, num_heads, 0], heads[0, -1, 1] = float("nan"), float("inf")
+    angles = torch.rand(tokens, head_dim // 2).repeat(1, 2) * 6
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    weights = [randn(head_dim, dtype=dtype) if normed else None for _ in range(2)]
+    pools = [torch.zeros(12, 3, 2, num_kv_heads, block_size, head_dim, dtype=dtype) for _ in range(2)]
+    slots = torch.randperm(12 * block_size)[:tokens]
+    starts, contexts, tables = list(range(tokens + 1)), [1] * tokens, (slots // block_size)[:, None].int()
+    plan = attention.plan_attention(pools[0], starts, contexts, tables, slots, num_heads=num_heads)
+    expected = rope_spec.rope_and_write_kv(
+        heads.clone(), pools[1], 1, slots, torch.arange(tokens), cos, sin,
+        q_norm=weights[0], k_norm=weights[1], eps=1e-5,
+    )  # fmt: skip
+    actual = attention.rotate_and_write(
+        heads.clone(), pools[0], 1, plan, cos, sin, q_norm=weights[0], k_norm=weights[1], eps=1e-5
+    )
+    assert_same(actual, expected)
+    assert_same(pools[0], pools[1])
+
+
+def test_a_query_that_is_not_a_number_is_seen_in_the_answer(dtype, bodies):
+    """A step whose numbers broke has to fail, not to go on with others."""
+    heads, length = Heads(head_dim=64), 40
+    sequence = draw(heads, length, dtype, 1)
+    cache = Cache(heads, [sequence])
+    cache.step([Chunk(0, 0, length - 1)], body=attention)
+    sequence.q[-1, 0, 3] = float("nan")
+    [last] = cache.step([Chunk(0, length - 1, length)], body=attention)
+    assert last[0, 0].isnan().any()
+    assert last[0, 2:].isfinite().all()
+    assert (
+        norm.rms_norm(torch.full((1, 64), float("nan"), dtype=dtype), torch.ones(64, dtype=dtype), 1e-5).isnan().all()
+    )
+    assert activation.silu_and_mul(torch.full((1, 64), float("nan"), dtype=dtype)).isnan().all()

@@ -1,0 +1,103 @@
+"""All between a layer's merged projection and its attention in one pass over the tokens."""
+
+import numpy as np
+import torch
+from numba import carray
+from torch import Tensor
+
+from kernels.cpu.compiled.threads import ADDRESS, COUNT, NUMBER, bits_at, inlined, int64_at, kernel, share, structure
+from kernels.cpu.compiled.vectors import narrow, widen
+
+_Arguments = structure(
+    "_Arguments",
+    heads=ADDRESS, q=ADDRESS, pool=ADDRESS, slots=ADDRESS, cos=ADDRESS, sin=ADDRESS, q_norm=ADDRESS, k_norm=ADDRESS,
+    num_tokens=COUNT, num_heads=COUNT, num_blocks=COUNT, num_layers=COUNT, num_kv_heads=COUNT, block_size=COUNT,
+    head_dim=COUNT, layer_id=COUNT, eps=NUMBER,
+)  # fmt: skip
+
+
+@inlined
+def _load(head, norm, eps, values):
+    """A head as float32, divided by its root mean square and multiplied with the weights at `norm` unless that is 0."""
+    dims = len(values)
+    for d in range(dims):
+        values[d] = widen(head[d])
+    if norm != 0:
+        weight, squares = bits_at(norm, (dims,)), np.float32(0)
+        for d in range(dims):
+            squares += values[d] * values[d]
+        scale = np.float32(1) / np.sqrt(squares / np.float32(dims) + eps)
+        for d in range(dims):
+            values[d] = values[d] * scale * widen(weight[d])
+
+
+@inlined
+def _turn(values, cos, sin, out):
+    """Pair i of a head is elements i and i + head_dim / 2, as Hugging Face lays them."""
+    half = len(values) // 2
+    for i in range(half):
+        first, second, c, s = values[i], values[half + i], widen(cos[i]), widen(sin[i])
+        out[i] = narrow(first * c - second * s)
+        out[half + i] = narrow(second * c + first * s)
+
+
+@inlined
+def _copy_finite(bits, out):
+    """NaNs and infinities, whose exponent is full, become zeros."""
+    for d in range(len(out)):
+        out[d] = bits[d] if bits[d] & np.uint16(0x7F80) != np.uint16(0x7F80) else np.uint16(0)
+
+
+@kernel(_Arguments)
+def _rotate_and_write(pointer):
+    given = carray(pointer, 1)[0]
+    num_tokens, num_heads, num_kv_heads, dims = given.num_tokens, given.num_heads, given.num_kv_heads, given.head_dim
+    heads = bits_at(given.heads, (num_tokens, num_heads + 2 * num_kv_heads, dims))
+    q, slots = bits_at(given.q, (num_tokens, num_heads, dims)), int64_at(given.slots, (num_tokens,))
+    cos, sin = bits_at(given.cos, (num_tokens, dims)), bits_at(given.sin, (num_tokens, dims))
+    pool = bits_at(given.pool, (given.num_blocks, given.num_layers, 2, num_kv_heads, given.block_size, dims))
+    values = np.empty(dims, np.float32)
+    first, end = share(num_tokens, given.num_shares)
+    for token in range(first, end):
+        block, offset = slots[token] // given.block_size, slots[token] % given.block_size
+        for head in range(num_heads):
+            _load(heads[token, head], given.q_norm, given.eps, values)
+            _turn(values, cos[token], sin[token], q[token, head])
+        for kv_head in range(num_kv_heads):
+            _load(heads[token, num_heads + kv_head], given.k_norm, given.eps, values)
+            key = pool[block, given.layer_id, 0, kv_head, offset]
+            _turn(values, cos[token], sin[token], key)
+            _copy_finite(key, key)
+            value = heads[token, num_heads + num_kv_heads + kv_head]
+            _copy_finite(value, pool[block, given.layer_id, 1, kv_head, offset])
+
+
+def rotate_and_write(
+    heads: Tensor,
+    pool: Tensor,
+    layer_id: int,
+    slots: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Norms of q and k where there are any, rope, K and V into their pages; returns q. Everything contiguous.
+
+    heads       [tokens, num_heads + 2 * num_kv_heads, head_dim]
+    pool        [blocks, layers, 2, num_kv_heads, block_size, head_dim], written at `slots` int64; the first tokens
+                have one, the q of those behind them is zero
+    cos, sin    [tokens, head_dim]
+    """
+    num_blocks, num_layers, _, num_kv_heads, block_size, head_dim = pool.shape
+    num_heads = heads.shape[1] - 2 * num_kv_heads
+    new = torch.empty if len(slots) == heads.shape[0] else torch.zeros
+    q = new(heads.shape[0], num_heads, head_dim, dtype=heads.dtype)
+    _rotate_and_write(
+        heads.data_ptr(), q.data_ptr(), pool.data_ptr(), slots.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+        0 if q_norm is None else q_norm.data_ptr(), 0 if k_norm is None else k_norm.data_ptr(),
+        len(slots), num_heads, num_blocks, num_layers, num_kv_heads, block_size, head_dim, layer_id, eps,
+        work=heads.numel(),
+    )  # fmt: skip
+    return q
