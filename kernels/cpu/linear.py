@@ -6,6 +6,10 @@ Measured on two Zen 4 cores, bfloat16, 1024 â†’ 2816, weights from memory: 209 Â
 `torch.ops.mkldnn._reorder_linear_weight` and `_linear_pointwise` are private to torch (its compiler uses them), so
 they are tried once on a small product; where they are missing or wrong, `F.linear` takes their place.
 
+A step of few rows only waits for its weights; in bfloat16 it reads them faster as a checkpoint has them, row by row
+(kernels/cpu/compiled/linear.py). `pack_linear` with `by_rows` keeps them so beside the packed ones: twice the memory
+for about twice the speed of a lone stream. Exact steps never take that way.
+
 Exactness: in float32 the product of a row is bit-equal for every number of rows from two on, fused additions and gates
 included; a single row takes another path inside oneDNN and is therefore doubled. In bfloat16 that holds on AVX-512, but
 with AMX only up to 32 rows: beyond, the sum over in_features is cut by the number of rows. So exact bfloat16 goes in
@@ -20,20 +24,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.cpu import choice
 from kernels.cpu.activation import silu_and_mul
 
 PACKING_ROWS = 16
 FALLBACK_ROWS = 16
 EXACT_BFLOAT16_ROWS = 32
+FEW_ROWS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
-    """`weight` is opaque to others when `packed`, else [out_features, in_features]."""
+    """`weight` is opaque to others when `packed`, else [out_features, in_features], as `by_rows` is if there is one."""
 
     weight: Tensor
     bias: Tensor | None
     packed: bool
+    by_rows: Tensor | None = None
 
     @property
     def out_features(self) -> int:
@@ -51,10 +58,11 @@ class PackedGate:
     parts: tuple[PackedLinear, ...]
 
 
-def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+def pack_linear(weight: Tensor, bias: Tensor | None = None, *, by_rows: bool = False) -> PackedLinear:
+    rows = weight.contiguous() if by_rows and _supports_rows(weight) else None
     if weight.dtype in (torch.float32, torch.bfloat16) and can_pack(weight.dtype):
-        return PackedLinear(_reorder(weight), bias, packed=True)
-    return PackedLinear(weight.contiguous(), bias, packed=False)
+        return PackedLinear(_reorder(weight), bias, packed=True, by_rows=rows)
+    return PackedLinear(weight.contiguous(), bias, packed=False, by_rows=rows)
 
 
 def linear(x: Tensor, packed: PackedLinear, *, exact: bool = False) -> Tensor:
@@ -62,6 +70,10 @@ def linear(x: Tensor, packed: PackedLinear, *, exact: bool = False) -> Tensor:
         return torch.cat([linear(tile, packed, exact=True) for tile in x.split(EXACT_BFLOAT16_ROWS)])
     if exact and _needs_padding(x, packed):
         return linear(_pad(x, packed), packed, exact=True)[: x.shape[0]]
+    if not exact and _takes_rows(x, packed):
+        from kernels.cpu.compiled import linear as compiled
+
+        return compiled.linear(x, packed.by_rows, packed.bias)
     if packed.packed:
         return torch.ops.mkldnn._linear_pointwise(x, packed.weight, packed.bias, "none", [], "")
     return F.linear(x, packed.weight, packed.bias)
@@ -73,20 +85,28 @@ def linear_add(x: Tensor, packed: PackedLinear, residual: Tensor, *, exact: bool
         return torch.cat([linear_add(tile, packed, beside, exact=True) for tile, beside in tiles])
     if exact and _needs_padding(x, packed):
         return linear_add(_pad(x, packed), packed, _pad(residual, packed), exact=True)[: x.shape[0]]
+    if not exact and _takes_rows(x, packed):
+        from kernels.cpu.compiled import linear as compiled
+
+        return compiled.linear(x, packed.by_rows, packed.bias, residual)
     if packed.packed:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed.weight, packed.bias, "add")
     return F.linear(x, packed.weight, packed.bias).add_(residual)
 
 
-def pack_gated(weight: Tensor, bias: Tensor | None = None) -> PackedGate:
+def pack_gated(weight: Tensor, bias: Tensor | None = None, *, by_rows: bool = False) -> PackedGate:
     """float32 is always exact and wants oneDNN's own sigmoid; bfloat16 wants one product."""
     if weight.dtype != torch.float32:
-        return PackedGate((pack_linear(weight, bias),))
+        return PackedGate((pack_linear(weight, bias, by_rows=by_rows),))
     biases = (None, None) if bias is None else bias.chunk(2)
     return PackedGate(tuple(pack_linear(*half) for half in zip(weight.chunk(2), biases, strict=True)))
 
 
 def gated_linear(x: Tensor, packed: PackedGate, *, exact: bool = False) -> Tensor:
+    if not exact and _takes_rows(x, packed.parts[0]) and len(packed.parts) == 1:
+        from kernels.cpu.compiled import linear as compiled
+
+        return compiled.gated_linear(x, packed.parts[0].by_rows, packed.parts[0].bias)
     if len(packed.parts) == 1:
         return silu_and_mul(linear(x, packed.parts[0], exact=exact), exact=exact)
     gate, up = packed.parts
@@ -116,6 +136,18 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 def _reorder(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKING_ROWS)
+
+
+def _supports_rows(weight: Tensor) -> bool:
+    if not choice.is_compiled(weight):
+        return False
+    from kernels.cpu.compiled import linear as compiled
+
+    return compiled.supports(weight)
+
+
+def _takes_rows(x: Tensor, packed: PackedLinear) -> bool:
+    return packed.by_rows is not None and x.shape[0] <= FEW_ROWS and x.is_contiguous()
 
 
 def _needs_tiles(x: Tensor, packed: PackedLinear) -> bool:

@@ -28,17 +28,22 @@ def _body(of_cpu: bool) -> ModuleType:
     return fused
 
 
-def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+def pack_linear(weight: Tensor, bias: Tensor | None = None, *, by_rows: bool = False) -> PackedLinear:
     """Bring a weight [out_features, in_features] into the form its device likes best.
 
-    The result is opaque: hand it to the functions below. It may hold a copy; drop `weight` to save memory.
+    The result is opaque: hand it to the functions below. It may hold a copy; drop `weight` to save memory. `by_rows`
+    keeps `weight` as well where that makes steps of few rows faster (bfloat16 on a CPU).
     """
-    return _body(not choice.is_fused(weight)).pack_linear(weight, bias)
+    if choice.is_fused(weight):
+        return _body(False).pack_linear(weight, bias)
+    return cpu.pack_linear(weight, bias, by_rows=by_rows)
 
 
-def pack_gated(weight: Tensor, bias: Tensor | None = None) -> PackedGate:
+def pack_gated(weight: Tensor, bias: Tensor | None = None, *, by_rows: bool = False) -> PackedGate:
     """The same for a merged gate and up projection, [2 * width, in_features], the gate first."""
-    return _body(not choice.is_fused(weight)).pack_gated(weight, bias)
+    if choice.is_fused(weight):
+        return _body(False).pack_gated(weight, bias)
+    return cpu.pack_gated(weight, bias, by_rows=by_rows)
 
 
 def linear(x: Tensor, packed: PackedLinear, *, exact: bool = False) -> Tensor:

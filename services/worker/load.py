@@ -34,6 +34,8 @@ FAST_BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """As /proc/cpuinfo spells what makes bfloat16 faster than float32 (x86 and ARM)."""
 CGROUP = Path("/sys/fs/cgroup")
 WARM_UP_TOKENS = 32
+SECOND_COPY_SHARE = 0.15
+"""Of the free memory: a second copy of the weights may take so much, and is left out where it would need more."""
 GIB = 2**30
 
 
@@ -58,7 +60,7 @@ def load(config: WorkerConfig, progress: Progress) -> Loaded:
     flags = cpu_flags() if device == "cpu" else frozenset[str]()
     dtype = DTYPES[choose_dtype(config.dtype, checkpoint.dtype, flags, device)]
     _require_room(spec, dtype, free_on(device))
-    decoder = load_decoder(checkpoint, dtype, device, progress)
+    decoder = load_decoder(checkpoint, dtype, device, progress, by_rows=_has_room_twice(spec, dtype, free_on(device)))
     weight_bytes = spec.num_parameters * dtype.itemsize
     progress(weight_bytes, weight_bytes)  # files also hold headers: without this the last report would fall short
     layout = layout_of(spec, dtype, config.block_size)
@@ -156,6 +158,11 @@ def _require_room(spec: ModelSpec, dtype: torch.dtype, free: int) -> None:
             f"the weights need {needed / GIB:.1f} GiB as {str(dtype).removeprefix('torch.')}, {free / GIB:.1f} GiB are "
             "free: end other programs, or take a smaller model"
         )
+
+
+def _has_room_twice(spec: ModelSpec, dtype: torch.dtype, free: int) -> bool:
+    """Whether a second copy of the weights, for steps of few rows, takes little enough of what is free."""
+    return spec.num_parameters * dtype.itemsize <= free * SECOND_COPY_SHARE
 
 
 def size_pool(config: WorkerConfig, layout: BlockLayout, max_positions: int, free: int) -> PoolSize:

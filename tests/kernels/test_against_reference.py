@@ -56,6 +56,24 @@ def test_linear_layers(dtype, rows, biased, exact, packing):
     assert_same(linear.gated_linear(x, gate, exact=exact), gated)
 
 
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("shape", [(96, 64), (16, 32), (1008, 160), (102, 48)])
+def test_linear_layers_that_keep_their_weights_by_rows(dtype, rows, shape, biased):
+    x, residual = randn(rows, shape[1], dtype=dtype), randn(rows, shape[0], dtype=dtype)
+    weight, bias = randn(*shape, dtype=dtype) * 0.2, randn(shape[0], dtype=dtype) if biased else None
+    fast = linear.pack_linear(weight, bias, by_rows=True)
+    assert (fast.by_rows is not None) == (dtype == torch.bfloat16 and shape != (102, 48))
+    gate = linear.pack_gated(weight, bias, by_rows=True)
+    spec = linear_spec.pack_linear(weight.float(), None if bias is None else bias.float())
+    assert_same(linear.linear(x, fast), linear_spec.linear(x.float(), spec).to(dtype))
+    expected = linear_spec.linear_add(x.float(), spec, residual.float()).to(dtype)
+    assert_same(linear.linear_add(x, fast, residual), expected)
+    assert_same(linear.gated_linear(x, gate), linear_spec.gated_linear(x.float(), spec).to(dtype))
+    exact = linear.linear(x, linear.pack_linear(weight, bias), exact=True)
+    assert torch.equal(linear.linear(x, fast, exact=True), exact)
+
+
 def test_the_public_door_takes_the_packed_path_on_a_cpu(dtype):
     packed = ops_linear.pack_linear(randn(8, 8, dtype=dtype))
     assert isinstance(packed, linear.PackedLinear)

@@ -72,7 +72,7 @@ def test_torch_and_the_kernels_share_their_threads():
 def test_a_second_process_finds_what_the_first_compiled(tmp_path):
     code = (
         "import time, torch; began = time.perf_counter()\n"
-        "from kernels.cpu.compiled import activation, norm, rope\n"
+        "from kernels.cpu.compiled import activation, linear, norm, rope\n"
         "from kernels.cpu.compiled.attention import _decode_kernel; _decode_kernel(4, 64, 16)\n"
         "print(time.perf_counter() - began)"
     )

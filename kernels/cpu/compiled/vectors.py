@@ -195,3 +195,52 @@ def _loop_value(builder: ir.IRBuilder, first: ir.Value, before: ir.Block) -> ir.
     phi = builder.phi(first.type)
     phi.add_incoming(first, before)
     return phi
+
+
+@intrinsic(prefer_literal=True)
+def multiply_rows(typing, weights, row_bytes, x, x_bytes, products, steps, num_rows, num_x, bytes_ahead):
+    """products[i, r] = Σ weights[r] · x[i] over 32 * `steps` elements, at least one step.
+
+    `weights` is the address of bfloat16 rows, `x` of float32 rows, `products` of float32 [num_x, num_rows]; the last
+    three are constants. Several rows are read side by side and asked for `bytes_ahead` of their use: one stream alone
+    does not keep a core's memory busy.
+    """
+    rows, columns, ahead = _number(num_rows), _number(num_x), _number(bytes_ahead)
+    if rows is None or columns is None or ahead is None:
+        return None
+
+    def write(context, builder, signature, given):
+        lanes, (weights, row_bytes, x, x_bytes, products, steps) = _Lanes(builder), given[:6]
+        began, body, after = builder.block, *(builder.append_basic_block(name) for name in ("multiply", "multiplied"))
+        builder.branch(body)
+        builder.position_at_end(body)
+        left, weight, first_x = (_loop_value(builder, each, began) for each in (steps, weights, x))
+        zero = ir.Constant(VECTOR, [0.0] * LANES)
+        sums = [[_loop_value(builder, zero, began) for _ in range(2)] for _ in range(rows * columns)]
+        moved = lambda address, by: builder.add(address, ir.Constant(address.type, by))  # noqa: E731
+        of_x, at = [], first_x
+        for _ in range(columns):
+            of_x.append([lanes.load(at, half * 4 * LANES) for half in range(2)])
+            at = builder.add(at, x_bytes)
+        grown, at = [], weight
+        for row in range(rows):
+            lanes.prefetch(at, ahead)
+            parts = [lanes.load_bfloat16(at, half * 2 * LANES) for half in range(2)]
+            for column in range(columns):
+                before = sums[row * columns + column]
+                grown.append([lanes.multiply_add(*each) for each in zip(parts, of_x[column], before, strict=True)])
+            at = builder.add(at, row_bytes)
+        left_after = moved(left, -1)
+        phis = [left, weight, first_x, *(each for pair in sums for each in pair)]
+        nexts = [left_after, moved(weight, 4 * LANES), moved(first_x, 8 * LANES), *(e for pair in grown for e in pair)]
+        for phi, value in zip(phis, nexts, strict=True):
+            phi.add_incoming(value, body)
+        builder.cbranch(builder.icmp_signed(">", left_after, ir.Constant(left.type, 0)), body, after)
+        builder.position_at_end(after)
+        for index, (first, second) in enumerate(grown):
+            row, column = divmod(index, columns)
+            total = lanes.sum(builder.fadd(first, second))
+            builder.store(total, lanes.pointer(products, 4 * (column * rows + row), FLOAT), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 6, num_rows, num_x, bytes_ahead), write

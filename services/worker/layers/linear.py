@@ -10,8 +10,8 @@ class Linear:
 
     __slots__ = ("packed",)
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.packed: PackedLinear = pack_linear(weight, bias)
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, by_rows: bool = False) -> None:
+        self.packed: PackedLinear = pack_linear(weight, bias, by_rows=by_rows)
 
     def __call__(self, x: Tensor, *, exact: bool) -> Tensor:
         return linear(x, self.packed, exact=exact)
@@ -25,8 +25,8 @@ class GatedLinear:
 
     __slots__ = ("packed",)
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.packed: PackedGate = pack_gated(weight, bias)
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, by_rows: bool = False) -> None:
+        self.packed: PackedGate = pack_gated(weight, bias, by_rows=by_rows)
 
     def __call__(self, x: Tensor, *, exact: bool) -> Tensor:
         return gated_linear(x, self.packed, exact=exact)
