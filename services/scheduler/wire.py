@@ -6,6 +6,8 @@ from array import array
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import msgspec
+
 from services.scheduler.core.events import Durations, Event, Released, SampleEnded, Tokens
 from services.scheduler.core.plan import Admission, StepPlan, StepResult
 from services.scheduler.core.request import Submission
@@ -222,7 +224,9 @@ def _released_message(event: Released) -> scheduling_pb2.Released:
 
 
 def _durations_message(durations: Durations) -> scheduling_pb2.PhaseDurations:
-    return scheduling_pb2.PhaseDurations(**{name: getattr(durations, name) for name in durations.__struct_fields__})
+    facts = msgspec.structs.asdict(durations)
+    segments = [scheduling_pb2.PhaseSegment(**msgspec.structs.asdict(segment)) for segment in facts.pop("segments")]
+    return scheduling_pb2.PhaseDurations(**facts, segments=segments)
 
 
 # Scheduler ⇄ worker.

@@ -1,13 +1,15 @@
 """Drives the core against pretend devices, checks every invariant after every step, and every answer at its end."""
 
+import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
-from services.scheduler.core.events import Released, SampleEnded, Tokens
+from services.scheduler.core.events import Durations, Released, SampleEnded, Tokens
 from services.scheduler.core.invariants import violations
+from services.scheduler.core.phases import MOST_SEGMENTS
 from services.scheduler.core.plan import StepPlan, StepResult
 from services.scheduler.core.request import Submission
 from services.scheduler.core.scheduler import CoreConfig, Scheduler
@@ -174,9 +176,22 @@ class CoreDriver:
                     parts = durations.queue_ns + durations.prefill_ns + durations.decode_ns
                     assert parts == durations.total_ns
                     assert sum(durations.queue_reason_ns.values()) == durations.queue_ns
+                    _check_segments(durations)
                     self.released[event.key] = event
         if self.check:
             assert violations(self.core) == []
+
+
+def _check_segments(durations: Durations) -> None:
+    """They tell the same story in order: each phase's stretches sum to it, and so do the reasons to wait."""
+    for phase in ("queue", "prefill", "decode"):
+        stretches = [segment.ns for segment in durations.segments if segment.phase == phase]
+        assert sum(stretches) == getattr(durations, f"{phase}_ns")
+    for segment in durations.segments:
+        assert sum(segment.reason_ns.values()) == (segment.ns if segment.phase == "queue" else 0)
+    neighbours = itertools.pairwise(segment.phase for segment in durations.segments)
+    assert all(before != after for before, after in neighbours)
+    assert len(durations.segments) <= MOST_SEGMENTS + 2
 
 
 def replay(plans: Sequence[StepPlan]) -> list[object]:

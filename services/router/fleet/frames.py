@@ -8,6 +8,7 @@ from services.router.fleet.values import (
     Durations,
     Load,
     Release,
+    Segment,
     State,
     Submission,
 )
@@ -142,17 +143,33 @@ def release_of(message: pb.Released) -> Release:
             field=message.field,
             retry_after_ms=message.retry_after_ms,
         )
-    durations = message.durations
     return Release(
         refusal=refusal,
         cached_tokens=message.cached_tokens,
         completion_tokens=message.completion_tokens,
-        durations=Durations(
-            total_ns=durations.total_ns,
-            queue_ns=durations.queue_ns,
-            prefill_ns=durations.prefill_ns,
-            decode_ns=durations.decode_ns,
-            preemptions=durations.preemptions,
-            queue_reason_ns=dict(durations.queue_reason_ns),
+        durations=_durations_of(message.durations),
+    )
+
+
+def _durations_of(message: pb.PhaseDurations) -> Durations:
+    return Durations(
+        total_ns=message.total_ns,
+        queue_ns=message.queue_ns,
+        prefill_ns=message.prefill_ns,
+        decode_ns=message.decode_ns,
+        preemptions=message.preemptions,
+        prefill_steps=message.prefill_steps,
+        decode_steps=message.decode_steps,
+        queue_reason_ns=dict(message.queue_reason_ns),
+        segments=tuple(
+            Segment(
+                phase=segment.phase,
+                ns=segment.ns,
+                steps=segment.steps,
+                rows=segment.rows,
+                device_ns=segment.device_ns,
+                reason_ns=dict(segment.reason_ns),
+            )
+            for segment in message.segments
         ),
     )

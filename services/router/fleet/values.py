@@ -25,15 +25,30 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     salt: bytes = b""
 
 
+class Segment(msgspec.Struct, frozen=True, kw_only=True):
+    """A stretch of a request's time in one phase, and the steps of its worker group that ended in it; see
+    scheduling.proto."""
+
+    phase: str
+    ns: int
+    steps: int = 0
+    rows: int = 0
+    device_ns: int = 0
+    reason_ns: Mapping[str, int] = {}
+
+
 class Durations(msgspec.Struct, frozen=True, kw_only=True):
-    """The scheduler's account of a request: queue + prefill + decode = total."""
+    """The scheduler's account of a request: queue + prefill + decode = total, and so do the segments."""
 
     total_ns: int = 0
     queue_ns: int = 0
     prefill_ns: int = 0
     decode_ns: int = 0
     preemptions: int = 0
+    prefill_steps: int = 0
+    decode_steps: int = 0
     queue_reason_ns: Mapping[str, int] = {}
+    segments: tuple[Segment, ...] = ()
 
 
 class Release(msgspec.Struct, frozen=True, kw_only=True):

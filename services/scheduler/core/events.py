@@ -30,8 +30,26 @@ class SampleEnded(msgspec.Struct, frozen=True):
     stop_token_id: int = -1
 
 
+class Segment(msgspec.Struct, frozen=True, kw_only=True):
+    """A stretch of a request's time in one phase ("queue", "prefill" or "decode").
+
+    `steps`, `rows` and `device_ns` are of the steps that its worker group finished meanwhile: how many, the rows in all
+    of them, and how long they ran. `reason_ns` says why it waited, where the phase is queue.
+    """
+
+    phase: str
+    ns: int
+    steps: int = 0
+    rows: int = 0
+    device_ns: int = 0
+    reason_ns: dict[str, int] = {}
+
+
 class Durations(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a request's time in the scheduler went, in nanoseconds: queue + prefill + decode = total."""
+    """Where a request's time in the scheduler went, in nanoseconds: queue + prefill + decode = total.
+
+    `segments` say the same in the order in which it passed, and sum to the total too.
+    """
 
     total_ns: int = 0
     queue_ns: int = 0
@@ -41,6 +59,7 @@ class Durations(msgspec.Struct, frozen=True, kw_only=True):
     prefill_steps: int = 0
     decode_steps: int = 0
     queue_reason_ns: dict[str, int] = {}
+    segments: tuple[Segment, ...] = ()
 
 
 class Released(msgspec.Struct, frozen=True, kw_only=True):

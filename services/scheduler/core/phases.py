@@ -3,7 +3,10 @@
 import enum
 from dataclasses import dataclass, field
 
-from services.scheduler.core.events import Durations
+from services.scheduler.core.events import Durations, Segment
+
+MOST_SEGMENTS = 32
+"""A request that is preempted again and again adds to its last segments: the account of it stays small."""
 
 
 @enum.unique
@@ -28,12 +31,26 @@ class WaitReason(enum.Enum):
 
 @dataclass(slots=True)
 class WaitClock:
-    """Time that passed under each reason, for everybody who waits in one queue: a waiter takes a reading when it
-    enters and another when it leaves, so a step costs nothing per waiter."""
+    """What passed in one worker group, for everybody in it: the time under each reason to wait, and the steps that the
+    group finished. A request takes a reading when it enters a phase and another when it leaves, so that a step costs
+    nothing per request."""
 
     reason: WaitReason = WaitReason.BUDGET
     since_ns: int = 0
     passed_ns: dict[WaitReason, int] = field(default_factory=dict)
+    steps: int = 0
+    rows: int = 0
+    device_ns: int = 0
+
+    def count_step(self, rows: int, device_ns: int) -> None:
+        self.steps += 1
+        self.rows += rows
+        self.device_ns += device_ns
+
+    @property
+    def work(self) -> tuple[int, int, int]:
+        """Steps, their rows and their device time until now."""
+        return self.steps, self.rows, self.device_ns
 
     def turn(self, reason: WaitReason, now_ns: int) -> None:
         """From now on the queue waits for `reason`."""
@@ -47,21 +64,38 @@ class WaitClock:
 
 
 @dataclass(slots=True)
+class _Stretch:
+    """A segment in the making."""
+
+    phase: Phase
+    ns: int = 0
+    work: tuple[int, int, int] = (0, 0, 0)
+    reason_ns: dict[str, int] = field(default_factory=dict)
+
+    def seal(self) -> Segment:
+        steps, rows, device_ns = self.work
+        name = self.phase.name.lower()
+        return Segment(
+            phase=name, ns=self.ns, steps=steps, rows=rows, device_ns=device_ns, reason_ns=dict(self.reason_ns)
+        )
+
+
+@dataclass(slots=True)
 class Ledger:
     """One request's time. `in_phase[p]` counts its live samples in phase p."""
 
     since_ns: int
     num_samples: int
     clock: WaitClock
-    """Of the queue it waits in, or waited in last."""
+    """Of the group that it is in, or was in last."""
     started_ns: int = field(init=False)
     in_phase: list[int] = field(init=False)
-    spent_ns: list[int] = field(default_factory=lambda: [0, 0, 0])
+    stretches: list[_Stretch] = field(default_factory=list)
     phase: Phase = Phase.QUEUE
     reading: dict[WaitReason, int] = field(init=False)
+    work_before: tuple[int, int, int] = field(init=False)
     own_reason: WaitReason | None = None
     """Why the request waits from now on, whatever the queue says: a lost worker, or one that overtook it."""
-    queue_reason_ns: dict[str, int] = field(default_factory=dict)
     preemptions: int = 0
     prefill_steps: int = 0
     decode_steps: int = 0
@@ -69,7 +103,7 @@ class Ledger:
     def __post_init__(self) -> None:
         self.started_ns = self.since_ns
         self.in_phase = [self.num_samples, 0, 0]
-        self.reading = self.clock.read(self.since_ns)
+        self._enter(self.clock, self.since_ns)
 
     def move(self, before: Phase, after: Phase | None, clock: WaitClock, now_ns: int) -> None:
         """One sample goes from a phase to another, or ends (None); `clock` is that of the queue it would wait in."""
@@ -81,8 +115,7 @@ class Ledger:
             return
         self._settle(now_ns)
         self.phase = phase
-        if phase is Phase.QUEUE:
-            self._enter(clock, now_ns)
+        self._enter(clock, now_ns)
 
     def change_queue(self, clock: WaitClock, now_ns: int, *, worker_lost: bool = False) -> None:
         """The request waits elsewhere from now on. Nothing to do while one of its samples runs."""
@@ -103,7 +136,12 @@ class Ledger:
     def close(self, now_ns: int) -> Durations:
         """The final account."""
         self._settle(now_ns)
-        queue, prefill, decode = self.spent_ns
+        spent_ns, reason_ns = [0, 0, 0], dict[str, int]()
+        for stretch in self.stretches:
+            spent_ns[stretch.phase] += stretch.ns
+            for reason, waited_ns in stretch.reason_ns.items():
+                reason_ns[reason] = reason_ns.get(reason, 0) + waited_ns
+        queue, prefill, decode = spent_ns
         return Durations(
             total_ns=now_ns - self.started_ns,
             queue_ns=queue,
@@ -112,7 +150,8 @@ class Ledger:
             preemptions=self.preemptions,
             prefill_steps=self.prefill_steps,
             decode_steps=self.decode_steps,
-            queue_reason_ns=self.queue_reason_ns,
+            queue_reason_ns=reason_ns,
+            segments=tuple(stretch.seal() for stretch in self.stretches),
         )
 
     def _most_advanced(self) -> Phase:
@@ -122,21 +161,41 @@ class Ledger:
 
     def _enter(self, clock: WaitClock, now_ns: int) -> None:
         self.clock = clock
-        self.reading = clock.read(now_ns)
+        self.work_before = clock.work
+        if self.phase is Phase.QUEUE:
+            self.reading = clock.read(now_ns)
 
     def _settle(self, now_ns: int) -> None:
-        passed_ns = now_ns - self.since_ns
-        self.spent_ns[self.phase] += passed_ns
+        """Adds what passed since the last time to the stretch of this phase."""
+        passed_ns, stretch = now_ns - self.since_ns, self._stretch()
+        stretch.ns += passed_ns
         self.since_ns = now_ns
+        done = self.clock.work
+        stretch.work = tuple(
+            had + now - then for had, now, then in zip(stretch.work, done, self.work_before, strict=True)
+        )
+        self.work_before = done
         if self.phase is not Phase.QUEUE:
             return
         if self.own_reason is not None:
-            self._add_wait(self.own_reason, passed_ns)
+            _add_wait(stretch, self.own_reason, passed_ns)
             self.own_reason = None
             return
         for reason, total_ns in self.clock.read(now_ns).items():
-            self._add_wait(reason, total_ns - self.reading.get(reason, 0))
+            _add_wait(stretch, reason, total_ns - self.reading.get(reason, 0))
 
-    def _add_wait(self, reason: WaitReason, waited_ns: int) -> None:
-        if waited_ns:
-            self.queue_reason_ns[reason.value] = self.queue_reason_ns.get(reason.value, 0) + waited_ns
+    def _stretch(self) -> _Stretch:
+        """The current one: a new one after another phase, unless there are too many."""
+        if self.stretches and self.stretches[-1].phase is self.phase:
+            return self.stretches[-1]
+        if len(self.stretches) >= MOST_SEGMENTS:
+            alike = [stretch for stretch in self.stretches if stretch.phase is self.phase]
+            if alike:
+                return alike[-1]
+        self.stretches.append(_Stretch(self.phase))
+        return self.stretches[-1]
+
+
+def _add_wait(stretch: _Stretch, reason: WaitReason, waited_ns: int) -> None:
+    if waited_ns:
+        stretch.reason_ns[reason.value] = stretch.reason_ns.get(reason.value, 0) + waited_ns

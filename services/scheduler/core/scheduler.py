@@ -138,6 +138,7 @@ class Scheduler:
             return
         flight = group.in_flight.popleft()
         group.pace.learn(flight.plan.num_tokens, len(flight.rows), result.run_ns)
+        group.clock.count_step(len(flight.rows), result.run_ns)
         tokens = iter(result.tokens)
         for row, sample in enumerate(flight.rows):
             token = next(tokens) if flight.plan.samples[row] else None

@@ -371,6 +371,30 @@ def test_what_was_cached_stays_what_it_was_through_a_preemption():
     assert [d.released[key].cached_tokens for key in ("a", "b")] == [8, 16]
 
 
+def test_the_account_opens_the_queue_again_after_a_preemption():
+    d = driver(num_blocks=14)
+    for key, first in (("a", 0), ("b", 40)):
+        d.submit(submission(key, range(first, first + 10), max_tokens=40))
+    d.run()
+    durations = d.released["b"].durations
+    phases = [segment.phase for segment in durations.segments]
+    assert phases == ["queue", "prefill", "decode"] * (1 + durations.preemptions)
+    assert durations.preemptions >= 1
+    assert durations.segments[3].reason_ns.keys() == {"blocks"}
+
+
+def test_a_segment_knows_the_steps_that_its_group_finished_meanwhile():
+    d = driver()
+    for key in ("a", "b"):
+        d.submit(submission(key, range(10), max_tokens=6))
+    d.run()
+    queue, prefill, decode = d.released["a"].durations.segments
+    assert (queue.steps, prefill.steps, prefill.rows) == (0, 1, 2)
+    assert decode.rows == 2 * decode.steps
+    assert decode.steps >= 5
+    assert decode.device_ns == decode.steps * 1_000_000
+
+
 def test_the_last_worker_lost_ends_requests_with_a_retryable_error():
     d = driver()
     d.submit(submission("a", range(9), max_tokens=12))

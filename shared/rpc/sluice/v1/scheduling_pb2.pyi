@@ -238,7 +238,7 @@ class Released(_message.Message):
     def __init__(self, key: _Optional[int] = ..., refusal: _Optional[str] = ..., message: _Optional[str] = ..., retry_after_ms: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., durations: _Optional[_Union[PhaseDurations, _Mapping]] = ..., field: _Optional[str] = ...) -> None: ...
 
 class PhaseDurations(_message.Message):
-    __slots__ = ("total_ns", "queue_ns", "prefill_ns", "decode_ns", "preemptions", "prefill_steps", "decode_steps", "queue_reason_ns")
+    __slots__ = ("total_ns", "queue_ns", "prefill_ns", "decode_ns", "preemptions", "prefill_steps", "decode_steps", "queue_reason_ns", "segments")
     class QueueReasonNsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -254,6 +254,7 @@ class PhaseDurations(_message.Message):
     PREFILL_STEPS_FIELD_NUMBER: _ClassVar[int]
     DECODE_STEPS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_REASON_NS_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     total_ns: int
     queue_ns: int
     prefill_ns: int
@@ -262,4 +263,28 @@ class PhaseDurations(_message.Message):
     prefill_steps: int
     decode_steps: int
     queue_reason_ns: _containers.ScalarMap[str, int]
-    def __init__(self, total_ns: _Optional[int] = ..., queue_ns: _Optional[int] = ..., prefill_ns: _Optional[int] = ..., decode_ns: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefill_steps: _Optional[int] = ..., decode_steps: _Optional[int] = ..., queue_reason_ns: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    segments: _containers.RepeatedCompositeFieldContainer[PhaseSegment]
+    def __init__(self, total_ns: _Optional[int] = ..., queue_ns: _Optional[int] = ..., prefill_ns: _Optional[int] = ..., decode_ns: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefill_steps: _Optional[int] = ..., decode_steps: _Optional[int] = ..., queue_reason_ns: _Optional[_Mapping[str, int]] = ..., segments: _Optional[_Iterable[_Union[PhaseSegment, _Mapping]]] = ...) -> None: ...
+
+class PhaseSegment(_message.Message):
+    __slots__ = ("phase", "ns", "steps", "rows", "device_ns", "reason_ns")
+    class ReasonNsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    NS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_NS_FIELD_NUMBER: _ClassVar[int]
+    REASON_NS_FIELD_NUMBER: _ClassVar[int]
+    phase: str
+    ns: int
+    steps: int
+    rows: int
+    device_ns: int
+    reason_ns: _containers.ScalarMap[str, int]
+    def __init__(self, phase: _Optional[str] = ..., ns: _Optional[int] = ..., steps: _Optional[int] = ..., rows: _Optional[int] = ..., device_ns: _Optional[int] = ..., reason_ns: _Optional[_Mapping[str, int]] = ...) -> None: ...
