@@ -83,7 +83,9 @@ def plan_attention(
     num_splits = sum(_num_splits(context_lens[row], window) for row in decodes)
 
     def put(values: list[Any], *shape: int) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32).view(shape).to(device, non_blocking=True)
+        """From pinned memory: a copy from any other waits for the stream."""
+        numbers = torch.tensor(values, dtype=torch.int32, pin_memory=device.type == "cuda").view(shape)
+        return numbers.to(device, non_blocking=True)
 
     plan = AttentionPlan(
         query_starts=put(query_starts, -1),

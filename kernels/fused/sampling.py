@@ -139,7 +139,8 @@ def _choose_kernel(
             scores = scale(x, top, warmth) + exact_gumbel(bits_of(ids, first, second))
             best = tl.max(scores, 0)
             token_id = tl.min(tl.where(offered & (scores == best), ids, NO_ID), 0)
-            token_id = tl.where(token_id == NO_ID, 0, token_id)  # min-p above 1 keeps nothing
+    # A row of NaNs has no best id, nor one of which min-p above 1 keeps nothing; the next step may look it up unseen.
+    token_id = tl.where(token_id == NO_ID, 0, token_id)
     tl.store(token_ids + row, token_id.to(tl.int64))
     tl.store(values + row, top)
 

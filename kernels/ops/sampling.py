@@ -32,7 +32,8 @@ def _body(tensor: Tensor) -> ModuleType:
 def best(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The highest logit's id per row (int64; the lowest id among equals) and its value (float32).
 
-    The value is not finite where the row holds a NaN or +inf, or nothing but -inf.
+    The value is not finite where the row holds a NaN or +inf, or nothing but -inf; the id is then one of the vocabulary
+    and means nothing, so here and in `sample`.
     """
     return _body(logits).best(logits)
 

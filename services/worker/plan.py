@@ -101,16 +101,73 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
 
 
+class PendingStep(Protocol):
+    """A step that was begun: it may still be computing, and nobody has read what it brought forth."""
+
+    @property
+    def is_computed(self) -> bool:
+        """Finishing it waits for nothing."""
+        ...
+
+    def wait(self) -> None:
+        """Blocks until it is computed. Any thread may call it; errors are left to `finish`."""
+
+
 class StepRunner(Protocol):
-    """Whatever runs plans in order, on one thread."""
+    """Whatever runs plans in order, on one thread.
+
+    A step is begun, then finished. Where the device computes on its own the next step may be begun before this one is
+    finished (at most MAX_BEGUN_STEPS at once); steps are finished in their order.
+    """
 
     @property
     def layers_done(self) -> int:
         """Grows while a step runs; read from other threads."""
         ...
 
+    def begin(self, plan: StepPlan) -> PendingStep:
+        """Starts one step. Any exception means that it failed and that, once the steps begun before are finished, only
+        `reset` may follow."""
+        ...
+
+    def finish(self, pending: PendingStep) -> StepOutput:
+        """Waits for the step and reads it. Any exception means that it failed and that only `reset` may follow."""
+        ...
+
     def run(self, plan: StepPlan) -> StepOutput:
-        """Runs one step. Any exception means that the step failed and that only `reset` may follow."""
+        """Both, one after the other."""
+        ...
 
     def reset(self) -> None:
-        """Drops every slot; keeps the pool."""
+        """Drops every slot and every step that was begun; keeps the pool."""
+
+
+MAX_BEGUN_STEPS = 2
+"""One that computes and one behind it: more would only add to the time that a new request waits."""
+
+
+class ComputedStep(msgspec.Struct, frozen=True):
+    """A step that was over when it had begun."""
+
+    output: StepOutput
+
+    @property
+    def is_computed(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        pass
+
+
+class WholeStepRunner:
+    """A runner that computes a step whole: what inherits it has `run`, `reset` and `layers_done` of its own."""
+
+    def run(self, plan: StepPlan) -> StepOutput:
+        raise NotImplementedError
+
+    def begin(self, plan: StepPlan) -> ComputedStep:
+        return ComputedStep(self.run(plan))
+
+    def finish(self, pending: PendingStep) -> StepOutput:
+        assert isinstance(pending, ComputedStep)
+        return pending.output

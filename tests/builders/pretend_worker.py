@@ -27,6 +27,7 @@ from services.worker.plan import (
     StepError,
     StepOutput,
     StepPlan,
+    WholeStepRunner,
 )
 from shared.config import WorkerConfig
 from shared.ids import new_instance_id
@@ -56,7 +57,7 @@ def _token(history: int, sampling: Sampling, sample_index: int, vocab_size: int)
     return FIRST_TOKEN_ID + (mixed * GOLDEN >> 7) % (vocab_size - FIRST_TOKEN_ID)
 
 
-class PretendRunner:
+class PretendRunner(WholeStepRunner):
     """Runs plans by hashing. `fail_step` is asked before each step: True makes it fail."""
 
     def __init__(

@@ -1,10 +1,12 @@
 """Runners on real decoders, and a careless little scheduler that plans their steps at random."""
 
 import random
+from collections import deque
 from dataclasses import dataclass, field
 
 from services.worker.execute.runner import Runner
 from services.worker.execute.slots import Slots
+from services.worker.memory.copies import Arrival
 from services.worker.memory.layout import layout_of
 from services.worker.memory.pool import allocate_pool
 from services.worker.models.decoder import Decoder
@@ -79,27 +81,29 @@ def answer_all(
     block_size: int = 8,
     num_blocks: int = 64,
     max_num_seqs: int = 16,
+    ahead: int = 0,
 ) -> list[Asked]:
     """Runs all requests to their ends in random batches and chunks of at most `chunk` tokens, taking some out of their
-    slots on the way; their blocks then go to others."""
+    slots on the way; their blocks then go to others. Up to `ahead` steps are begun before the oldest is finished, and
+    go on from tokens that are not known yet (None)."""
     free_blocks, free_slots = list(range(num_blocks)), list(range(max_num_seqs))
     rng.shuffle(free_blocks)
     rng.shuffle(free_slots)
     runner.reset()
-    step = 0
-    while open_requests := [each for each in requests if not each.done]:
-        step += 1
+    step, begun = 0, deque()
+    while begun or any(not each.done for each in requests):
+        open_requests = [each for each in requests if not each.done]
         for each in requests:
             if each.slot >= 0 and (each.done or rng.random() < preempt):
                 free_slots.append(each.slot)
                 free_blocks += each.blocks
                 each.slot, each.computed, each.blocks = -1, 0, []
         rows, admits, planned = [], [], []
-        for each in rng.sample(open_requests, rng.randint(1, len(open_requests))):
+        for each in rng.sample(open_requests, rng.randint(1, len(open_requests))) if open_requests else ():
             room = len(free_blocks) * block_size
             left = len(each.known) - each.computed
             count = min(left, rng.randint(1, chunk) if chunk < left else left)
-            if room < count or (each.slot < 0 and not free_slots):
+            if room < count or (each.slot < 0 and (not free_slots or None in each.tokens)):
                 continue
             if each.slot < 0:
                 each.slot = free_slots.pop(0)
@@ -110,19 +114,43 @@ def answer_all(
             each.computed += count
             rows.append((each.slot, count, each.computed == len(each.known), further))
             planned.append(each)
-        _absorb(runner.run(make_plan(step, rows, admits)), rows, planned)
+        if rows:
+            step += 1
+            begun.append((runner.begin(make_plan(step, rows, admits)), rows, _placed(rows, planned)))
+        while begun and (len(begun) > ahead or not rows):
+            pending, old_rows, places = begun.popleft()
+            _absorb(runner.finish(pending), old_rows, places)
     return requests
 
 
-def _absorb(output, rows, planned) -> None:
-    tokens = iter(output.tokens.tolist())
+def _placed(rows, planned) -> list[tuple[Asked, int]]:
+    """Which request each row is of, and where among its tokens the sampled one goes."""
+    places = []
     for each, (_, _, samples, _) in zip(planned, rows, strict=True):
+        places.append((each, len(each.tokens)))
         if samples:
-            each.tokens.append(next(tokens))
+            each.tokens.append(None)
+    return places
+
+
+def _absorb(output, rows, places) -> None:
+    tokens = iter(output.tokens.tolist())
+    for (each, at), (_, _, samples, _) in zip(places, rows, strict=True):
+        if samples:
+            each.tokens[at] = next(tokens)
     for entry in output.logprobs:
-        planned[entry.row].logprobs.append(entry)
+        places[entry.row][0].logprobs.append(entry)
     for entry in output.prompt_logprobs:
-        planned[entry.row].prompt_logprobs.append(entry)
+        places[entry.row][0].prompt_logprobs.append(entry)
+
+
+class LateCopies:
+    """A device that keeps its results to itself: until a step is read nothing that it sampled is on the host."""
+
+    overlaps = True
+
+    def fetch(self, tensors):
+        return Arrival([tensor.clone() for tensor in tensors])
 
 
 def make_asked(prompt: list[int], max_tokens: int, **fields) -> Asked:

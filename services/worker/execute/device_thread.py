@@ -2,18 +2,32 @@
 
 The event loop drops work in the inbox and goes on; a step never blocks it. After a failed step nothing runs until the
 next epoch begins, because slots and pages are then in doubt.
+
+Where the device computes on its own, a plan that arrives is begun while the step before still computes, so that the
+device finds its next work waiting. A second thread does nothing but wait for steps and say so in the inbox: the device
+thread then sleeps on one queue, whatever comes first. Where a step is over when it has begun, its result leaves before
+the next one begins.
 """
 
 import asyncio
 import contextlib
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
 
-from services.worker.plan import PlanError, StepError, StepPlan, StepResult, StepRunner
+from services.worker.plan import (
+    MAX_BEGUN_STEPS,
+    PendingStep,
+    PlanError,
+    StepError,
+    StepPlan,
+    StepResult,
+    StepRunner,
+)
 from shared.clock import NowNs, monotonic_ns
 
 log = structlog.get_logger("device")
@@ -43,6 +57,22 @@ class _Step:
     deliver: Deliver
 
 
+@dataclass(slots=True, eq=False)
+class _Begun:
+    """A step that was begun and not finished."""
+
+    work: _Step
+    pending: PendingStep
+    started_ns: int
+
+
+@dataclass(slots=True)
+class _Computed:
+    """What the waiting thread says."""
+
+    begun: _Begun
+
+
 class DeviceThread:
     """Runs `runner` on its own thread. Every method is for the event loop's thread.
 
@@ -57,7 +87,11 @@ class DeviceThread:
         self._runner = runner
         self._now_ns = now_ns
         self._max_pending_plans = max_pending_plans
-        self._inbox: queue.SimpleQueue[_Begin | _Step | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Begin | _Step | _Computed | None] = queue.SimpleQueue()
+        self._begun: deque[_Begun] = deque()
+        self._awaited: queue.SimpleQueue[_Begun | None] = queue.SimpleQueue()
+        self._waiter: threading.Thread | None = None
+        self._free_ns = 0  # since when the device has had nothing but the oldest step that was begun
         self._pending_plans = 0
         self._epoch = 0
         self._failed_step: int | None = None
@@ -102,11 +136,17 @@ class DeviceThread:
         while (work := self._inbox.get()) is not None:
             if isinstance(work, _Begin):
                 self._reset(work)
-            else:
-                result = self._run(work)
-                self._call_on_loop(self._settle, work.deliver, result)
+            elif isinstance(work, _Step):
+                self._start(work)
+            elif self._begun and work.begun is self._begun[0]:
+                self._finish_oldest()
+        self._finish_all()
+        if self._waiter is not None:
+            self._awaited.put(None)
 
     def _reset(self, begin: _Begin) -> None:
+        while self._begun:
+            self._answer(self._begun.popleft().work, None)
         try:
             self._runner.reset()
         except Exception as error:
@@ -116,25 +156,79 @@ class DeviceThread:
         self._failed_step = None
         self._call_on_loop(_finish, begin.done)
 
-    def _run(self, work: _Step) -> StepResult | None:
-        """One plan's answer; None where nobody waits for it any more."""
+    def _start(self, work: _Step) -> None:
+        """Begins one plan, and answers it where its step is over by then."""
         if work.epoch != self._epoch or self._stopping:
-            return None
-        step = work.plan.step
+            self._answer(work, None)
+            return
+        while len(self._begun) >= MAX_BEGUN_STEPS:
+            self._finish_oldest()
         started_ns = self._now_ns()
-        wait_ns = started_ns - work.arrived_ns
         if self._failed_step is not None:
-            self.steps_done += 1
-            return StepResult(step=step, wait_ns=wait_ns, error=f"skipped: step {self._failed_step} failed")
+            self._skip(work, started_ns)
+            return
         try:
-            output = self._runner.run(work.plan)
+            pending = self._runner.begin(work.plan)
         except Exception as error:
-            self._failed_step = step
+            self._finish_all()  # those before it come first, and one of them may be what went wrong
+            self._fail(work, started_ns, error)
+            return
+        begun = _Begun(work, pending, started_ns)
+        self._begun.append(begun)
+        if pending.is_computed:
+            self._finish_all()
+        else:
+            self._wait_for(begun)
+
+    def _finish_all(self) -> None:
+        while self._begun:
+            self._finish_oldest()
+
+    def _finish_oldest(self) -> None:
+        begun = self._begun.popleft()
+        work, started_ns = begun.work, max(begun.started_ns, self._free_ns)
+        if self._failed_step is not None:
+            self._skip(work, begun.started_ns)
+            return
+        try:
+            output = self._runner.finish(begun.pending)
+        except Exception as error:
+            self._fail(work, started_ns, error)
+            return
+        self._free_ns = self._now_ns()
+        wait_ns, run_ns = begun.started_ns - work.arrived_ns, self._free_ns - started_ns
+        self._answer(work, StepResult(step=work.plan.step, output=output, wait_ns=wait_ns, run_ns=run_ns))
+
+    def _fail(self, work: _Step, started_ns: int, error: Exception) -> None:
+        if self._failed_step is not None:
+            self._skip(work, started_ns)
+            return
+        self._failed_step = step = work.plan.step
+        _log_failure("step_failed", error, step=step, epoch=work.epoch)
+        wait_ns, run_ns = started_ns - work.arrived_ns, self._now_ns() - started_ns
+        self._answer(work, StepResult(step=step, wait_ns=wait_ns, run_ns=run_ns, error=_short(error)))
+
+    def _skip(self, work: _Step, started_ns: int) -> None:
+        error = f"skipped: step {self._failed_step} failed"
+        self._answer(work, StepResult(step=work.plan.step, wait_ns=started_ns - work.arrived_ns, error=error))
+
+    def _answer(self, work: _Step, result: StepResult | None) -> None:
+        """None where nobody waits for it any more."""
+        if result is not None:
             self.steps_done += 1
-            _log_failure("step_failed", error, step=step, epoch=work.epoch)
-            return StepResult(step=step, wait_ns=wait_ns, run_ns=self._now_ns() - started_ns, error=_short(error))
-        self.steps_done += 1
-        return StepResult(step=step, output=output, wait_ns=wait_ns, run_ns=self._now_ns() - started_ns)
+        self._call_on_loop(self._settle, work.deliver, result)
+
+    def _wait_for(self, begun: _Begun) -> None:
+        if self._waiter is None:
+            self._waiter = threading.Thread(target=self._wait, name="device-wait", daemon=True)
+            self._waiter.start()
+        self._awaited.put(begun)
+
+    def _wait(self) -> None:
+        while (begun := self._awaited.get()) is not None:
+            with contextlib.suppress(Exception):  # finishing the step raises it again
+                begun.pending.wait()
+            self._inbox.put(_Computed(begun))
 
     def _settle(self, deliver: Deliver, result: StepResult | None) -> None:
         self._pending_plans -= 1

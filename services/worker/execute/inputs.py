@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from services.worker.execute.slots import Slots
+from services.worker.memory.copies import to_device
 from services.worker.models.decoder import StepBatch
 from services.worker.plan import StepPlan
 
@@ -17,16 +18,18 @@ class Inputs:
     """One step's batch, and where its logits belong.
 
     `sampled_at` int64: for each sampling row, in row order, its row among the logits. `prompt_rows`: (row of the plan,
-    first and last + 1 row among the logits) for each row with prompt positions to describe.
+    first and last + 1 row among the logits) for each row with prompt positions to describe. `feeds`: some token ids are
+    -1 - slot, for the slot's last token, whose id is still on the device.
     """
 
     batch: StepBatch
     sampled_at: Array
     prompt_rows: tuple[tuple[int, int, int], ...]
+    feeds: bool = False
 
 
-def gather(slots: Slots, plan: StepPlan, describes_prompt: Array, *, exact: bool) -> Inputs:
-    """Reads the rows of `plan`, which has at least one. `describes_prompt` bool [rows]."""
+def gather(slots: Slots, plan: StepPlan, describes_prompt: Array, *, exact: bool, device: torch.device) -> Inputs:
+    """Reads the rows of `plan`, which has at least one; the batch lies on `device`. `describes_prompt` bool [rows]."""
     counts, computed = plan.counts, slots.computed[plan.slots]
     starts = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=starts[1:])
@@ -36,17 +39,22 @@ def gather(slots: Slots, plan: StepPlan, describes_prompt: Array, *, exact: bool
     contexts = computed + counts
     num_columns = -(-int(contexts.max()) // slots.block_size)
     logit_rows, sampled_at, prompt_rows = _choose_logits(slots, plan, starts, describes_prompt)
+    token_ids = slots.tokens[slot_of_token, positions].astype(np.int64)
+    unread = slots.unread[plan.slots] > 0
+    feeds = bool(unread.any())
+    if feeds:
+        token_ids[starts[:-1][unread]] = -1 - plan.slots[unread]
     batch = StepBatch(
-        token_ids=torch.from_numpy(slots.tokens[slot_of_token, positions].astype(np.int64)),
-        positions=torch.from_numpy(positions),
-        slots=torch.from_numpy(blocks * slots.block_size + positions % slots.block_size),
+        token_ids=to_device(token_ids, device),
+        positions=to_device(positions, device),
+        slots=to_device(blocks * slots.block_size + positions % slots.block_size, device),
         query_starts=starts.tolist(),
         context_lens=contexts.tolist(),
-        block_tables=torch.from_numpy(slots.block_table[plan.slots, :num_columns]),
-        logit_rows=torch.from_numpy(logit_rows),
+        block_tables=to_device(slots.block_table[plan.slots, :num_columns], device),
+        logit_rows=to_device(logit_rows, device),
         exact=exact,
     )
-    return Inputs(batch, sampled_at, prompt_rows)
+    return Inputs(batch, sampled_at, prompt_rows, feeds)
 
 
 def _choose_logits(

@@ -1,15 +1,23 @@
-"""Runs a plan: admit, gather, forward, sample, write the tokens back."""
+"""Runs a plan: admit, gather, forward, sample; then read the tokens and write them back.
 
+Where results stay on the device (`Copies.overlaps`) the two halves lie apart, and the next step begins between them:
+it takes the tokens that nobody has read yet from `_last_tokens`, a tensor by slot. A step that was begun keeps all that
+its reading needs, for by then its slots may be other requests'.
+"""
+
+from collections import deque
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from services.worker.execute.inputs import Inputs, gather
-from services.worker.execute.slots import Slots
+from services.worker.execute.slots import Placed, Slots
+from services.worker.memory.copies import Arrival, Copies, HostCopies, to_device
 from services.worker.models.decoder import StepBatch
-from services.worker.plan import NO_OUTPUT, RowPromptLogprobs, StepOutput, StepPlan
-from services.worker.sampling.sampler import Sampler
+from services.worker.plan import NO_OUTPUT, ComputedStep, PendingStep, StepOutput, StepPlan
+from services.worker.sampling.sampler import DescribedPrompt, Sampled, Sampler
 
 
 class Forward(Protocol):
@@ -20,6 +28,26 @@ class Forward(Protocol):
     def forward(self, batch: StepBatch, pool: Tensor) -> Tensor: ...
 
 
+@dataclass(slots=True, eq=False)
+class BegunStep:
+    """A step that was launched. `output` or `error` is set once it has been read."""
+
+    placed: Placed
+    sampled: Sampled | None
+    described: tuple[DescribedPrompt, ...]
+    arrival: Arrival
+    overlaps: bool
+    output: StepOutput | None = None
+    error: Exception | None = None
+
+    @property
+    def is_computed(self) -> bool:
+        return not self.overlaps
+
+    def wait(self) -> None:
+        self.arrival.wait()
+
+
 class Runner:
     """Owns slots, sampling state and the pages' contents. One thread calls it.
 
@@ -27,13 +55,23 @@ class Runner:
     """
 
     def __init__(
-        self, decoder: Forward, pages: Tensor, slots: Slots, sampler: Sampler, *, deterministic: bool = False
+        self,
+        decoder: Forward,
+        pages: Tensor,
+        slots: Slots,
+        sampler: Sampler,
+        *,
+        deterministic: bool = False,
+        copies: Copies | None = None,
     ) -> None:
         self._decoder = decoder
         self._pages = pages
         self._slots = slots
         self._sampler = sampler
         self._deterministic = deterministic
+        self._copies = copies or HostCopies()
+        self._last_tokens = torch.zeros(slots.max_num_seqs, dtype=torch.int64, device=pages.device)
+        self._begun: deque[BegunStep] = deque()
 
     @property
     def vocab_size(self) -> int:
@@ -44,42 +82,103 @@ class Runner:
         return self._decoder.layers_done
 
     def reset(self) -> None:
+        self._begun.clear()
         self._slots.reset()
 
-    @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepOutput:
         """Raises PlanError for a plan that does not fit, StepError for logits that are not numbers."""
+        return self.finish(self.begin(plan))
+
+    @torch.inference_mode()
+    def begin(self, plan: StepPlan) -> PendingStep:
+        """Raises PlanError for a plan that does not fit, or what a step before has raised that had to be read first."""
         for admit in plan.admits:
             self._slots.admit(admit)
             self._sampler.admit(admit)
         self._slots.extend(plan)
         if len(plan.slots) == 0:
-            return NO_OUTPUT
-        describes_prompt = self._sampler.wants_prompt_logprobs(plan.slots)
-        inputs = gather(self._slots, plan, describes_prompt, exact=plan.exact or self._deterministic)
-        logits = self._decoder.forward(inputs.batch, self._pages)
-        prompt_logprobs = self._describe_prompts(plan, inputs, logits)
-        output = self._sample(plan, inputs, logits, prompt_logprobs)
-        self._slots.advance(plan, output.tokens)
-        return output
+            return ComputedStep(NO_OUTPUT)
+        if self._begun and (self._sampler.reads_history(plan.slots) & (self._slots.unread[plan.slots] > 0)).any():
+            self._read_begun()
+        begun = self._launch(plan)
+        self._begun.append(begun)
+        return begun
 
-    def _sample(
-        self, plan: StepPlan, inputs: Inputs, logits: Tensor, prompt_logprobs: tuple[RowPromptLogprobs, ...]
-    ) -> StepOutput:
+    def finish(self, pending: PendingStep) -> StepOutput:
+        """Raises StepError for logits that are not numbers."""
+        if isinstance(pending, ComputedStep):
+            return pending.output
+        assert isinstance(pending, BegunStep)
+        if pending.output is None and pending.error is None:
+            self._read(pending)
+        if pending.error is not None:
+            raise pending.error
+        assert pending.output is not None
+        return pending.output
+
+    def _launch(self, plan: StepPlan) -> BegunStep:
+        describes_prompt = self._sampler.wants_prompt_logprobs(plan.slots)
+        exact = plan.exact or self._deterministic
+        inputs = gather(self._slots, plan, describes_prompt, exact=exact, device=self._pages.device)
+        if inputs.feeds:
+            inputs = replace(inputs, batch=self._feed(inputs.batch))
+        logits = self._decoder.forward(inputs.batch, self._pages)
+        described = self._describe_prompts(plan, inputs, logits)
+        sampled = self._sample(plan, inputs, logits)
+        tensors = [tensor for each in (sampled, *described) if each is not None for tensor in each.tensors]
+        return BegunStep(
+            self._slots.place(plan), sampled, described, self._copies.fetch(tensors), self._copies.overlaps
+        )
+
+    def _feed(self, batch: StepBatch) -> StepBatch:
+        """Puts in the tokens that are still on the device: -1 - slot stands for a slot's last one."""
+        token_ids = batch.token_ids
+        fed = self._last_tokens.index_select(0, (-1 - token_ids).clamp_min(0))
+        return replace(batch, token_ids=torch.where(token_ids < 0, fed, token_ids))
+
+    def _sample(self, plan: StepPlan, inputs: Inputs, logits: Tensor) -> Sampled | None:
         slots = plan.slots[plan.samples]
         if len(slots) == 0:
-            return StepOutput(prompt_logprobs=prompt_logprobs)
+            return None
         if len(logits) != len(slots):
-            logits = logits[torch.from_numpy(inputs.sampled_at).to(logits.device)]
-        rows = plan.samples.nonzero()[0]
-        tokens, logprobs = self._sampler.sample(logits, slots, self._slots.known[slots], rows)
-        return StepOutput(tokens.astype("uint32"), logprobs, prompt_logprobs)
+            logits = logits[to_device(inputs.sampled_at, logits.device)]
+        sampled = self._sampler.sample(logits, slots, self._slots.known[slots], plan.samples.nonzero()[0])
+        if self._copies.overlaps:
+            self._last_tokens.index_copy_(0, to_device(slots, logits.device), sampled.token_ids)
+        return sampled
 
-    def _describe_prompts(self, plan: StepPlan, inputs: Inputs, logits: Tensor) -> tuple[RowPromptLogprobs, ...]:
+    def _describe_prompts(self, plan: StepPlan, inputs: Inputs, logits: Tensor) -> tuple[DescribedPrompt, ...]:
         described = []
         for row, first, end in inputs.prompt_rows:
             slot = int(plan.slots[row])
             start = int(self._slots.computed[slot]) + 1
             token_ids = self._slots.tokens[slot, start : start + end - first]
-            described.append(self._sampler.prompt_logprobs(logits[first:end], slot, row, start, token_ids))
+            described.append(self._sampler.describe_prompt(logits[first:end], slot, row, start, token_ids))
         return tuple(described)
+
+    def _read_begun(self) -> None:
+        """Reads every step that was begun, for those who wait for its tokens. Raises the first one's error."""
+        while self._begun:
+            begun = self._begun[0]
+            self._read(begun)
+            if begun.error is not None:
+                raise begun.error
+
+    def _read(self, begun: BegunStep) -> None:
+        """Waits for the oldest step that was begun, and writes its tokens into the slots."""
+        oldest = self._begun.popleft()
+        assert begun is oldest, "steps are finished in their order"
+        try:
+            begun.output = self._output(begun)
+        except Exception as error:
+            begun.error = error
+
+    def _output(self, begun: BegunStep) -> StepOutput:
+        arrays = iter(begun.arrival.read())
+        tokens, logprobs = NO_OUTPUT.tokens, NO_OUTPUT.logprobs
+        if begun.sampled is not None:
+            sampled, logprobs = begun.sampled.read([next(arrays) for _ in begun.sampled.tensors])
+            self._slots.fill(begun.placed, sampled)
+            tokens = sampled.astype("uint32")
+        described = tuple(each.read([next(arrays) for _ in each.tensors]) for each in begun.described)
+        return StepOutput(tokens, logprobs, described)

@@ -1,8 +1,12 @@
 """The persistent rows of a worker: tokens, block tables and counts per slot. NumPy only, so that pretend devices share
 it. Owned by the runner; changed on the device thread only.
 
-Per slot: tokens [0, computed) have K and V in the pages, [computed, known) are still to be computed.
+Per slot: tokens [0, computed) have K and V in the pages, [computed, known) are still to be computed. A step that was
+begun counts as computed, and its sampled token as known, before anybody has read it: `place` keeps its place and `fill`
+writes it there once it is read. Such a token is the last known one, so a row that computes it computes nothing else.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,10 +15,22 @@ from services.worker.plan import Admit, PlanError, StepPlan
 Array = np.ndarray
 
 
+@dataclass(slots=True, frozen=True)
+class Placed:
+    """Where the tokens of one step will stand: int64 [n], in row order. `admissions` tell whether a slot still belongs
+    to the request that sampled."""
+
+    slots: Array
+    positions: Array
+    admissions: Array
+
+
 class Slots:
-    """Arrays indexed by slot. `known` 0 means that nothing was admitted."""
+    """Arrays indexed by slot. `known` 0 means that nothing was admitted; the last `unread` of the known tokens have no
+    id here yet. `admissions` counts the requests that a slot was given to."""
 
     __slots__ = (
+        "admissions",
         "block_size",
         "block_table",
         "computed",
@@ -25,6 +41,7 @@ class Slots:
         "num_row_blocks",
         "prompt_len",
         "tokens",
+        "unread",
         "vocab_size",
     )
 
@@ -43,9 +60,13 @@ class Slots:
         self.computed = np.zeros(max_num_seqs, np.int64)
         self.known = np.zeros(max_num_seqs, np.int64)
         self.prompt_len = np.zeros(max_num_seqs, np.int64)
+        self.unread = np.zeros(max_num_seqs, np.int64)
+        self.admissions = np.zeros(max_num_seqs, np.int64)
 
     def reset(self) -> None:
         self.known[:] = 0
+        self.unread[:] = 0
+        self.admissions += 1
 
     def admit(self, admit: Admit) -> None:
         """Takes a request up in its slot. Raises PlanError and changes nothing where it cannot be."""
@@ -57,6 +78,8 @@ class Slots:
         self.computed[slot] = admit.computed
         self.known[slot] = known
         self.prompt_len[slot] = admit.prompt_len
+        self.unread[slot] = 0
+        self.admissions[slot] += 1
 
     def _check_admit(self, admit: Admit) -> None:
         known = len(admit.token_ids)
@@ -114,12 +137,27 @@ class Slots:
         self.block_table[np.repeat(plan.slots, added), first + np.arange(len(plan.blocks))] = plan.blocks
         self.num_row_blocks[plan.slots] = row_blocks + added
 
-    def advance(self, plan: StepPlan, sampled: Array) -> None:
-        """After the step: what was computed, and one further token for each sampling row (`sampled`, in row order)."""
+    def place(self, plan: StepPlan) -> Placed:
+        """Once the step is begun: what it computes, and a place for one further token of each sampling row."""
         self.computed[plan.slots] += plan.counts
         slots = plan.slots[plan.samples]
-        self.tokens[slots, self.known[slots]] = sampled
+        placed = Placed(slots, self.known[slots], self.admissions[slots])
         self.known[slots] += 1
+        self.unread[slots] += 1
+        return placed
+
+    def fill(self, placed: Placed, sampled: Array) -> None:
+        """Writes a step's tokens, in row order, where they belong; not where another request has the slot by now."""
+        slots, positions = placed.slots, placed.positions
+        same = placed.admissions == self.admissions[slots]
+        if not same.all():
+            slots, positions, sampled = slots[same], positions[same], sampled[same]
+        self.tokens[slots, positions] = sampled
+        self.unread[slots] -= 1
+
+    def advance(self, plan: StepPlan, sampled: Array) -> None:
+        """Both at once, after a step whose tokens are at hand."""
+        self.fill(self.place(plan), sampled)
 
 
 def _check_rows(bad: Array, plan: StepPlan, name: str, what: str) -> None:

@@ -1,9 +1,11 @@
-"""How each slot samples, as arrays by slot, and the sampling of one step's rows.
+"""How each slot samples, as arrays by slot, and the sampling of one step's rows: first what is launched, then, once its
+tensors are on the host, what is read.
 
 The order: raw logprobs, logit bias, penalties, min_tokens, then kernels.ops.sampling.sample (temperature, top-k, top-p,
 min-p, noise). Rows that ask for nothing pay for nothing: a plain greedy step is one argmax.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import sampling as ops
+from services.worker.memory.copies import to_device
 from services.worker.plan import Admit, PlanError, RowLogprobs, RowPromptLogprobs, StepError
 from services.worker.sampling.history import TokenCounts
 from shared.sampling import NO_LOGPROBS, Sampling
@@ -34,6 +37,63 @@ class _Adjustments:
     frequency: float
 
 
+@dataclass(slots=True, frozen=True)
+class Sampled:
+    """What was launched for the n sampling rows of a step, and all that is needed to read it: by then its slots may be
+    others'.
+
+    `tensors`, where the logits lie: token ids int64 [n], highest logits float32 [n] and, where rows ask for logprobs,
+    what `token_logprobs` gives for these. `asking`: their numbers in the plan; `num_top`: alternatives each wants.
+    `counts`: for rows whose penalties count tokens, which of the n, and the counts.
+    """
+
+    tensors: tuple[Tensor, ...]
+    asking: Array
+    num_top: Array
+    counts: tuple[tuple[int, TokenCounts], ...] = ()
+
+    @property
+    def token_ids(self) -> Tensor:
+        return self.tensors[0]
+
+    def read(self, arrays: Sequence[Array]) -> tuple[Array, tuple[RowLogprobs, ...]]:
+        """The tokens (int64 [n]) and the logprobs asked for, from the tensors' values; counts tokens for penalties.
+
+        Raises StepError where a row's logits held NaN or infinities.
+        """
+        token_ids, values = arrays[:2]
+        _check_finite(values)
+        for index, counts in self.counts:
+            counts.add(int(token_ids[index]))
+        return token_ids, self._logprobs(arrays[2:])
+
+    def _logprobs(self, arrays: Sequence[Array]) -> tuple[RowLogprobs, ...]:
+        if not arrays:
+            return ()
+        logprobs, ranks, top_ids, top_logprobs = arrays
+        columns = (self.asking.tolist(), logprobs.tolist(), ranks.tolist(), self.num_top.tolist())
+        return tuple(
+            RowLogprobs(row, logprob, rank, top_ids[i, :top].astype(np.uint32), top_logprobs[i, :top])
+            for i, (row, logprob, rank, top) in enumerate(zip(*columns, strict=True))
+        )
+
+
+@dataclass(slots=True, frozen=True)
+class DescribedPrompt:
+    """What was launched for the prompt positions `start`, … of one row; `tensors` as `token_logprobs` gives them."""
+
+    tensors: tuple[Tensor, ...]
+    row: int
+    start: int
+
+    def read(self, arrays: Sequence[Array]) -> RowPromptLogprobs:
+        """From the tensors' values. Raises StepError as `Sampled.read` does."""
+        logprobs, ranks, top_ids, top_logprobs = arrays
+        _check_finite(logprobs)
+        ids, numbers = top_ids.astype(np.uint32), ranks.astype(np.uint32)
+        return RowPromptLogprobs(self.row, self.start, logprobs, numbers, ids, top_logprobs)
+
+
 class Sampler:
     """Owned by the runner; used on the device thread only. Rebuilt for a slot at each admission, from known tokens."""
 
@@ -43,12 +103,14 @@ class Sampler:
         self._top_k = np.zeros(max_num_seqs, np.int64)
         self._top_p = np.ones(max_num_seqs, np.float32)
         self._min_p = np.zeros(max_num_seqs, np.float32)
+        self._filtered = np.zeros(max_num_seqs, np.bool_)
         self._seed = np.zeros(max_num_seqs, np.uint64)
         self._sample_index = np.zeros(max_num_seqs, np.int64)
         self._num_logprobs = np.full(max_num_seqs, NO_LOGPROBS, np.int64)
         self._num_prompt_logprobs = np.full(max_num_seqs, NO_LOGPROBS, np.int64)
         self._first_stop = np.zeros(max_num_seqs, np.int64)  # the first position at which a stop token may stand
         self._adjusted = np.zeros(max_num_seqs, np.bool_)
+        self._counted = np.zeros(max_num_seqs, np.bool_)  # those of the adjusted whose penalties count tokens
         self._plain = np.ones(max_num_seqs, np.bool_)  # greedy, nothing else
         self._adjustments: dict[int, _Adjustments] = {}
 
@@ -60,12 +122,14 @@ class Sampler:
         self._top_k[slot] = sampling.top_k if 0 < sampling.top_k < self.vocab_size else 0
         self._top_p[slot] = sampling.top_p
         self._min_p[slot] = sampling.min_p
+        self._filtered[slot] = self._top_k[slot] > 0 or sampling.top_p < 1 or sampling.min_p > 0
         self._seed[slot] = sampling.seed
         self._sample_index[slot] = admit.sample_index
         self._num_logprobs[slot] = min(admit.logprobs, self.vocab_size)
         self._num_prompt_logprobs[slot] = min(admit.prompt_logprobs, self.vocab_size)
         adjustments = self._adjustments_of(admit)
         self._adjusted[slot] = adjustments is not None
+        self._counted[slot] = adjustments is not None and adjustments.counts is not None
         if adjustments is not None:
             self._adjustments[slot] = adjustments
         else:
@@ -99,34 +163,46 @@ class Sampler:
         """Which of the slots do, bool."""
         return self._num_prompt_logprobs[slots] != NO_LOGPROBS
 
-    def sample(
-        self, logits: Tensor, slots: Array, positions: Array, rows: Array
-    ) -> tuple[Array, tuple[RowLogprobs, ...]]:
-        """One token (int64) per row of `logits` [n, vocab], which it may overwrite, and the logprobs asked for.
+    def reads_history(self, slots: Array) -> Array:
+        """Which of the slots sample by the tokens before, bool: these must be on the host when a step begins."""
+        return self._counted[slots]
 
-        `slots`, `positions` (where the tokens will stand) and `rows` (their numbers in the plan) are int64 [n]. Raises
-        StepError where a row holds NaN or infinities.
+    def sample(self, logits: Tensor, slots: Array, positions: Array, rows: Array) -> Sampled:
+        """Launches the draw of one token per row of `logits` [n, vocab], which it may overwrite.
+
+        `slots`, `positions` (where the tokens will stand) and `rows` (their numbers in the plan) are int64 [n].
         """
         if self._plain[slots].all():
-            token_ids, values = ops.best(logits)
-            _check_finite(_host(values))
-            return _host(token_ids), ()
+            return Sampled(ops.best(logits), _NO_IDS, _NO_IDS)
         asking = np.flatnonzero(self._num_logprobs[slots] != NO_LOGPROBS)
         adjusted = np.flatnonzero(self._adjusted[slots])
+        at = None if len(asking) in (0, len(slots)) else _beside(logits, asking)
         raw = logits
-        if len(asking):
-            raw = logits[_beside(logits, asking)] if len(asking) < len(slots) or len(adjusted) else logits
+        if len(asking) and (at is not None or len(adjusted)):
+            raw = logits.clone() if at is None else logits[at]
         self._adjust(logits, slots[adjusted], positions[adjusted], adjusted)
+        tensors: tuple[Tensor, ...] = self._draw(logits, slots, positions)
+        num_top = self._num_logprobs[slots[asking]]
+        if len(asking):
+            drawn = tensors[0] if at is None else tensors[0][at]
+            tensors += ops.token_logprobs(raw, drawn, int(num_top.max()))
+        return Sampled(tensors, rows[asking], num_top, tuple(self._counts_of(slots)))
+
+    def _draw(self, logits: Tensor, slots: Array, positions: Array) -> tuple[Tensor, Tensor]:
         keys = ops.noise_keys(*(_beside(logits, each) for each in self._noise_counters(slots, positions)))
-        parameters = (self._temperature, self._top_k, self._top_p, self._min_p)
-        sampled, values = ops.sample(logits, keys, *(_beside(logits, each[slots]) for each in parameters))
-        _check_finite(_host(values))
-        token_ids = _host(sampled)
-        for slot, token_id in zip(slots[adjusted].tolist(), token_ids[adjusted].tolist(), strict=True):
-            counts = self._adjustments[slot].counts
-            if counts is not None:
-                counts.add(token_id)
-        return token_ids, self._logprobs(raw, slots[asking], token_ids[asking], rows[asking])
+        filters = (self._top_k, self._top_p, self._min_p)
+        filtered = self._filtered[slots].any()
+        top_k, top_p, min_p = (_beside(logits, each[slots]) if filtered else None for each in filters)
+        token_ids, values = ops.sample(logits, keys, _beside(logits, self._temperature[slots]), top_k, top_p, min_p)
+        if values.device.type == "cpu":  # at hand, and logprobs on a CPU stumble over what is no number
+            _check_finite(values.numpy())
+        return token_ids, values
+
+    def _counts_of(self, slots: Array) -> Iterator[tuple[int, TokenCounts]]:
+        for index in np.flatnonzero(self._counted[slots]).tolist():
+            counts = self._adjustments[int(slots[index])].counts
+            assert counts is not None
+            yield index, counts
 
     def _noise_counters(self, slots: Array, positions: Array) -> tuple[Array, Array, Array]:
         return self._seed[slots].view(np.int64), self._sample_index[slots], positions
@@ -151,20 +227,9 @@ class Sampler:
         if stops:
             ops.forbid(logits, *_entries(logits, stops))
 
-    def _logprobs(self, raw: Tensor, slots: Array, token_ids: Array, rows: Array) -> tuple[RowLogprobs, ...]:
-        if len(slots) == 0:
-            return ()
-        num_top = self._num_logprobs[slots]
-        found = ops.token_logprobs(raw, _beside(raw, token_ids), int(num_top.max()))
-        logprobs, ranks, top_ids, top_logprobs = (_host(each) for each in found)
-        columns = (rows.tolist(), logprobs.tolist(), ranks.tolist(), num_top.tolist())
-        return tuple(
-            RowLogprobs(row, logprob, rank, top_ids[i, :top].astype(np.uint32), top_logprobs[i, :top])
-            for i, (row, logprob, rank, top) in enumerate(zip(*columns, strict=True))
-        )
-
-    def prompt_logprobs(self, logits: Tensor, slot: int, row: int, start: int, token_ids: Array) -> RowPromptLogprobs:
-        """Of the prompt tokens `token_ids` int32 [n] at positions `start`, …, whose logits are `logits` [n, vocab]."""
+    def describe_prompt(self, logits: Tensor, slot: int, row: int, start: int, token_ids: Array) -> DescribedPrompt:
+        """Launches the logprobs of the prompt tokens `token_ids` int32 [n] at positions `start`, …, whose logits are
+        `logits` [n, vocab]."""
         num_top = int(self._num_prompt_logprobs[slot])
         targets = _beside(logits, token_ids.astype(np.int64))
         chunk = max(1, PROMPT_CHUNK_ELEMENTS // self.vocab_size)
@@ -172,9 +237,7 @@ class Sampler:
             ops.token_logprobs(logits[at : at + chunk], targets[at : at + chunk], num_top)
             for at in range(0, len(token_ids), chunk)
         ]
-        logprobs, ranks, top_ids, top_logprobs = (_host(torch.cat(each)) for each in zip(*parts, strict=True))
-        _check_finite(logprobs)
-        return RowPromptLogprobs(row, start, logprobs, ranks.astype(np.uint32), top_ids.astype(np.uint32), top_logprobs)
+        return DescribedPrompt(tuple(torch.cat(each) for each in zip(*parts, strict=True)), row, start)
 
 
 _NO_IDS: Array = np.empty(0, np.int64)
@@ -223,8 +286,4 @@ def _joined(logits: Tensor, arrays: list[Array]) -> Tensor:
 
 def _beside(logits: Tensor, array: Array) -> Tensor:
     """An array as a tensor where the logits lie."""
-    return torch.from_numpy(array).to(logits.device, non_blocking=True)
-
-
-def _host(tensor: Tensor) -> Array:
-    return tensor.cpu().numpy()
+    return to_device(array, logits.device)

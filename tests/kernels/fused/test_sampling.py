@@ -208,6 +208,8 @@ def test_a_broken_row_shows_in_its_value_and_spares_its_neighbours(bad, pieces, 
     tokens, values = sampling.sample(logits, keys, *settings)
     assert torch.isfinite(values).tolist() == [True, False] * rows
     assert torch.equal(tokens[::2], healthy[::2])
+    for ids in (tokens, sampling.best(logits)[0]):
+        assert ((ids >= 0) & (ids < 1700)).all(), "the next step may look them up before anyone has seen the value"
     assert torch.isfinite(sampling.best(logits)[1]).tolist() == [True, False] * rows
 
 
