@@ -16,6 +16,7 @@ COUNTS: dict[str, tuple[int, int]] = {
     "candidate_forms": (12, 10_000),
     "attention_schedules": (25, 400),
     "decoder_schedules": (15, 300),
+    "traced_requests": (120, 1_000),
 }
 
 

@@ -165,6 +165,28 @@ class Load(msgspec.Struct, frozen=True):
     requests_in_flight: int
 
 
+class TraceSpan(msgspec.Struct, frozen=True, kw_only=True):
+    """One stretch of a request's life; `parent` is the index of the one that it is a part of, -1 for none."""
+
+    name: str
+    service: str
+    instance: str
+    parent: int
+    start_ns: int
+    duration_ns: int
+    attributes: Mapping[str, str]
+    error: str
+
+
+class Trace(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a finished request's time went. The first span is the whole of it."""
+
+    request_id: str
+    trace_id: str
+    arrived_unix_ns: int
+    spans: tuple[TraceSpan, ...]
+
+
 class CallError(Exception):
     """A call that did not end with OK. `status` is the name of a grpc.StatusCode; `field` and `retry_after_ms` come
     from the status' details, where it has any."""
@@ -254,6 +276,20 @@ class Client:
         )
         return Load(groups, response.requests_in_flight)
 
+    async def traces(self, limit: int, request_id: str = "", *, timeout_s: float = 10.0) -> tuple[Trace, ...]:
+        """Of the last finished requests, the newest first; of one where it is named by its id or its trace's."""
+        request = control_pb2.ListTracesRequest(limit=limit, request_id=request_id)
+        response = await self._call(self._control.ListTraces, request, timeout_s)
+        return tuple(
+            Trace(
+                request_id=trace.request_id,
+                trace_id=trace.trace_id,
+                arrived_unix_ns=trace.arrived_unix_ns,
+                spans=tuple(_trace_span(span) for span in trace.spans),
+            )
+            for trace in response.traces
+        )
+
     async def drain(self, *, drain_timeout_ms: int = 0, timeout_s: float = 10.0) -> int:
         """Asks the service to finish and exit; returns how many requests it still holds."""
         request = control_pb2.DrainRequest(timeout_ms=drain_timeout_ms)
@@ -264,6 +300,11 @@ class Client:
             return await method(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             raise _call_error(error) from None
+
+
+def _trace_span(span: control_pb2.TraceSpan) -> TraceSpan:
+    facts = {name: getattr(span, name) for name in TraceSpan.__struct_fields__}
+    return TraceSpan(**facts | {"attributes": dict(span.attributes)})
 
 
 def _to_wire(request: Request) -> inference_pb2.GenerateRequest:

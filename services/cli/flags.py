@@ -43,6 +43,7 @@ HELP = {
     "max_unread_bytes": "A client with more unread text than this is ended.",
     "model": "A folder or a Hugging Face hub id; `bundled` is the model that comes with Sluice.",
     "num_gpu_blocks_override": "The number of KV blocks, on any device; 0: sized from memory.",
+    "otlp_traces_endpoint": "Where traces go by OTLP; empty: where OTEL_EXPORTER_OTLP_ENDPOINT says, or nowhere.",
     "port": "The port to listen on.",
     "revision": "Branch, tag or commit of a hub id.",
     "scheduler": "HOST:PORT of the scheduler.",

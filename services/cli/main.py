@@ -84,6 +84,12 @@ def _doctor(app: typer.Typer) -> None:
     app.command("doctor")(doctor)
 
 
+def _trace(app: typer.Typer) -> None:
+    from services.cli.trace import trace
+
+    app.command("trace")(trace)
+
+
 def _tune(app: typer.Typer) -> None:
     from services.cli.tune import tune
 
@@ -98,6 +104,7 @@ COMMANDS: dict[str, Callable[[typer.Typer], None]] = {
     "generate": _generate,
     "chat": _chat,
     "demo": _demo,
+    "trace": _trace,
     "doctor": _doctor,
     "tune": _tune,
 }
@@ -110,6 +117,7 @@ SUMMARIES = {
     "generate": "Stream an answer from a running cluster.",
     "chat": "Talk to a model.",
     "demo": "Start a cluster on free ports, stream one answer, show where its time went, and stop.",
+    "trace": "Show where the time of a finished request went.",
     "doctor": "Say what this machine can run and what is missing.",
     "tune": "Measure which configuration multiplies each weight fastest on this GPU, and write the table.",
 }

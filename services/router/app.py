@@ -14,14 +14,16 @@ from services.router.fleet import Expected, Fleet
 from services.router.model import ServedModel, load_model
 from services.router.servicer import RouterControl, RouterInference, add_servicers
 from services.router.session import Session
+from services.router.traces import Traces
 from shared.clock import monotonic_ns
-from shared.config import RouterConfig
+from shared.config import RouterConfig, tracing_config
 from shared.ids import new_instance_id
 from shared.net.address import join_address
 from shared.net.health import Health
 from shared.net.server import bind, create_server
 from shared.outcome import AbortCause
 from shared.telemetry.logs import configure_logs
+from shared.telemetry.otlp import Exporter
 
 log = structlog.get_logger("router")
 
@@ -29,6 +31,8 @@ OnEvent = Callable[[str, dict[str, Any]], None]
 SERVICES = ("sluice.v1.Inference", "sluice.v1.Control")
 SIZE_HEADROOM_BYTES = 64 * 2**10
 """Beyond --max-request-bytes: so much more is read, so that the refusal can be ours."""
+LAST_TRACES_S = 2.0
+"""What sending the last traces may take."""
 GOODBYE_S = 2.0
 """What aborted streams may take to write their ends."""
 
@@ -64,6 +68,9 @@ class Router:
             expected=Expected(model_fingerprint=model.fingerprint, vocab_size=model.vocab_size),
         )
         self._tokenizing = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="tokenize")
+        tracing = tracing_config(config.otlp_traces_endpoint)
+        self._exporter = Exporter(tracing.export) if tracing.export else None
+        self.traces = Traces(tracing.sampler, self._exporter.add if self._exporter else None)
         self._server = create_server(max_receive_bytes=config.max_request_bytes + SIZE_HEADROOM_BYTES)
         self._health_changed = asyncio.Event()
         self._add_servicers(instance)
@@ -76,6 +83,8 @@ class Router:
             admission=self.admission,
             tokenizing=self._tokenizing,
             max_unread_bytes=self._config.max_unread_bytes,
+            traces=self.traces,
+            instance=instance,
             now=monotonic_ns,
         )
         inference = RouterInference(
@@ -90,6 +99,7 @@ class Router:
             model=self._model,
             fleet=self.fleet,
             admission=self.admission,
+            traces=self.traces,
             instance=instance,
             drain=_drainer(self.admission, self._health_changed, self._stop),
             now=monotonic_ns,
@@ -109,6 +119,8 @@ class Router:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+            if self._exporter is not None:
+                await asyncio.to_thread(self._exporter.close, LAST_TRACES_S)
 
     async def _open(self) -> None:
         port = bind(self._server, self._config.host, self._config.grpc_port, flag="--grpc-port")

@@ -7,6 +7,7 @@ import msgspec
 
 from shared.outcome import FinishReason
 from shared.sampling import Sampling, Stopping, Want
+from shared.telemetry.context import Caller
 
 
 class TextPrompt(msgspec.Struct, frozen=True, tag=True):
@@ -50,6 +51,8 @@ class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
     include_timing: bool = False
     deadline_ns: int | None = None
     """Time left to the client when the request arrived."""
+    caller: Caller | None = None
+    """Its place in its own trace, where it has one."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):

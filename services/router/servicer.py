@@ -13,6 +13,7 @@ from services.router.fleet import Fleet
 from services.router.model import ServedModel
 from services.router.request import Accepted, GenerateOptions, Prompt
 from services.router.session import Session
+from services.router.traces import Traces
 from shared import __version__
 from shared.clock import NS_PER_MS, NowNs
 from shared.net.deadlines import remaining_ns
@@ -21,8 +22,10 @@ from shared.outcome import AbortCause, refuse
 from shared.rpc.sluice.v1 import control_pb2, inference_pb2
 from shared.rpc.sluice.v1.control_pb2_grpc import ControlServicer, add_ControlServicer_to_server
 from shared.rpc.sluice.v1.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
+from shared.telemetry import context as trace_context
 
 REQUEST_ID_HEADER = "x-request-id"
+DEFAULT_TRACES = 20
 
 Context: TypeAlias = grpc.aio.ServicerContext
 
@@ -59,7 +62,8 @@ class RouterInference(InferenceServicer):
             raise refuse("model_not_found", f"there is no model {request.model[:128]!r} here; served: {known}")
         length = self._fleet.max_model_len or self._model.max_model_len
         prompt = wire.prompt_of(request, self._model, max_bytes=self._max_request_bytes, max_model_len=length)
-        options = wire.options_of(request, self._model, request_id, deadline_ns)
+        caller = trace_context.parse(_header(context, trace_context.PARENT), _header(context, trace_context.STATE))
+        options = wire.options_of(request, self._model, request_id, deadline_ns, caller)
         try:
             await self._answer(prompt, options, context)
         except grpc.aio.InternalError:  # what a write comes to that was blocked when its call ended
@@ -113,6 +117,7 @@ class RouterControl(ControlServicer):
         model: ServedModel,
         fleet: Fleet,
         admission: Admission,
+        traces: Traces,
         instance: str,
         drain: Callable[[float | None], Awaitable[None]],
         now: NowNs,
@@ -120,6 +125,7 @@ class RouterControl(ControlServicer):
         self._model = model
         self._fleet = fleet
         self._admission = admission
+        self._traces = traces
         self._instance = instance
         self._drain = drain
         self._now = now
@@ -152,6 +158,12 @@ class RouterControl(ControlServicer):
             for scheduler, load in self._fleet.loads()
         ]
         return control_pb2.GetLoadResponse(groups=groups, requests_in_flight=len(self._admission))
+
+    async def ListTraces(
+        self, request: control_pb2.ListTracesRequest, context: Context
+    ) -> control_pb2.ListTracesResponse:
+        found = self._traces.latest(request.limit or DEFAULT_TRACES, request.request_id)
+        return control_pb2.ListTracesResponse(traces=[wire.trace_message(trace) for trace in found])
 
     async def Drain(self, request: control_pb2.DrainRequest, context: Context) -> control_pb2.DrainResponse:
         require_local(context, "Control.Drain", "call it there, or send the router SIGTERM")

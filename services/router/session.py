@@ -11,10 +11,10 @@ reads; while the client does not, unread deltas merge in the Answer.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import Executor
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -23,12 +23,15 @@ import structlog
 from services.router.admission import Admission, Place
 from services.router.answer import REFUSAL_OF, Answer
 from services.router.fleet import Fleet, Submission
+from services.router.life import Life
 from services.router.model import ServedModel
 from services.router.prepare import SALT, Prepared, prepare
-from services.router.request import Accepted, Delta, Event, Finished, GenerateOptions, Prompt, Timing, TokenPrompt
+from services.router.request import Accepted, ChatPrompt, Delta, Event, Finished, GenerateOptions, Prompt, TokenPrompt
+from services.router.traces import Traces
 from shared.clock import NS_PER_MS, NS_PER_S, NowNs
 from shared.outcome import AbortCause, RefusedError
 from shared.sampling import NO_LOGPROBS
+from shared.telemetry.context import TraceContext
 
 log = structlog.get_logger("session")
 
@@ -44,38 +47,6 @@ INLINE_TOKENS = 2048
 """A token prompt up to this size is prepared on the loop: hopping to a thread would cost more."""
 
 
-@dataclass(slots=True)
-class _Life:
-    """One request: when each phase ended, in nanoseconds (0: not reached), and its answer once there is one."""
-
-    arrived: int
-    admitted: int = 0
-    tokenized: int = 0
-    submitted: int = 0
-    first_token: int = 0
-    answer: Answer | None = None
-
-    def timing(self, answer: Answer, now_ns: int) -> Timing:
-        """The account of an answer that is terminal."""
-        schedule, durations = answer.terminal_ns - self.submitted, answer.durations
-        inside = durations.queue_ns + durations.prefill_ns + durations.decode_ns
-        return Timing(
-            total_ns=now_ns - self.arrived,
-            admit_ns=self.admitted - self.arrived,
-            tokenize_ns=self.tokenized - self.admitted,
-            route_ns=self.submitted - self.tokenized,
-            schedule_ns=schedule,
-            deliver_ns=now_ns - answer.terminal_ns,
-            link_ns=max(0, schedule - inside),
-            queue_ns=durations.queue_ns,
-            prefill_ns=durations.prefill_ns,
-            decode_ns=durations.decode_ns,
-            time_to_first_token_ns=self.first_token - self.arrived if self.first_token else 0,
-            preemptions=durations.preemptions,
-            queue_reason_ns=durations.queue_reason_ns,
-        )
-
-
 class Session:
     """Answers requests. One object serves them all; each call of `run` is one request."""
 
@@ -87,14 +58,20 @@ class Session:
         admission: Admission,
         tokenizing: Executor,
         max_unread_bytes: int,
+        traces: Traces,
+        instance: str,
         now: NowNs,
+        wall: NowNs = time.time_ns,
     ) -> None:
         self._model = model
         self._fleet = fleet
         self._admission = admission
         self._tokenizing = tokenizing
         self._max_unread_bytes = max_unread_bytes
+        self._traces = traces
+        self._instance = instance
         self._now = now
+        self._wall = wall
         self._accounts: set[asyncio.Task[None]] = set()
         """Of requests whose client is gone: nobody but the log waits for what the scheduler says of them."""
 
@@ -103,22 +80,23 @@ class Session:
 
         Close it (`aclosing`) when the client goes: that is what tells the scheduler.
         """
-        life, end = _Life(arrived=self._now()), "left"
+        life, end = Life(self._now(), _operation(prompt)), "left"
         try:
             with self._admission.admit(options.request_id) as place:
                 async with aclosing(self._live(prompt, options, place, life)) as events:
                     async for event in events:
+                        given_ns = self._now()
                         yield event
+                        life.blocked_ns += self._now() - given_ns
             end = "answered"
         except RefusedError as error:
             end = error.refusal.name
             raise
         finally:
-            if life.admitted:
-                self._account(options, life, self._why_left(options, life) if end == "left" else end)
+            self._account(options, life, self._why_left(options, life) if end == "left" else end)
 
     async def _live(
-        self, prompt: Prompt, options: GenerateOptions, place: Place, life: _Life
+        self, prompt: Prompt, options: GenerateOptions, place: Place, life: Life
     ) -> AsyncGenerator[Event, None]:
         """Each phase after the next."""
         self._fleet.require_usable()
@@ -139,14 +117,14 @@ class Session:
                 deadline.cancel()
             answer.abort(AbortCause.DEADLINE if self._expired(options, life) else AbortCause.CLIENT)
 
-    def _why_left(self, options: GenerateOptions, life: _Life) -> str:
+    def _why_left(self, options: GenerateOptions, life: Life) -> str:
         """How a request ended that nobody could be told of: its caller was gone, and perhaps for a reason."""
         if self._expired(options, life):
             return REFUSAL_OF[AbortCause.DEADLINE].name
         refusal = life.answer.refusal if life.answer is not None else None
         return "left" if refusal is None or refusal is REFUSAL_OF[AbortCause.CLIENT] else refusal.name
 
-    def _expired(self, options: GenerateOptions, life: _Life) -> bool:
+    def _expired(self, options: GenerateOptions, life: Life) -> bool:
         elapsed_ns = self._now() - life.arrived
         return options.deadline_ns is not None and elapsed_ns + DEADLINE_SLACK_NS >= options.deadline_ns
 
@@ -162,8 +140,8 @@ class Session:
         except TimeoutError:
             raise RefusedError(REFUSAL_OF[AbortCause.DEADLINE]) from None
 
-    def _submit(self, prepared: Prepared, options: GenerateOptions, life: _Life) -> Answer:
-        link = self._fleet.place(len(prepared.token_ids), prepared.chains)
+    def _submit(self, prepared: Prepared, options: GenerateOptions, life: Life) -> Answer:
+        link, life.placed = self._fleet.place(len(prepared.token_ids), prepared.chains)
         texts = self._model.tokenizer.texts
         answer = Answer(options, prepared.token_ids, texts, prepared.stops, self._max_unread_bytes, self._now)
         life.submitted = self._now()
@@ -182,7 +160,7 @@ class Session:
         answer.attach(self._fleet.submit(link, submission, answer))
         return answer
 
-    async def _stream(self, answer: Answer, options: GenerateOptions, life: _Life) -> AsyncGenerator[Event, None]:
+    async def _stream(self, answer: Answer, options: GenerateOptions, life: Life) -> AsyncGenerator[Event, None]:
         """Accepted (late where it carries the prompt's logprobs), what the client has not read, the last ends."""
         accepted = options.want.prompt_logprobs == NO_LOGPROBS
         if accepted:
@@ -203,48 +181,61 @@ class Session:
         if answer.refusal is not None:
             raise RefusedError(answer.refusal)
 
-    def _take(self, answer: Answer, life: _Life) -> list[Event]:
+    def _take(self, answer: Answer, life: Life) -> list[Event]:
         """What is unread, noting when the first of it was."""
         events = answer.take()
         if not life.first_token and any(isinstance(event, Delta) for event in events):
             life.first_token = self._now()
         return events
 
-    def _last(self, answer: Answer, options: GenerateOptions, life: _Life) -> list[Finished]:
+    def _last(self, answer: Answer, options: GenerateOptions, life: Life) -> list[Finished]:
         """The ends that are left; usage and timing on the very last."""
         *others, last = answer.take_last()
         timing = life.timing(answer, self._now()) if options.include_timing else None
         return [*others, msgspec.structs.replace(last, usage=answer.usage, timing=timing)]
 
-    def _account(self, options: GenerateOptions, life: _Life, end: str) -> None:
+    def _account(self, options: GenerateOptions, life: Life, end: str) -> None:
         """Logs the request, once the scheduler has said what it took."""
         answer = life.answer
         if answer is None or answer.terminal:
             if answer is not None:
                 answer.close()
-            return self._log(options, life, end)
+            return self._close(options, life, end)
         waiting = asyncio.create_task(self._log_later(options, life, answer, end), name="account")
         self._accounts.add(waiting)
         waiting.add_done_callback(self._accounts.discard)
 
-    async def _log_later(self, options: GenerateOptions, life: _Life, answer: Answer, end: str) -> None:
+    async def _log_later(self, options: GenerateOptions, life: Life, answer: Answer, end: str) -> None:
         try:
             while not answer.terminal:
                 await _wait(answer)
         finally:
             answer.close()
-            self._log(options, life, end)
+            self._close(options, life, end)
 
-    def _log(self, options: GenerateOptions, life: _Life, end: str) -> None:
-        """One wide event per request that had a place. Neither prompt nor answer."""
-        answer, now_ns = life.answer, self._now()
-        facts: dict[str, Any] = {"total_ms": _ms(now_ns - life.arrived)}
+    def _close(self, options: GenerateOptions, life: Life, end: str) -> None:
+        """The request's trace, and its line in the log if it had a place: refusals may come in floods."""
+        context, now_ns = self._traces.begin(options.caller), self._now()
+        trace = life.trace(options, context, instance=self._instance, end=end, now_ns=now_ns, wall_ns=self._wall())
+        self._traces.add(trace)
+        if life.admitted:
+            self._log(options, life, end, context, now_ns)
+
+    def _log(self, options: GenerateOptions, life: Life, end: str, context: TraceContext, now_ns: int) -> None:
+        """One wide event. Neither prompt nor answer."""
+        answer = life.answer
+        facts: dict[str, Any] = {"trace_id": context.trace_id.hex(), "total_ms": _ms(now_ns - life.arrived)}
         if answer is not None:
             facts |= msgspec.structs.asdict(answer.usage) | {"finish_reasons": answer.finish_reasons}
         if answer is not None and answer.terminal:
             timing = msgspec.structs.asdict(life.timing(answer, now_ns))
             facts |= {name[:-3] + "_ms": _ms(value) for name, value in timing.items() if name.endswith("_ns") and value}
         log.info("request", request_id=options.request_id, end=end, n=options.n, **facts)
+
+
+def _operation(prompt: Prompt) -> str:
+    """As OpenTelemetry's conventions name it."""
+    return "chat" if isinstance(prompt, ChatPrompt) else "text_completion"
 
 
 async def _wait(answer: Answer) -> None:

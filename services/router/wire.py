@@ -32,8 +32,12 @@ from services.router.request import (
 from shared.ids import new_request_id, new_seed
 from shared.net.options import SPLIT_BYTES
 from shared.outcome import FinishReason, refuse
+from shared.rpc.sluice.v1 import control_pb2
 from shared.rpc.sluice.v1 import inference_pb2 as pb
 from shared.sampling import NO_LOGPROBS, Sampling, Stopping, Want
+from shared.telemetry.context import Caller
+from shared.telemetry.names import SERVICES
+from shared.telemetry.spans import Attribute, Trace
 
 GREEDY_BELOW = 1e-5
 """Temperatures below are greedy: dividing logits by them would overflow float32."""
@@ -111,7 +115,11 @@ def _depth(value: Any) -> int:
 
 
 def options_of(
-    message: pb.GenerateRequest, model: ServedModel, request_id: str, deadline_ns: int | None
+    message: pb.GenerateRequest,
+    model: ServedModel,
+    request_id: str,
+    deadline_ns: int | None,
+    caller: Caller | None = None,
 ) -> GenerateOptions:
     """Every field resolved: the request, else generation_config, else the default. Raises RefusedError."""
     if message.structured.WhichOneof("constraint") is not None:
@@ -130,6 +138,7 @@ def options_of(
         deterministic=message.deterministic,
         include_timing=message.response.include_timing,
         deadline_ns=deadline_ns,
+        caller=caller,
     )
 
 
@@ -273,3 +282,33 @@ def _finished(event: Finished) -> pb.Finished:
 
 def _timing(timing: Timing) -> pb.Timing:
     return pb.Timing(**msgspec.structs.asdict(timing))
+
+
+def trace_message(trace: Trace) -> control_pb2.Trace:
+    return control_pb2.Trace(
+        request_id=trace.request_id,
+        trace_id=trace.trace_id.hex(),
+        arrived_unix_ns=trace.arrived_ns,
+        spans=[
+            control_pb2.TraceSpan(
+                name=span.name,
+                service=SERVICES[span.service],
+                instance=span.instance,
+                parent=span.parent,
+                start_ns=span.start_ns,
+                duration_ns=span.duration_ns,
+                attributes={key: _shown(value) for key, value in span.attributes.items()},
+                error=span.error,
+            )
+            for span in trace.spans
+        ],
+    )
+
+
+def _shown(value: Attribute) -> str:
+    """An attribute as text; lists by commas."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str | int):
+        return str(value)
+    return f"{value:g}" if isinstance(value, float) else ",".join(map(str, value))

@@ -35,6 +35,8 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     shutdown_timeout: Annotated[float, Meta(ge=0)] = 30.0
     """Seconds that a drain may take."""
     tokenizer_threads: Positive = 2
+    otlp_traces_endpoint: str = ""
+    """Where traces go; empty: where OTEL_EXPORTER_OTLP_ENDPOINT says, or nowhere."""
     internal_token: str = ""
     log_format: Literal["auto", "json", "console"] = "auto"
 

@@ -13,20 +13,21 @@ from kernels.reference import rope as rope_spec
 from tests.kernels.closeness import assert_same
 from tests.kernels.pages import Cache, Chunk, Heads, Sequence, draw
 
-DTYPES = [torch.float32, torch.bfloat16]
 ROWS = [1, 2, 16, 70]
-pytestmark = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+VARIANTS = [(torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)]
+"""bfloat16 has bodies that numba compiles, and torch's where there is no numba."""
+pytestmark = pytest.mark.parametrize(
+    ("dtype", "compiled"), VARIANTS, ids=["float32", "bfloat16", "bfloat16-torch"], indirect=["compiled"]
+)
 
 
-@pytest.fixture(params=["compiled", "torch"])
-def bodies(request, dtype, monkeypatch):
-    """bfloat16 with numba's bodies and without them; float32 has only one kind."""
-    if request.param == "torch":
+@pytest.fixture(autouse=True)
+def compiled(request, monkeypatch):
+    if not request.param:
         monkeypatch.setattr(choice, "is_compiled", lambda tensor: False)
-    elif dtype == torch.float32:
-        pytest.skip("compiled bodies are for bfloat16")
     else:
         assert choice.can_compile(), "numba is part of what the tests need"
+    return request.param
 
 
 def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -59,11 +60,12 @@ def test_linear_layers(dtype, rows, biased, exact, packing):
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("shape", [(96, 64), (16, 32), (1008, 160), (102, 48)])
-def test_linear_layers_that_keep_their_weights_by_rows(dtype, rows, shape, biased):
+def test_linear_layers_that_keep_their_weights_by_rows(dtype, compiled, rows, shape, biased):
+    dtype = dtype if compiled else torch.float32  # nothing is kept by rows there
     x, residual = randn(rows, shape[1], dtype=dtype), randn(rows, shape[0], dtype=dtype)
     weight, bias = randn(*shape, dtype=dtype) * 0.2, randn(shape[0], dtype=dtype) if biased else None
     fast = linear.pack_linear(weight, bias, by_rows=True)
-    assert (fast.by_rows is not None) == (dtype == torch.bfloat16 and shape != (102, 48))
+    assert (fast.by_rows is not None) == (compiled and shape != (102, 48))
     gate = linear.pack_gated(weight, bias, by_rows=True)
     spec = linear_spec.pack_linear(weight.float(), None if bias is None else bias.float())
     assert_same(linear.linear(x, fast), linear_spec.linear(x.float(), spec).to(dtype))
@@ -82,7 +84,7 @@ def test_the_public_door_takes_the_packed_path_on_a_cpu(dtype):
 
 
 @pytest.mark.parametrize("shape", [(1, 64), (3, 64), (70, 64), (5, 3, 24), (2, 33)])
-def test_norms(dtype, shape, bodies):
+def test_norms(dtype, shape):
     x, other, weight = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype), randn(shape[-1], dtype=dtype)
     assert_same(norm.rms_norm(x, weight, 1e-5), norm_spec.rms_norm(x, weight, 1e-5))
     normed, total = norm.add_rms_norm(x, other, weight, 1e-5)
@@ -93,7 +95,7 @@ def test_norms(dtype, shape, bodies):
 
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
 @pytest.mark.parametrize("shape", [(1, 64), (5, 2 * 101), (33, 344)])
-def test_silu_and_mul(dtype, shape, exact, bodies):
+def test_silu_and_mul(dtype, shape, exact):
     gate_up = randn(*shape, dtype=dtype)
     assert_same(activation.silu_and_mul(gate_up, exact=exact), activation_spec.silu_and_mul(gate_up))
 
@@ -122,7 +124,7 @@ HEADS = [
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
 @pytest.mark.parametrize("window", [None, 1, 21])
 @pytest.mark.parametrize("heads", HEADS, ids=["gqa", "mha", "mqa", "sevenfold", "wide"])
-def test_attention_over_a_mixed_step(dtype, heads, window, exact, bodies):
+def test_attention_over_a_mixed_step(dtype, heads, window, exact):
     lengths = [1, 16, 17, 40, 100, 150]
     sequences = [draw(heads, length, dtype, seed) for seed, length in enumerate(lengths)]
     before = [Chunk(2, 0, 16), Chunk(3, 0, 39), Chunk(4, 0, 60), Chunk(5, 0, 149)]
@@ -136,7 +138,7 @@ def test_attention_over_a_mixed_step(dtype, heads, window, exact, bodies):
     assert torch.equal(fast.pool, spec.pool)
 
 
-def test_attention_reads_blocks_that_rows_share_and_that_are_written_in_this_step(dtype, bodies):
+def test_attention_reads_blocks_that_rows_share_and_that_are_written_in_this_step(dtype):
     heads = Heads()
     first = draw(heads, 40, dtype, 1)
     cache = Cache(heads, [first, first])
@@ -149,7 +151,7 @@ def test_attention_reads_blocks_that_rows_share_and_that_are_written_in_this_ste
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
-def test_a_sequence_that_overflowed_does_not_reach_the_next_owner_of_its_blocks(dtype, exact, bodies):
+def test_a_sequence_that_overflowed_does_not_reach_the_next_owner_of_its_blocks(dtype, exact):
     heads, sequence = Heads(), draw(Heads(), 40, dtype, 1)
     [expected] = Cache(heads, [sequence]).step([Chunk(0, 0, 40)], body=attention, exact=exact)
     broken = Sequence(sequence.q, torch.full_like(sequence.kv, float("nan")))
@@ -161,7 +163,7 @@ def test_a_sequence_that_overflowed_does_not_reach_the_next_owner_of_its_blocks(
     assert_same(torch.cat((first, second)), expected)
 
 
-def test_decode_rows_of_very_different_contexts(dtype, bodies):
+def test_decode_rows_of_very_different_contexts(dtype):
     heads, lengths = Heads(head_dim=8, num_heads=2, num_kv_heads=1), [3000, 5, 2900, 33, 8]
     sequences = [draw(heads, length, dtype, seed) for seed, length in enumerate(lengths)]
     fast, spec = Cache(heads, sequences), Cache(heads, sequences)
@@ -179,9 +181,9 @@ NORMS = pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"]
 @NORMS
 @pytest.mark.parametrize("tokens", [1, 2, 37])
 @pytest.mark.parametrize("head_dim", [10, 64])
-def test_all_between_projection_and_attention(dtype, tokens, head_dim, normed, bodies):
-    if dtype == torch.bfloat16 and not choice.is_compiled(randn(1, dtype=dtype)):
-        pytest.skip("torch's bodies round in between")
+def test_all_between_projection_and_attention(dtype, compiled, tokens, head_dim, normed):
+    if not compiled:
+        dtype = torch.float32  # in bfloat16 torch's bodies round in between
     num_heads, num_kv_heads, block_size = 4, 2, 8
     heads = randn(tokens, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
     heads[0, num_heads, 0], heads[0, -1, 1] = float("nan"), float("inf")
@@ -203,7 +205,7 @@ def test_all_between_projection_and_attention(dtype, tokens, head_dim, normed, b
     assert_same(pools[0], pools[1])
 
 
-def test_a_query_that_is_not_a_number_is_seen_in_the_answer(dtype, bodies):
+def test_a_query_that_is_not_a_number_is_seen_in_the_answer(dtype):
     """A step whose numbers broke has to fail, not to go on with others."""
     heads, length = Heads(head_dim=64), 40
     sequence = draw(heads, length, dtype, 1)

@@ -371,6 +371,8 @@ def test_a_first_token_has_its_time_though_the_answer_was_over_before_it_was_rea
                 admission=router.router.admission,
                 tokenizing=router.router._tokenizing,
                 max_unread_bytes=1 << 20,
+                traces=router.router.traces,
+                instance="test",
                 now=monotonic_ns,
             )
             options = GenerateOptions(

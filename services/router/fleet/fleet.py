@@ -7,7 +7,7 @@ import structlog
 
 from services.router.fleet.addresses import check_addresses, resolve
 from services.router.fleet.link import Link
-from services.router.fleet.values import Expected, Load, Sink, Submission, Ticket
+from services.router.fleet.values import Expected, Load, Placed, Sink, Submission, Ticket
 from services.router.limits import too_long
 from services.router.placement import Candidate, choose
 from shared.outcome import refuse
@@ -69,15 +69,24 @@ class Fleet:
             message = "no scheduler is ready; the cluster is starting or has lost its workers"
             raise refuse("no_scheduler", message, retry_after_ms=NO_SCHEDULER_RETRY_MS)
 
-    def place(self, num_tokens: int, chains: Chains) -> Link:
-        """The scheduler for a prompt. Raises RefusedError: no_scheduler, or prompt_too_long for all of them."""
+    def place(self, num_tokens: int, chains: Chains) -> tuple[Link, Placed]:
+        """The scheduler for a prompt, and why that one. Raises RefusedError: no_scheduler, or prompt_too_long for all
+        of them."""
         self.require_usable()
         fitting = [link for link in self._usable() if link.state and num_tokens < link.state.max_model_len]
         candidates = [_candidate(link, chains) for link in fitting]
         choice = choose(candidates, num_tokens)
         if choice is None:
             raise too_long("prompt", f"{num_tokens} tokens", self.max_model_len)
-        return fitting[choice.index]
+        link = fitting[choice.index]
+        placed = Placed(
+            target=link.target,
+            scheduler=link.state.scheduler if link.state else "",
+            overlap_tokens=candidates[choice.index].overlap_tokens,
+            candidates=tuple(candidate.name for candidate in candidates),
+            costs=choice.costs,
+        )
+        return link, placed
 
     def submit(self, link: Link, submission: Submission, sink: Sink) -> Ticket:
         """Hands a request to the scheduler that `place` chose."""

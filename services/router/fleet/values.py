@@ -60,6 +60,16 @@ class Release(msgspec.Struct, frozen=True, kw_only=True):
     durations: Durations = Durations()
 
 
+class Placed(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a request went and why: every candidate's cost in tokens (placement.py), and the winner's warm tokens."""
+
+    target: str
+    scheduler: str
+    overlap_tokens: int
+    candidates: tuple[str, ...]
+    costs: tuple[int, ...]
+
+
 class Sink(Protocol):
     """Who takes a request's events. Called on the event loop, in order, and never blocks; nothing follows
     `on_release`."""

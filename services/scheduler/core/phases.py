@@ -69,7 +69,7 @@ class _Stretch:
 
     phase: Phase
     ns: int = 0
-    work: tuple[int, int, int] = (0, 0, 0)
+    work: list[int] = field(default_factory=lambda: [0, 0, 0])
     reason_ns: dict[str, int] = field(default_factory=dict)
 
     def seal(self) -> Segment:
@@ -171,9 +171,7 @@ class Ledger:
         stretch.ns += passed_ns
         self.since_ns = now_ns
         done = self.clock.work
-        stretch.work = tuple(
-            had + now - then for had, now, then in zip(stretch.work, done, self.work_before, strict=True)
-        )
+        stretch.work = [had + now - then for had, now, then in zip(stretch.work, done, self.work_before, strict=True)]
         self.work_before = done
         if self.phase is not Phase.QUEUE:
             return

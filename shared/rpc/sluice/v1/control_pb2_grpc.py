@@ -44,6 +44,11 @@ class ControlStub(object):
                 request_serializer=shared_dot_rpc_dot_sluice_dot_v1_dot_control__pb2.GetLoadRequest.SerializeToString,
                 response_deserializer=shared_dot_rpc_dot_sluice_dot_v1_dot_control__pb2.GetLoadResponse.FromString,
                 _registered_method=True)
+        self.ListTraces = channel.unary_unary(
+                '/sluice.v1.Control/ListTraces',
+                request_serializer=shared_dot_rpc_dot_sluice_dot_v1_dot_control__pb2.ListTracesRequest.SerializeToString,
+                response_deserializer=shared_dot_rpc_dot_sluice_dot_v1_dot_control__pb2.ListTracesResponse.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/sluice.v1.Control/Drain',
                 request_serializer=shared_dot_rpc_dot_sluice_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
@@ -62,6 +67,14 @@ class ControlServicer(object):
 
     def GetLoad(self, request, context):
         """The load of every worker group behind this service.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListTraces(self, request, context):
+        """Where the time of the last finished requests went, the newest first. The router keeps a few hundred, whether or not
+        they are sampled for a collector. Neither prompts nor answers. A scheduler has none: UNIMPLEMENTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -88,6 +101,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.GetLoad,
                     request_deserializer=shared_dot_rpc_dot_sluice_dot_v1_dot_control__pb2.GetLoadRequest.FromString,
                     response_serializer=shared_dot_rpc_dot_sluice_dot_v1_dot_control__pb2.GetLoadResponse.SerializeToString,
+            ),
+            'ListTraces': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTraces,
+                    request_deserializer=shared_dot_rpc_dot_sluice_dot_v1_dot_control__pb2.ListTracesRequest.FromString,
+                    response_serializer=shared_dot_rpc_dot_sluice_dot_v1_dot_control__pb2.ListTracesResponse.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -149,6 +167,33 @@ class Control(object):
             '/sluice.v1.Control/GetLoad',
             shared_dot_rpc_dot_sluice_dot_v1_dot_control__pb2.GetLoadRequest.SerializeToString,
             shared_dot_rpc_dot_sluice_dot_v1_dot_control__pb2.GetLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTraces(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sluice.v1.Control/ListTraces',
+            shared_dot_rpc_dot_sluice_dot_v1_dot_control__pb2.ListTracesRequest.SerializeToString,
+            shared_dot_rpc_dot_sluice_dot_v1_dot_control__pb2.ListTracesResponse.FromString,
             options,
             channel_credentials,
             insecure,

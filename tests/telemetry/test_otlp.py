@@ -1,0 +1,145 @@
+"""Traces on their way to a collector: what is sent, and what a collector that does not take them costs."""
+
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from shared.config.otel import ExportConfig
+from shared.telemetry.otlp import Exporter, SendError, encode
+from shared.telemetry.spans import Span, Trace
+from tests.builders.collector import Collector
+
+TRACE_ID, PARENT_ID = b"t" * 16, b"p" * 8
+
+
+def trace(request_id="r", parent_id=b"", error="") -> Trace:
+    def span(name, service, parent, start, end, **more):
+        return Span(name=name, service=service, instance="i", parent=parent, start_ns=start, end_ns=end, **more)
+
+    spans = [
+        span("generate", "router", -1, 0, 100, attributes={"s": "x", "b": True, "i": 3, "f": 0.5, "l": ["a", "b"]}),
+        span("schedule", "router", 0, 10, 90, error=error),
+        span("queue", "scheduler", 1, 20, 30),
+    ]
+    return Trace(
+        request_id=request_id, trace_id=TRACE_ID, parent_id=parent_id, sampled=True, arrived_ns=1_000, spans=spans
+    )
+
+
+def config(endpoint="", **changes) -> ExportConfig:
+    return ExportConfig(endpoint=endpoint, delay_s=0.01, **changes)
+
+
+def spans_of(request: ExportTraceServiceRequest) -> dict:
+    return {
+        span.name: (resource.resource, span)
+        for resource in request.resource_spans
+        for scope in resource.scope_spans
+        for span in scope.spans
+    }
+
+
+def test_spans_are_encoded_under_the_process_that_they_belong_to():
+    found = spans_of(encode([trace(parent_id=PARENT_ID, error="worker_lost")], config(resource={"zone": "a"})))
+    whole, schedule, queue = (found[name][1] for name in ("generate", "schedule", "queue"))
+    assert (whole.parent_span_id, schedule.parent_span_id, queue.parent_span_id) == (
+        PARENT_ID,
+        whole.span_id,
+        schedule.span_id,
+    )
+    assert {span.trace_id for span in (whole, schedule, queue)} == {TRACE_ID}
+    assert (whole.start_time_unix_nano, whole.end_time_unix_nano) == (1_000, 1_100)
+    assert (whole.kind, queue.kind) == (2, 1)
+    assert (schedule.status.code, schedule.status.message) == (2, "worker_lost")
+    resources = {name: {a.key: a.value.string_value for a in found[name][0].attributes} for name in found}
+    assert resources["generate"]["service.name"] == "sluice-router"
+    assert resources["queue"]["service.name"] == "sluice-scheduler"
+    assert resources["queue"]["zone"] == "a"
+    kinds = {
+        attribute.key: attribute.value.WhichOneof("value").removesuffix("_value") for attribute in whole.attributes
+    }
+    assert kinds == {"s": "string", "b": "bool", "i": "int", "f": "double", "l": "array"}
+
+
+def test_a_collector_receives_them_over_grpc():
+    with Collector() as collector:
+        exporter = Exporter(config(f"http://{collector.address}", headers={"Authorization": "Bearer x"}))
+        for _ in range(100):
+            exporter.add(trace())
+        exporter.close(5)
+        assert len(collector.spans) == exporter.sent_spans == 300
+        assert exporter.dropped_spans == 0
+        assert collector.metadata["authorization"] == "Bearer x"
+
+
+def test_a_collector_receives_them_over_http():
+    posted = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            posted.append((self.path, self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        exporter = Exporter(config(f"http://127.0.0.1:{server.server_port}/v1/traces", protocol="http/protobuf"))
+        exporter.add(trace())
+        exporter.close(5)
+    finally:
+        server.shutdown()
+        server.server_close()
+    [(path, body)] = posted
+    assert path == "/v1/traces"
+    assert spans_of(ExportTraceServiceRequest.FromString(body)).keys() == {"generate", "schedule", "queue"}
+
+
+def test_a_dead_collector_costs_its_traces_and_no_time():
+    exporter = Exporter(config("http://127.0.0.1:1", max_queued=10, timeout_s=0.2))
+    began = time.perf_counter()
+    for _ in range(1000):
+        exporter.add(trace())
+    assert time.perf_counter() - began < 0.5
+    exporter.close(5)
+    assert exporter.sent_spans == 0
+    assert exporter.dropped_spans == 3000
+
+
+def test_a_slow_collector_blocks_nobody():
+    going = threading.Event()
+    exporter = Exporter(config("x", max_queued=4), send=lambda request: going.wait())
+    began = time.perf_counter()
+    for _ in range(200):
+        exporter.add(trace())
+    assert time.perf_counter() - began < 0.2
+    assert exporter.dropped_spans > 0
+    going.set()
+    exporter.close(5)
+    assert exporter.sent_spans + exporter.dropped_spans == 600
+
+
+@pytest.mark.parametrize(("may_retry", "calls"), [(True, 2), (False, 1)])
+def test_only_what_may_be_tried_again_is(may_retry, calls, monkeypatch):
+    monkeypatch.setattr("shared.telemetry.otlp.FIRST_RETRY_S", 0.01)
+    seen = []
+
+    def send(request):
+        seen.append(request)
+        if len(seen) == 1:
+            raise SendError("busy", may_retry=may_retry)
+
+    exporter = Exporter(config("x"), send=send)
+    exporter.add(trace())
+    deadline = time.monotonic() + 5
+    while exporter.sent_spans + exporter.dropped_spans < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    exporter.close(5)
+    assert len(seen) == calls
+    assert exporter.sent_spans == (3 if may_retry else 0)
