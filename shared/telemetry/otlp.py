@@ -12,14 +12,14 @@ import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 from urllib.parse import urlsplit
 
 import grpc
 import structlog
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import TraceServiceStub
-from opentelemetry.proto.common.v1.common_pb2 import AnyValue, ArrayValue, KeyValue
-from opentelemetry.proto.resource.v1.resource_pb2 import Resource
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue
 from opentelemetry.proto.trace.v1 import trace_pb2
 
 from shared import __version__
@@ -29,6 +29,8 @@ from shared.telemetry.spans import Attribute, Span, Trace
 
 log = structlog.get_logger("otlp")
 
+SAMPLED, PARENT_KNOWN, PARENT_REMOTE = 0x001, 0x100, 0x200
+"""Bits of a span's flags: W3C's sampled, and whether its parent is known to lie in another process."""
 RETRIES = 4
 FIRST_RETRY_S = 0.5
 RETRYABLE_GRPC = frozenset(
@@ -124,7 +126,7 @@ class Exporter:
 
 
 def encode(traces: Iterable[Trace], config: ExportConfig) -> ExportTraceServiceRequest:
-    """Spans by the process that they belong to."""
+    """Spans by the process that they belong to. Messages are filled in place: a third of what constructors cost."""
     request = ExportTraceServiceRequest()
     scopes: dict[tuple[str, str], trace_pb2.ScopeSpans] = {}
     for trace in traces:
@@ -134,7 +136,7 @@ def encode(traces: Iterable[Trace], config: ExportConfig) -> ExportTraceServiceR
             if key not in scopes:
                 scopes[key] = _scope(request, *key, config)
             parent_id = trace.parent_id if span.parent < 0 else ids[span.parent]
-            scopes[key].spans.append(_span(trace, span, span_id, parent_id))
+            _fill(scopes[key].spans.add(), trace, span, span_id, parent_id)
     return request
 
 
@@ -147,47 +149,51 @@ def _scope(
         "service.instance.id": instance,
         "service.version": __version__,
     }
-    resource_spans = request.resource_spans.add(resource=Resource(attributes=_attributes(facts)))
+    resource_spans = request.resource_spans.add()
+    _add(resource_spans.resource.attributes, facts)
     scope = resource_spans.scope_spans.add()
     scope.scope.name = "sluice"
     scope.scope.version = __version__
     return scope
 
 
-def _span(trace: Trace, span: Span, span_id: bytes, parent_id: bytes) -> trace_pb2.Span:
+def _fill(made: trace_pb2.Span, trace: Trace, span: Span, span_id: bytes, parent_id: bytes) -> None:
     is_root = span.parent < 0
-    made = trace_pb2.Span(
-        trace_id=trace.trace_id,
-        span_id=span_id,
-        parent_span_id=parent_id,
-        trace_state=trace.state,
-        name=span.name,
-        kind=trace_pb2.Span.SPAN_KIND_SERVER if is_root else trace_pb2.Span.SPAN_KIND_INTERNAL,
-        start_time_unix_nano=trace.arrived_ns + span.start_ns,
-        end_time_unix_nano=trace.arrived_ns + span.end_ns,
-        attributes=_attributes(span.attributes),
-        flags=0x100 | (0x200 if is_root and trace.parent_id else 0) | 1,
-    )
+    made.trace_id = trace.trace_id
+    made.span_id = span_id
+    made.parent_span_id = parent_id
+    made.trace_state = trace.state
+    made.name = span.name
+    made.kind = trace_pb2.Span.SPAN_KIND_SERVER if is_root else trace_pb2.Span.SPAN_KIND_INTERNAL
+    made.start_time_unix_nano = trace.arrived_ns + span.start_ns
+    made.end_time_unix_nano = trace.arrived_ns + span.end_ns
+    made.flags = SAMPLED | PARENT_KNOWN | (PARENT_REMOTE if is_root and trace.parent_id else 0)
+    _add(made.attributes, span.attributes)
     if span.error:
         made.status.code = trace_pb2.Status.STATUS_CODE_ERROR
         made.status.message = span.error
-    return made
 
 
-def _attributes(attributes: Mapping[str, Attribute]) -> list[KeyValue]:
-    return [KeyValue(key=key, value=_value(value)) for key, value in attributes.items()]
+def _add(to: Any, attributes: Mapping[str, Attribute]) -> None:
+    for key, value in attributes.items():
+        one = to.add()
+        one.key = key
+        _set(one.value, value)
 
 
-def _value(value: Attribute) -> AnyValue:
+def _set(made: AnyValue, value: Attribute) -> None:
     if isinstance(value, str):
-        return AnyValue(string_value=value)
-    if isinstance(value, bool):
-        return AnyValue(bool_value=value)
-    if isinstance(value, int):
-        return AnyValue(int_value=value)
-    if isinstance(value, float):
-        return AnyValue(double_value=value)
-    return AnyValue(array_value=ArrayValue(values=[_value(each) for each in value]))
+        made.string_value = value
+    elif isinstance(value, bool):
+        made.bool_value = value
+    elif isinstance(value, int):
+        made.int_value = value
+    elif isinstance(value, float):
+        made.double_value = value
+    else:
+        made.array_value.SetInParent()
+        for each in value:
+            _set(made.array_value.values.add(), each)
 
 
 # The two ways to send.

@@ -1,0 +1,161 @@
+"""What tracing every request costs router and scheduler: CPU milliseconds per output token, with and without.
+
+    python -m ops.bench.tracing [--pairs 10]        writes ops/bench/results/tracing.json
+
+Two clusters of the bundled model stand side by side, one that samples and exports every trace to a collector (which is
+another process, and not counted), one that samples none; they answer the same requests in turn, so that a neighbour
+disturbs both alike. A third kind of pair exports to a collector that is dead.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from ops.bench.machine import OthersShare, describe, exact_cpu_seconds
+from services.cli.client import Client, Finished, Request
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "ops" / "bench" / "results"
+STREAMS = 16
+TOKENS = 128
+START_TIMEOUT_S = 120.0
+DEAD = "http://127.0.0.1:9"
+COLLECTOR = """
+from concurrent import futures
+import grpc
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as pb
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
+    TraceServiceServicer, add_TraceServiceServicer_to_server)
+class Collector(TraceServiceServicer):
+    def Export(self, request, context):
+        return pb.ExportTraceServiceResponse()
+server = grpc.server(futures.ThreadPoolExecutor(1))
+add_TraceServiceServicer_to_server(Collector(), server)
+print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+server.start()
+server.wait_for_termination()
+"""
+
+
+@contextmanager
+def collector() -> Iterator[str]:
+    """Where a collector listens that forgets what it gets."""
+    with subprocess.Popen([sys.executable, "-c", COLLECTOR], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+        finally:
+            process.terminate()
+
+
+@contextmanager
+def cluster(endpoint: str, sampler: str) -> Iterator[dict[str, Any]]:
+    """What the ready file of a cluster says: the router's address and every service's pid."""
+    with tempfile.TemporaryDirectory(prefix="sluice-tracing-") as folder:
+        ready = Path(folder) / "ready.json"
+        flags = ["--grpc-port=0", f"--ready-file={ready}", "--threads=1", f"--max-num-seqs={STREAMS}"]
+        flags += [f"--otlp-traces-endpoint={endpoint}"] if endpoint else []
+        null = subprocess.DEVNULL
+        process = subprocess.Popen(
+            [sys.executable, "-m", "services.cli.main", "up", *flags],
+            cwd=ROOT, stdin=null, stdout=null, stderr=null, env={**os.environ, "OTEL_TRACES_SAMPLER": sampler},
+        )  # fmt: skip
+        try:
+            deadline = time.monotonic() + START_TIMEOUT_S
+            while not ready.exists():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise SystemExit("the cluster did not start")
+                time.sleep(0.1)
+            yield json.loads(ready.read_text())
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+async def _ask(address: str, seed: int) -> None:
+    """STREAMS requests of TOKENS tokens at once."""
+
+    async def one(client: Client, index: int) -> None:
+        request = Request(prompt=f"def f{seed}_{index}(", max_tokens=TOKENS, seed=index, ignore_eos=True)
+        async for event in client.generate(request, timeout_s=120):
+            if isinstance(event, Finished):
+                assert event.reason == "length", event
+
+    async with Client(address) as client:
+        await asyncio.gather(*(one(client, index) for index in range(STREAMS)))
+
+
+def run(ready: dict[str, Any], seed: int, rounds: int) -> dict[str, float]:
+    """CPU milliseconds of router and scheduler per output token, and the wall time."""
+    pids = [ready["pids"]["router"], ready["pids"]["scheduler"]]
+    before, began = sum(map(exact_cpu_seconds, pids)), time.perf_counter()
+    for round_ in range(rounds):
+        asyncio.run(_ask(ready["router"], seed * 1000 + round_))
+    wall_s = time.perf_counter() - began
+    tokens = STREAMS * TOKENS * rounds
+    return {
+        "cpu_ms_per_token": (sum(map(exact_cpu_seconds, pids)) - before) * 1e3 / tokens,
+        "tokens_per_s": tokens / wall_s,
+    }
+
+
+def measure(pairs: int, rounds: int) -> dict[str, Any]:
+    with ExitStack() as stack:
+        live = stack.enter_context(collector())
+        ways = {
+            "off": stack.enter_context(cluster("", "always_off")),
+            "on": stack.enter_context(cluster(live, "always_on")),
+            "dead_collector": stack.enter_context(cluster(DEAD, "always_on")),
+        }
+        for ready in ways.values():
+            run(ready, 999, 1)
+        rows: list[dict[str, Any]] = []
+        for pair in range(pairs):
+            order = list(ways) if pair % 2 else list(ways)[::-1]
+            with OthersShare([os.getpid()]) as others:
+                row = {way: run(ways[way], pair, rounds) for way in order}
+            rows.append({**row, "others": others.share})
+            print(json.dumps(rows[-1]), flush=True)
+    return {"rows": rows, "summary": summarize(rows)}
+
+
+def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians, and each way's ratio to `off` pair by pair: its median and its quartiles."""
+    summary: dict[str, Any] = {}
+    for way in ("off", "on", "dead_collector"):
+        costs = [row[way]["cpu_ms_per_token"] for row in rows]
+        ratios = sorted(row[way]["cpu_ms_per_token"] / row["off"]["cpu_ms_per_token"] for row in rows)
+        speeds = [row[way]["tokens_per_s"] / row["off"]["tokens_per_s"] for row in rows]
+        summary[way] = {
+            "cpu_ms_per_token": statistics.median(costs),
+            "over_off": statistics.median(ratios),
+            "over_off_quartiles": [ratios[len(ratios) // 4], ratios[len(ratios) * 3 // 4]],
+            "tokens_per_s_over_off": statistics.median(speeds),
+        }
+    return summary
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=4, help=f"of {STREAMS} streams with {TOKENS} tokens, each run")
+    parser.add_argument("--output", type=Path, default=RESULTS / "tracing.json")
+    options = parser.parse_args()
+    found = measure(options.pairs, options.rounds)
+    options.output.write_text(json.dumps({"machine": describe(), **found}, indent=1) + "\n")
+    print(json.dumps(found["summary"], indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
