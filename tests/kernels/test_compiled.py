@@ -85,6 +85,17 @@ def test_a_second_process_finds_what_the_first_compiled(tmp_path):
     assert second < first / 3, (first, second)
 
 
+def test_without_a_folder_to_write_to_every_process_compiles_for_itself(tmp_path):
+    code = (
+        "import numba.core.caching as caching, torch\n"
+        "caching.CodeLibraryCacheImpl._locator_classes = []\n"
+        "from kernels.ops import norm\n"
+        "x = torch.ones(2, 8).bfloat16(); print(norm.rms_norm(x, x[0], 1e-5).sum().item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "16.0", done.stderr
+
+
 def test_without_numba_torch_takes_their_place():
     code = (
         "import sys; sys.modules['numba'] = None; import torch\n"

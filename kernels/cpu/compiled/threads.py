@@ -60,10 +60,13 @@ def structure(name: str, **fields: Any) -> type[ctypes.Structure]:
 def kernel(arguments: type[ctypes.Structure]) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
     """Compiles a function of a pointer to `arguments`; the result takes their values in order."""
     record = types.Record.make_c_struct([(name, _TYPES[kind]) for name, kind in arguments._fields_])
-    compile_ = numba.cfunc(types.void(types.CPointer(record)), cache=True, **OPTIONS)
+    signature = types.void(types.CPointer(record))
 
     def decorate(body: Callable[[Any], None]) -> Callable[..., None]:
-        compiled = compile_(body)
+        try:
+            compiled = numba.cfunc(signature, cache=True, **OPTIONS)(body)
+        except (RuntimeError, OSError):  # no folder that can be written: every process compiles for itself
+            compiled = numba.cfunc(signature, **OPTIONS)(body)
         address, alone = compiled.address, compiled.ctypes
 
         def run(*values: float, work: int = 0, num_shares: int = 0) -> None:
