@@ -11,6 +11,7 @@ and V in tiles at absolute positions; a query's bits then depend on nothing else
 """
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +81,7 @@ def plan_attention(
         raise ValueError(f"{len(decodes)} decode rows in one step, at most {MAX_DECODE_ROWS}")
     tile_queries = _tile_queries(num_heads // pool.shape[3], exact)
     tiles = _tiles(counts, context_lens, tile_queries, () if exact else (1,))
-    num_splits = sum(_num_splits(context_lens[row], window) for row in decodes)
+    num_splits = decode_splits((context_lens[row] for row in decodes), window)
 
     def put(values: list[Any], *shape: int) -> Tensor:
         """From pinned memory: a copy from any other waits for the stream."""
@@ -105,6 +106,49 @@ def plan_attention(
     if decodes:
         count_splits(plan)
     return plan
+
+
+def plan_decode(
+    pool: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    slots: Tensor,
+    *,
+    num_heads: int,
+    max_splits: int,
+    window: int | None = None,
+) -> AttentionPlan:
+    """See kernels.ops.attention. Every shape follows from the arguments' shapes, so a CUDA graph can hold it all."""
+    device, rows = pool.device, len(context_lens)
+    if rows > MAX_DECODE_ROWS:
+        raise ValueError(f"{rows} decode rows in one step, at most {MAX_DECODE_ROWS}")
+    if block_tables.shape[0] != rows or slots.shape != (rows,) or block_tables.stride(1) != 1:
+        raise ValueError(f"{rows} contexts, tables {list(block_tables.shape)}, slots {list(slots.shape)}")
+    if context_lens.dtype != torch.int32 or block_tables.dtype != torch.int32 or slots.dtype != torch.int64:
+        raise ValueError("contexts and tables must be int32, slots int64")
+    numbers = torch.arange(rows + 1, dtype=torch.int32, device=device)
+    plan = AttentionPlan(
+        query_starts=numbers,
+        context_lens=context_lens,
+        block_tables=block_tables,
+        slots=slots,
+        token_rows=numbers[:-1],
+        tiles=torch.empty(0, 2, dtype=torch.int32, device=device),
+        decode_rows=numbers[:-1],
+        split_starts=torch.empty(rows + 1, dtype=torch.int32, device=device),
+        split_owners=torch.empty(max_splits, dtype=torch.int32, device=device),
+        partials=torch.empty(max_splits, num_heads, pool.shape[5], dtype=torch.float32, device=device),
+        peaks=torch.empty(max_splits, num_heads, 2, dtype=torch.float32, device=device),
+        window=window,
+        exact=False,
+    )
+    count_splits(plan)
+    return plan
+
+
+def decode_splits(context_lens: Iterable[int], window: int | None) -> int:
+    """See kernels.ops.attention."""
+    return sum(_num_splits(context_len, window) for context_len in context_lens)
 
 
 def count_splits(plan: AttentionPlan) -> None:
@@ -474,5 +518,5 @@ def _merge_kernel(
         peak = higher
     shrink, weight = _with_sink(peak, weight, sinks, head + tl.zeros([1], tl.int32), peak == peak)
     token = tl.load(query_starts + tl.load(decode_rows + index)).to(tl.int64)
-    answer = total * (shrink / weight)
+    answer = total * (shrink / tl.where(weight > 0, weight, 1.0))  # a padding row has seen nothing: zeros
     tl.store(out + (token * heads + head) * head_dim + dims, answer.to(out.dtype.element_ty), mask=inside)

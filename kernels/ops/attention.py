@@ -12,6 +12,7 @@ With `exact`, a token's result has the same bits however its sequence was cut in
 are: scores and products are computed on whole tiles of 128 absolute positions and 16 rows, masked to zero.
 """
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
@@ -53,6 +54,37 @@ def plan_attention(
     return _body(pool).plan_attention(
         pool, query_starts, context_lens, block_tables, slots, num_heads=num_heads, window=window, exact=exact
     )
+
+
+def plan_decode(
+    pool: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    slots: Tensor,
+    *,
+    num_heads: int,
+    max_splits: int,
+    window: int | None = None,
+) -> AttentionPlan:
+    """The plan of a step of one token per row, all of whose numbers lie on the device: a CUDA graph can hold it, and
+    the numbers may change between its replays. Kernels of a GPU only.
+
+    `context_lens` int32 [rows], the row's own token included; `block_tables` int32 [rows, max_blocks]; `slots` int64
+    [rows]. A row of context 0 is padding: its slot is below 0, and its result is zeros. `max_splits` is the room for
+    work: at least `decode_splits` of every step's contexts, which is not checked on the device.
+    """
+    from kernels.fused import attention as fused
+
+    return fused.plan_decode(
+        pool, context_lens, block_tables, slots, num_heads=num_heads, max_splits=max_splits, window=window
+    )
+
+
+def decode_splits(context_lens: Iterable[int], window: int | None) -> int:
+    """Into how many pieces of work the decode rows of such contexts are cut."""
+    from kernels.fused import attention as fused
+
+    return fused.decode_splits(context_lens, window)
 
 
 def rotate_and_write(

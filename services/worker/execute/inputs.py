@@ -57,6 +57,32 @@ def gather(slots: Slots, plan: StepPlan, describes_prompt: Array, *, exact: bool
     return Inputs(batch, sampled_at, prompt_rows, feeds)
 
 
+def is_decode(plan: StepPlan) -> bool:
+    """Every row computes its last known token, and samples."""
+    return bool(plan.samples.all() and (plan.counts == 1).all())
+
+
+@dataclass(slots=True, frozen=True)
+class DecodeInputs:
+    """What a pure decode step of n rows takes from the slots: `numbers` int64 [4, n], token ids (-1 - slot as in
+    Inputs), positions, slots of K and V, contexts; `block_tables` int32 [n, columns in use]."""
+
+    numbers: Array
+    block_tables: Array
+
+
+def gather_decode(slots: Slots, plan: StepPlan) -> DecodeInputs:
+    """Reads the rows of a plan that `is_decode`."""
+    rows, size = plan.slots, slots.block_size
+    positions = slots.computed[rows]
+    token_ids = np.where(slots.unread[rows] > 0, -1 - rows, slots.tokens[rows, positions])
+    kv_slots = slots.block_table[rows, positions // size].astype(np.int64) * size + positions % size
+    num_columns = int(positions.max()) // size + 1
+    return DecodeInputs(
+        np.stack((token_ids, positions, kv_slots, positions + 1)), slots.block_table[rows, :num_columns]
+    )
+
+
 def _choose_logits(
     slots: Slots, plan: StepPlan, starts: Array, describes_prompt: Array
 ) -> tuple[Array, Array, tuple[tuple[int, int, int], ...]]:

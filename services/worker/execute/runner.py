@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from services.worker.execute.inputs import Inputs, gather
+from services.worker.execute.graphs import Capture, DecodeForward, Graphs
+from services.worker.execute.inputs import Inputs, gather, gather_decode, is_decode
 from services.worker.execute.slots import Placed, Slots
 from services.worker.memory.copies import Arrival, Copies, HostCopies, to_device
 from services.worker.models.decoder import StepBatch
@@ -72,6 +73,7 @@ class Runner:
         self._copies = copies or HostCopies()
         self._last_tokens = torch.zeros(slots.max_num_seqs, dtype=torch.int64, device=pages.device)
         self._begun: deque[BegunStep] = deque()
+        self._graphs: Graphs | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -116,19 +118,48 @@ class Runner:
         assert pending.output is not None
         return pending.output
 
+    def capture_graphs(self, decoder: DecodeForward, capture: Capture) -> None:
+        """From here on pure decode steps that are not exact are replayed from graphs. `decoder` is the runner's own."""
+        graphs = Graphs(
+            decoder,
+            self._pages,
+            self._last_tokens,
+            capture,
+            max_num_seqs=self._slots.max_num_seqs,
+            max_model_len=self._slots.max_model_len,
+            block_size=self._slots.block_size,
+        )
+        graphs.capture_all()
+        self._graphs = graphs
+
     def _launch(self, plan: StepPlan) -> BegunStep:
-        describes_prompt = self._sampler.wants_prompt_logprobs(plan.slots)
         exact = plan.exact or self._deterministic
-        inputs = gather(self._slots, plan, describes_prompt, exact=exact, device=self._pages.device)
-        if inputs.feeds:
-            inputs = replace(inputs, batch=self._feed(inputs.batch))
-        logits = self._decoder.forward(inputs.batch, self._pages)
-        described = self._describe_prompts(plan, inputs, logits)
-        sampled = self._sample(plan, inputs, logits)
+        logits = None if exact else self._replay(plan)
+        described: tuple[DescribedPrompt, ...] = ()
+        if logits is None:
+            logits, described = self._forward(plan, exact)
+        sampled = self._sample(plan, logits)
         tensors = [tensor for each in (sampled, *described) if each is not None for tensor in each.tensors]
         return BegunStep(
             self._slots.place(plan), sampled, described, self._copies.fetch(tensors), self._copies.overlaps
         )
+
+    def _replay(self, plan: StepPlan) -> Tensor | None:
+        """The logits of the sampling rows from a graph, where one can hold the step."""
+        if self._graphs is None or not is_decode(plan):
+            return None
+        return self._graphs.take(gather_decode(self._slots, plan))
+
+    def _forward(self, plan: StepPlan, exact: bool) -> tuple[Tensor, tuple[DescribedPrompt, ...]]:
+        """The logits of the sampling rows, and what describes prompts."""
+        describes_prompt = self._sampler.wants_prompt_logprobs(plan.slots)
+        inputs = gather(self._slots, plan, describes_prompt, exact=exact, device=self._pages.device)
+        batch = self._feed(inputs.batch) if inputs.feeds else inputs.batch
+        logits = self._decoder.forward(batch, self._pages)
+        described = self._describe_prompts(plan, inputs, logits)
+        if len(logits) != len(inputs.sampled_at):
+            logits = logits[to_device(inputs.sampled_at, logits.device)]
+        return logits, described
 
     def _feed(self, batch: StepBatch) -> StepBatch:
         """Puts in the tokens that are still on the device: -1 - slot stands for a slot's last one."""
@@ -136,12 +167,10 @@ class Runner:
         fed = self._last_tokens.index_select(0, (-1 - token_ids).clamp_min(0))
         return replace(batch, token_ids=torch.where(token_ids < 0, fed, token_ids))
 
-    def _sample(self, plan: StepPlan, inputs: Inputs, logits: Tensor) -> Sampled | None:
+    def _sample(self, plan: StepPlan, logits: Tensor) -> Sampled | None:
         slots = plan.slots[plan.samples]
         if len(slots) == 0:
             return None
-        if len(logits) != len(slots):
-            logits = logits[to_device(inputs.sampled_at, logits.device)]
         sampled = self._sampler.sample(logits, slots, self._slots.known[slots], plan.samples.nonzero()[0])
         if self._copies.overlaps:
             self._last_tokens.index_copy_(0, to_device(slots, logits.device), sampled.token_ids)

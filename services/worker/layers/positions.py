@@ -82,9 +82,13 @@ class RopeTable:
 
     def gather(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """cos and sin, each [tokens, head_dim], for positions below `end`."""
+        self.reserve(end)
+        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+
+    def reserve(self, end: int) -> None:
+        """Makes entries for positions below `end`. Captured graphs hold the tables, which must not grow behind them."""
         while self._cos.shape[0] < end:
             self._grow()
-        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
 
     def _grow(self) -> None:
         first = self._cos.shape[0]

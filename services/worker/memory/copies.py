@@ -21,6 +21,12 @@ def to_device(array: Array, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+def fill_from(target: Tensor, array: Array) -> None:
+    """The array's values into `target`, of its shape and dtype, behind what was launched before."""
+    tensor = torch.from_numpy(array)
+    target.copy_(tensor.pin_memory() if target.is_cuda else tensor, non_blocking=True)
+
+
 class Arrival:
     """Tensors on their way to the host."""
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import choice
-from kernels.ops.attention import plan_attention
+from kernels.ops.attention import plan_attention, plan_decode
 from services.worker.layers.attention import Attention, AttentionStep
 from services.worker.layers.linear import GatedLinear, Linear
 from services.worker.layers.mlp import GatedMlp
@@ -46,12 +46,34 @@ class StepBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """One token of each of R rows, every number in its place on the device, so that a CUDA graph can hold the step.
+
+    token_ids      [R] int64
+    positions      [R] int64, absolute; slots [R] int64 as in a StepBatch
+    context_lens   [R] int32
+    block_tables   [R, max_blocks] int32
+    max_splits     by window: the room for attention's work, see kernels.ops.attention.plan_decode
+
+    A padding row has context 0, a slot below 0, and any token and position that exist.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    context_lens: Tensor
+    block_tables: Tensor
+    max_splits: dict[int | None, int]
+
+
+@dataclass(frozen=True, slots=True)
 class PreparedStep:
-    """A batch on the device: what `Decoder.compute` needs, and nothing that it has to wait for."""
+    """A batch on the device: what `Decoder.compute` needs, and nothing that it has to wait for. `logit_rows` None: all
+    tokens want logits."""
 
     attention: AttentionStep
     token_ids: Tensor
-    logit_rows: Tensor
+    logit_rows: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +138,10 @@ class Decoder:
     @torch.inference_mode()
     def compute(self, prepared: PreparedStep) -> Tensor:
         """The forward itself: on a GPU it only launches kernels, so a CUDA graph can hold it."""
+        return self._logits(prepared).float()
+
+    def _logits(self, prepared: PreparedStep) -> Tensor:
+        """In the decoder's dtype, [S, vocab_size]."""
         step, exact = prepared.attention, prepared.attention.exact
         hidden = self._embedding.index_select(0, prepared.token_ids)
         for layer in self._layers[:-1]:
@@ -123,8 +149,34 @@ class Decoder:
             self.layers_done += 1
         hidden = self._layers[-1].forward(hidden, step, prepared.logit_rows)
         if hidden.shape[0] == 0:
-            return hidden.new_empty((0, self.spec.vocab_size), dtype=torch.float32)
-        return self._head(self._norm(hidden, exact=exact), exact=exact).float()
+            return hidden.new_empty((0, self.spec.vocab_size))
+        return self._head(self._norm(hidden, exact=exact), exact=exact)
+
+    def reserve(self, max_model_len: int) -> None:
+        """Before anything is captured: whatever would grow with a context."""
+        self._rope.reserve(max_model_len)
+
+    @torch.inference_mode()
+    def decode(self, rows: DecodeRows, pool: Tensor, out: Tensor) -> None:
+        """Writes the float32 logits of all rows to `out` [R, vocab_size]; what it launches depends on R alone.
+
+        A row's logits may differ in their last bits from those of `forward`: not for exact steps.
+        """
+        cos, sin = self._rope.gather(rows.positions, 0)
+        plans = {
+            window: plan_decode(
+                pool,
+                rows.context_lens,
+                rows.block_tables,
+                rows.slots,
+                num_heads=self.spec.num_heads,
+                max_splits=rows.max_splits[window],
+                window=window,
+            )
+            for window in dict.fromkeys(self.spec.windows)
+        }
+        step = AttentionStep(pool, plans, cos, sin, exact=False)
+        out.copy_(self._logits(PreparedStep(step, rows.token_ids, None)))
 
     def _plan(self, batch: StepBatch, pool: Tensor, exact: bool) -> AttentionStep:
         starts, contexts = list(batch.query_starts), list(batch.context_lens)

@@ -1,0 +1,167 @@
+"""Pure decode steps as CUDA graphs: one launch from the host instead of some eight a layer.
+
+A graph is a fixed list of launches on fixed addresses. So there is one for each number of rows in `buckets_upto`, all
+on the same buffers, captured before the worker takes plans; a step fills the buffers, pads its rows to the next bucket
+and replays. What a graph cannot hold (prompts, exact steps, contexts that need more room for attention's work than the
+buffers have) runs eagerly: `take` says no.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import structlog
+import torch
+from torch import Tensor
+
+from kernels.ops.attention import decode_splits
+from services.worker.execute.inputs import DecodeInputs
+from services.worker.memory.copies import fill_from, to_device
+from services.worker.models.decoder import DecodeRows
+from services.worker.models.spec import ModelSpec
+
+log = structlog.get_logger("graphs")
+
+FINE_STEP, FINE_ROWS, COARSE_STEP = 8, 256, 64
+MAX_PARTIAL_BYTES = 256 * 2**20
+"""Of attention's unfinished sums, float32, per window: at 32 heads of 128 room for contexts of 4 million tokens."""
+WARM_UP_CALLS = 2
+"""Before a capture: the first compiles kernels and makes handles, which no capture may do."""
+
+Replay = Callable[[], None]
+
+
+class Capture(Protocol):
+    """How a function that only launches becomes one that launches the same again."""
+
+    def capture(self, function: Callable[[], None]) -> Replay: ...
+
+
+class CudaCapture:
+    """CUDA graphs that share their memory: they never run at the same time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def capture(self, function: Callable[[], None]) -> Replay:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(WARM_UP_CALLS):
+                function()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            function()
+        return graph.replay
+
+
+class DecodeForward(Protocol):
+    """The part of a decoder that graphs need."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    def reserve(self, max_model_len: int) -> None: ...
+
+    def decode(self, rows: DecodeRows, pool: Tensor, out: Tensor) -> None: ...
+
+
+def buckets_upto(max_num_seqs: int) -> list[int]:
+    """1, 2, 4, 8, 16, 24, 32, …, and `max_num_seqs` itself; wider apart beyond 256 rows."""
+    fine = range(FINE_STEP, FINE_ROWS + 1, FINE_STEP)
+    coarse = range(FINE_ROWS + COARSE_STEP, max_num_seqs, COARSE_STEP)
+    return [rows for rows in (1, 2, 4, *fine, *coarse) if rows < max_num_seqs] + [max_num_seqs]
+
+
+class Graphs:
+    """Owns the buffers and the graphs. `last_tokens` int64 by slot, where token ids below 0 are looked up; `pages` is
+    the pool. One thread at a time calls it."""
+
+    def __init__(
+        self,
+        decoder: DecodeForward,
+        pages: Tensor,
+        last_tokens: Tensor,
+        capture: Capture,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+    ) -> None:
+        self._decoder, self._pages, self._last_tokens, self._capture = decoder, pages, last_tokens, capture
+        self._buckets = buckets_upto(max_num_seqs)
+        self._max_model_len = max_model_len
+        device, room = pages.device, -(-max_num_seqs // 16) * 16  # so that each line begins at a multiple of 16 bytes
+        columns = -(-max_model_len // block_size)
+        self._numbers = torch.zeros(4, room, dtype=torch.int64, device=device)
+        self._tables = torch.zeros(max_num_seqs, -(-columns // 4) * 4, dtype=torch.int32, device=device)
+        self._logits = torch.zeros(max_num_seqs, decoder.spec.vocab_size, dtype=torch.float32, device=device)
+        self._windows = tuple(dict.fromkeys(decoder.spec.windows))
+        self._replays: dict[int, Replay] = {}
+
+    @torch.inference_mode()
+    def capture_all(self) -> None:
+        """The largest first, so that the others find their memory there."""
+        self._decoder.reserve(self._max_model_len)
+        fill_from(self._numbers, self._padded(np.empty((4, 0), np.int64)))
+        for rows in reversed(self._buckets):
+            self._replays[rows] = self._capture.capture(lambda rows=rows: self._decode(rows))  # type: ignore[misc]
+        log.info("graphs_captured", buckets=len(self._buckets), max_rows=self._buckets[-1])
+
+    def _decode(self, rows: int) -> None:
+        """The step as it is captured, on the first `rows` rows of the buffers."""
+        token_ids, positions, slots, contexts = (line[:rows] for line in self._numbers)
+        fed = self._last_tokens.index_select(0, (-1 - token_ids).clamp_min(0))
+        self._decoder.decode(
+            DecodeRows(
+                token_ids=torch.where(token_ids < 0, fed, token_ids),
+                positions=positions,
+                slots=slots,
+                context_lens=contexts.to(torch.int32),
+                block_tables=self._tables[:rows],
+                max_splits={window: self._max_splits(rows, window) for window in self._windows},
+            ),
+            self._pages,
+            self._logits[:rows],
+        )
+
+    def _max_splits(self, rows: int, window: int | None) -> int:
+        """For the longest contexts in all rows, or as many as memory is set aside for; at least one row's."""
+        spec = self._decoder.spec
+        affordable = MAX_PARTIAL_BYTES // (4 * spec.num_heads * (spec.head_dim + 2))
+        longest = self._longest(window)
+        return max(longest, min(rows * longest, affordable))
+
+    def _longest(self, window: int | None) -> int:
+        """The most splits of one row; a window may begin and end within one."""
+        return decode_splits((self._max_model_len,), window) + (0 if window is None else 1)
+
+    def take(self, inputs: DecodeInputs) -> Tensor | None:
+        """float32 logits [n, vocab] of the step, good until the next one; None for a step that no graph can hold."""
+        num_rows = inputs.numbers.shape[1]
+        rows = next((bucket for bucket in self._buckets if bucket >= num_rows), None)
+        if rows is None or rows not in self._replays or not self._has_room(rows, inputs):
+            return None
+        fill_from(self._numbers, self._padded(inputs.numbers))
+        tables = to_device(inputs.block_tables, self._pages.device)
+        self._tables[:num_rows, : tables.shape[1]].copy_(tables)
+        self._replays[rows]()
+        return self._logits[:num_rows]
+
+    def _has_room(self, rows: int, inputs: DecodeInputs) -> bool:
+        contexts: list[int] | None = None
+        for window in self._windows:
+            room = self._max_splits(rows, window)
+            if room < rows * self._longest(window):
+                contexts = contexts or inputs.numbers[3].tolist()
+                if decode_splits(contexts, window) > room:
+                    return False
+        return True
+
+    def _padded(self, numbers: np.ndarray) -> np.ndarray:
+        """Whole buffers' worth: behind the rows token and position 0, a slot below 0 and a context of 0."""
+        padded = np.zeros(self._numbers.shape, np.int64)
+        padded[2] = -1
+        padded[:, : numbers.shape[1]] = numbers
+        return padded

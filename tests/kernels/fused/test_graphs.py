@@ -1,0 +1,178 @@
+"""Decode steps on fixed buffers, as CUDA graphs hold them: the same function is called again on the same buffers."""
+
+import random
+
+import pytest
+import torch
+
+from kernels.fused import attention
+from kernels.ops import choice
+from services.worker.execute import graphs
+from services.worker.execute.graphs import buckets_upto
+from services.worker.execute.inputs import DecodeInputs
+from services.worker.models.decoder import load_decoder
+from services.worker.plan import StepPlan
+from shared.checkpoint import open_checkpoint
+from tests.builders.plans import make_admit, make_plan
+from tests.builders.runners import LateCopies, answer_all, make_asked, make_runner
+from tests.models.twins import make_twin
+
+
+class CalledAgain:
+    """Calls what a graph would have recorded. `captured` counts functions, `replayed` calls."""
+
+    def __init__(self):
+        self.captured, self.replayed = 0, 0
+
+    def capture(self, function):
+        self.captured += 1
+
+        def replay():
+            self.replayed += 1
+            function()
+
+        return replay
+
+
+@pytest.fixture(autouse=True)
+def fused(monkeypatch):
+    monkeypatch.setattr(choice, "is_fused", lambda tensor: True)
+
+
+@pytest.fixture(scope="module")
+def decoders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("twins")
+    return lambda name: load_decoder(open_checkpoint(make_twin(name, folder)), torch.bfloat16)
+
+
+def graphed(decoder, **fields):
+    runner = make_runner(decoder, max_num_seqs=6, copies=LateCopies(), **fields)
+    capture = CalledAgain()
+    runner.capture_graphs(decoder, capture)
+    return runner, capture
+
+
+def admitted(rng, lengths):
+    """Prompts of these lengths in slots 5, 4, …, each in blocks of its own."""
+    admits, rows, block = [], [], 0
+    for i, length in enumerate(lengths):
+        blocks = tuple(range(block, block + -(-(length + 3) // 8)))
+        block += len(blocks)
+        admits.append(make_admit(5 - i, [rng.randint(2, 380) for _ in range(length)]))
+        rows.append((5 - i, length, True, blocks))
+    return make_plan(1, rows, admits), [(slot, 1, True, ()) for slot, *_ in rows]
+
+
+def logits_of(runner, plans: list[StepPlan]):
+    """The logits that each plan's rows were sampled from."""
+    seen, sample = [], runner._sampler.sample
+
+    def noted(logits, *rest):
+        seen.append(logits.clone())
+        return sample(logits, *rest)
+
+    runner._sampler.sample = noted
+    begun = []
+    for plan in plans:
+        begun.append(runner.begin(plan))
+        if len(begun) == 2:
+            runner.finish(begun.pop(0))
+    runner.finish(begun.pop())
+    return seen
+
+
+@pytest.mark.parametrize(("name", "num_rows"), [("llama", 1), ("llama", 4), ("qwen3", 3), ("qwen2-window", 2)])
+def test_logits_of_a_replayed_step_are_those_of_an_eager_one(decoders, name, num_rows):
+    decoder, rng = decoders(name), random.Random(num_rows)
+    prompts, decodes = admitted(rng, [rng.randint(1, 30) for _ in range(num_rows)])
+    plans = [prompts, make_plan(2, decodes), make_plan(3, decodes[::-1])]
+    runner, capture = graphed(decoder)
+    replayed = logits_of(runner, plans)
+    eager = logits_of(make_runner(decoder, max_num_seqs=6, copies=LateCopies()), plans)
+    assert capture.replayed == 2
+    for mine, theirs in zip(replayed, eager, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2)
+        if num_rows in buckets_upto(6):
+            assert torch.equal(mine, theirs), "as many rows take the same kernels"
+
+
+def test_padding_rows_write_no_page_and_disturb_no_row(decoders):
+    decoder, rng = decoders("llama"), random.Random(0)
+    prompts, decodes = admitted(rng, [7, 20, 12])
+    runner, _ = graphed(decoder)
+    runner.run(prompts)
+    before = runner._pages.clone()
+    runner._graphs._numbers.fill_(3)  # what an earlier step may have left behind
+    runner.run(make_plan(2, decodes))
+    changed = (runner._pages != before).flatten(1).any(dim=1).nonzero().flatten().tolist()
+    tables = runner._slots.block_table
+    assert changed == sorted(int(tables[slot, length // 8]) for slot, length in ((5, 7), (4, 20), (3, 12)))
+
+
+def test_answers_of_a_soak_with_graphs_are_those_without(decoders):
+    """The same plans to both. Greedy tokens of a bfloat16 twin may part where two logits are near: one request may."""
+    decoder = decoders("llama")
+    asked = [[random.Random(i).randint(2, 380) for _ in range(1 + 4 * i)] for i in range(4)]
+    settings = {"chunk": 20, "preempt": 0.05, "max_num_seqs": 6, "ahead": 1}
+    runner, capture = graphed(decoder)
+    with_graphs = answer_all(runner, [make_asked(p, 4) for p in asked], random.Random(1), **settings)
+    plain = make_runner(decoder, max_num_seqs=6, copies=LateCopies())
+    without = answer_all(plain, [make_asked(p, 4) for p in asked], random.Random(1), **settings)
+    assert capture.replayed >= 3
+    same = sum(a.tokens == b.tokens for a, b in zip(with_graphs, without, strict=True))
+    assert same >= len(asked) - 1
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        make_plan(2, [(5, 1, True, ())], exact=True),
+        make_plan(2, [(5, 1, False, ())]),
+        make_plan(2, [(5, 1, True, ()), (0, 2, True, (9,))], [make_admit(0, [4, 5])]),
+    ],
+    ids=["exact", "a chunk of one", "beside a prompt"],
+)
+def test_steps_that_are_more_than_decoding_run_eagerly(decoders, plan):
+    decoder = decoders("llama")
+    runner, capture = graphed(decoder)
+    runner.run(make_plan(1, [(5, 2, True, (0,))], [make_admit(5, [4, 5])]))
+    if not plan.samples[0]:
+        runner.run(make_plan(2, (), [make_admit(5, [4, 5, 6], computed=1, blocks=[0])]))
+    runner.run(plan)
+    assert capture.replayed == 0
+
+
+def test_contexts_beyond_the_room_for_attentions_work_run_eagerly(decoders, monkeypatch):
+    monkeypatch.setattr(attention, "SPLIT", 64)
+    decoder = decoders("llama")
+    spec = decoder.spec
+    monkeypatch.setattr(graphs, "MAX_PARTIAL_BYTES", 4 * 4 * spec.num_heads * (spec.head_dim + 2))
+    held, _ = graphed(decoder)
+    inputs = [
+        DecodeInputs(
+            torch.tensor([[3, 3], [9, 9], [1, 9], contexts]).numpy(), torch.zeros(2, 4, dtype=torch.int32).numpy()
+        )
+        for contexts in ([64, 192], [65, 192])
+    ]
+    assert [held._graphs.take(each) is not None for each in inputs] == [True, False]
+
+
+def test_buckets_are_fine_where_batches_are_small_and_end_with_the_largest():
+    assert buckets_upto(1) == [1]
+    assert buckets_upto(6) == [1, 2, 4, 6]
+    assert buckets_upto(32) == [1, 2, 4, 8, 16, 24, 32]
+    assert buckets_upto(400)[-4:] == [248, 256, 320, 384, 400][-4:]
+    assert len(buckets_upto(1024)) < 50
+
+
+def test_a_plan_on_the_device_refuses_what_would_not_fit():
+    pool = torch.zeros(4, 1, 2, 1, 8, 16)
+    contexts, tables, slots = torch.zeros(2, dtype=torch.int32), torch.zeros(2, 4, dtype=torch.int32), torch.zeros(2)
+    for wrong in (
+        (contexts, tables, slots),
+        (contexts.long(), tables, slots.long()),
+        (contexts, tables[:1], slots.long()),
+        (contexts, tables.t().contiguous().t(), slots.long()),
+    ):
+        with pytest.raises(ValueError):
+            attention.plan_decode(pool, *wrong, num_heads=2, max_splits=4)
