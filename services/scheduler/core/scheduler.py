@@ -9,6 +9,7 @@ import heapq
 import msgspec
 
 from services.scheduler.core.admission import Limits, longest_sample, refuse_submission
+from services.scheduler.core.counts import Counts, Migration, PreemptReason
 from services.scheduler.core.events import Event, Released, RequestKey, SampleEnded, Tokens
 from services.scheduler.core.phases import Ledger, Phase, WaitReason
 from services.scheduler.core.plan import StepPlan, StepResult
@@ -43,6 +44,7 @@ class Scheduler:
         self.config = config
         self.groups: dict[str, WorkerGroup] = {}
         self.requests: dict[RequestKey, Request] = {}
+        self.counts = Counts()
         self._limits = Limits(max_num_queued_reqs=config.max_num_queued_reqs, max_model_len=config.max_model_len)
         self._policy: Policy = POLICIES[config.policy]()
         self._arrivals = 0
@@ -72,11 +74,13 @@ class Scheduler:
         for flight in group.in_flight:
             for sample in flight.rows:
                 sample.unknown = 0
+            self._note_freed(flight, now_ns)
         for sample in [*group.running, *group.waiting]:
             if sample.status is Status.RUNNING:
-                self._count_preemption(sample, group, now_ns)
+                self._count_preemption(sample, group, PreemptReason.WORKER_LOST, now_ns)
             sample.forget_progress()
             target = self._best_group(sample)
+            self.counts.migrations[Migration.FAILED if target is None else Migration.MOVED] += 1
             if target is None:
                 refusal = Refusal(
                     name="worker_lost", message="the worker was lost; try again soon", retry_after_ms=1000
@@ -115,6 +119,8 @@ class Scheduler:
         reason = FinishReason.STOP if stop else FinishReason.ABORT
         refusal = None if stop else _ABORT_REFUSALS[cause]
         for sample in samples:
+            if not stop:
+                self._count_abort(sample, now_ns)
             self._end_live(sample, reason, now_ns, refusal=refusal)
 
     # What goes out.
@@ -137,6 +143,7 @@ class Scheduler:
             self._fail_step(group, now_ns)
             return
         flight = group.in_flight.popleft()
+        self._note_freed(flight, now_ns)
         group.pace.learn(flight.plan.num_tokens, len(flight.rows), result.run_ns)
         group.clock.count_step(len(flight.rows), result.run_ns)
         tokens = iter(result.tokens)
@@ -197,7 +204,7 @@ class Scheduler:
         """Preempts from the end of the order until `missing` blocks are available; False where that took `sample`."""
         while group.pool.num_available < missing:
             victim = group.running.samples[-1]
-            self._preempt(victim, group, now_ns)
+            self._preempt(victim, group, PreemptReason.BLOCKS, now_ns)
             if victim is sample:
                 return False
         return True
@@ -240,6 +247,9 @@ class Scheduler:
         self._move_phase(sample, Phase.PREFILL, group, now_ns)
         if sample.request.cached_tokens is None:
             sample.request.cached_tokens = sample.planned
+        if not sample.incarnation and not sample.wants_prompt_logprobs and self.config.enable_prefix_caching:
+            self.counts.prefix_queries += len(sample.tokens)
+            self.counts.prefix_hits += sample.planned
         group.running.add(sample)
         step.admit(sample)
         count = step.cut(self._chunk(len(sample.tokens) - sample.planned))
@@ -323,9 +333,10 @@ class Scheduler:
                 group.pool.withdraw(block)
             for sample in flight.rows:
                 sample.unknown = 0
+            self._note_freed(flight, now_ns)
         group.in_flight.clear()
         for sample in reversed(list(group.running)):
-            self._preempt(sample, group, now_ns)
+            self._preempt(sample, group, PreemptReason.STEP_FAILED, now_ns)
         refusal = Refusal(name="step_failed", message="the model failed on this batch; the server's log says why")
         for sample in culprits:
             sample.failures += 1
@@ -368,14 +379,15 @@ class Scheduler:
 
         return min(fitting, key=work)
 
-    def _preempt(self, sample: Sample, group: WorkerGroup, now_ns: int) -> None:
+    def _preempt(self, sample: Sample, group: WorkerGroup, reason: PreemptReason, now_ns: int) -> None:
         """Back to the queue, by recompute. It keeps its place in the order: first in line, it never starves."""
         group.running.remove(sample)
         self._release(sample, group)
-        self._count_preemption(sample, group, now_ns)
+        self._count_preemption(sample, group, reason, now_ns)
         self._enqueue(sample, group)
 
-    def _count_preemption(self, sample: Sample, group: WorkerGroup, now_ns: int) -> None:
+    def _count_preemption(self, sample: Sample, group: WorkerGroup, reason: PreemptReason, now_ns: int) -> None:
+        self.counts.preemptions[reason] += 1
         sample.request.ledger.preemptions += 1
         sample.move(Status.WAITING)
         self._move_phase(sample, Phase.QUEUE, group, now_ns)
@@ -384,6 +396,23 @@ class Scheduler:
         group.pool.release(sample.blocks)
         group.free_slots.append(sample.slot)
         sample.forget_progress()
+
+    def _count_abort(self, sample: Sample, now_ns: int) -> None:
+        """Its blocks go back at once; the device lets go of them with the last step in flight that computes for it."""
+        if sample.status is Status.ENDED:
+            return
+        self.counts.aborts[sample.phase] += 1
+        group = self.groups[sample.group_id]
+        last = next((flight for flight in reversed(group.in_flight) if sample in flight.rows), None)
+        if last is None:
+            self.counts.freed_ns.append(0)
+        else:
+            last.aborted_ns.append(now_ns)
+
+    def _note_freed(self, flight: InFlight, now_ns: int) -> None:
+        """The step is over: nothing computes any more for the samples that were aborted meanwhile."""
+        if flight.aborted_ns:
+            self.counts.freed_ns.extend(now_ns - aborted_ns for aborted_ns in flight.aborted_ns)
 
     def _end_live(self, sample: Sample, reason: FinishReason, now_ns: int, *, refusal: Refusal | None = None) -> None:
         if sample.status is not Status.ENDED:

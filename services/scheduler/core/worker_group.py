@@ -1,12 +1,12 @@
 """One worker group as the core sees it: a pool of blocks, a set of slots, who runs, who waits, what is in flight."""
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import msgspec
 
 from services.scheduler.core.blocks import BlockPool
-from services.scheduler.core.phases import WaitClock
+from services.scheduler.core.phases import WaitClock, WaitReason
 from services.scheduler.core.plan import StepPlan
 from services.scheduler.core.queue import OrderedSamples
 from services.scheduler.core.request import Sample
@@ -41,12 +41,14 @@ class GroupLoad(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(slots=True)
 class InFlight:
-    """A plan that was sent: its samples by row, the life each was in, and the blocks it made pending."""
+    """A plan that was sent: its samples by row, the life each was in, and the blocks it made pending. `aborted_ns` says
+    when samples were aborted that no later plan computes for."""
 
     plan: StepPlan
     rows: list[Sample]
     incarnations: list[int]
     pending: list[int]
+    aborted_ns: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -115,6 +117,10 @@ class WorkerGroup:
             kv_blocks_cached=len(pool.cached),
             kv_blocks_referenced=pool.num_referenced,
         )
+
+    def waiting_by_reason(self) -> Counter[WaitReason]:
+        """How many samples wait for what: the queue's reason, or their request's own."""
+        return Counter(sample.request.ledger.own_reason or self.clock.reason for sample in list(self.waiting.samples))
 
     def match(self, sample: Sample) -> list[int]:
         """Blocks that hold a prefix of the sample's tokens. The last token is left to compute, since its logits are

@@ -1,0 +1,123 @@
+"""A small HTTP door: /metrics for Prometheus, and /health where a service has one. Its threads answer; the event loop
+only notices that somebody calls."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.exposition import ThreadingWSGIServer
+from prometheus_client.registry import Collector
+
+from shared.net.address import join_address
+from shared.net.server import BindError
+
+MAX_CALLS = 16
+"""Answered at once; one more is hung up on."""
+READ_TIMEOUT_S = 5.0
+"""For a caller that sends nothing."""
+
+ANY_HOSTS = {"": "0.0.0.0", "localhost": "127.0.0.1"}
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = READ_TIMEOUT_S
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: scrapes come every few seconds."""
+
+
+class _Server(ThreadingWSGIServer):
+    """One thread per call, few at a time."""
+
+    allow_reuse_port = False  # a second service on our port is to be refused, not to share it
+    timeout = 0.0  # whoever calls handle_request knows that somebody is there
+
+    def __init__(self, host: str, port: int) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._places = threading.BoundedSemaphore(MAX_CALLS)
+        super().__init__((host, port), _Handler)
+        self.socket.setblocking(False)  # a caller that was gone before it was answered must not hold up the loop
+
+    def server_bind(self) -> None:
+        """Without asking a name server for our own name, as the standard library does."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+        self.setup_environ()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._places.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing: callers come and go."""
+
+
+class HttpDoor:
+    """Serves from construction until `close`, on the running event loop."""
+
+    def __init__(
+        self, host: str, port: int, collector: Collector, *, flag: str, healthy: Callable[[], bool] | None = None
+    ) -> None:
+        """Raises BindError, naming `flag`."""
+        self._server: WSGIServer = _bind(host, port, flag)
+        self.address = join_address(host, self._server.server_port)
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(collector)
+        self._server.set_app(_application(registry, healthy))
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._server.fileno(), self._server.handle_request)
+
+    def close(self) -> None:
+        """Answers that are being written end with the process."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed already
+            self._loop.remove_reader(self._server.fileno())
+        self._server.socket.close()
+
+
+def _bind(host: str, port: int, flag: str) -> WSGIServer:
+    bare = host.strip("[]")
+    try:
+        return _Server(ANY_HOSTS.get(bare, bare), port)
+    except (OSError, UnicodeError):
+        address = join_address(host, port)
+        raise BindError(
+            f"cannot listen on {address}: the port is taken or the address is not this machine's; "
+            f"choose another with {flag}"
+        ) from None
+
+
+def _application(registry: CollectorRegistry, healthy: Callable[[], bool] | None) -> Callable[..., Any]:
+    metrics = make_wsgi_app(registry)
+
+    def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        match environ["REQUEST_METHOD"], environ["PATH_INFO"]:
+            case "GET", "/metrics":
+                return metrics(environ, start_response)
+            case "GET" | "HEAD", "/health" if healthy is not None:
+                return _say(start_response, "200 OK" if healthy() else "503 Service Unavailable")
+            case "GET" | "HEAD", _:
+                return _say(start_response, "404 Not Found")
+        return _say(start_response, "405 Method Not Allowed")
+
+    return answer
+
+
+def _say(start_response: Callable[..., Any], status: str) -> list[bytes]:
+    text = status.partition(" ")[2].lower().encode() + b"\n"
+    start_response(status, [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(text)))])
+    return [text]
