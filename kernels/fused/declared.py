@@ -1,13 +1,14 @@
 """The compiled forms that a model needs: its host functions called with meta tensors of its shapes."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kernels.fused import activation, attention, blocks, experts, linear, norm, rope, sampling
 from kernels.fused.launch import Form, recorded
+from kernels.fused.linear import PackedGate, PackedLinear
 from kernels.tuning import candidates
 from kernels.tuning.candidates import BUCKETS, Weight
 
@@ -87,6 +88,18 @@ def forms_of(shape: ModelShape) -> list[Form]:
     return forms
 
 
+def forms_with(shape: ModelShape, weights: Iterable[tuple[str, PackedLinear | PackedGate]]) -> list[Form]:
+    """The same of a loaded model: `weights` are its own, each with the operation of kernels.ops.linear that uses it, so
+    that its products are those that its tables choose."""
+    with recorded() as forms:
+        for declare in DECLARATIONS:
+            if declare is not _linears:
+                declare(shape)
+        for op, packed in weights:
+            _packed_products(shape, op, packed)
+    return forms
+
+
 def _norms(shape: ModelShape) -> None:
     x, weight = shape.empty(2, shape.hidden), shape.empty(shape.hidden)
     if shape.layer_norm:
@@ -101,15 +114,16 @@ def _norms(shape: ModelShape) -> None:
 def _ropes(shape: ModelShape) -> None:
     pool = shape.empty(4, shape.num_layers, 2, shape.num_kv_heads, shape.block_size, shape.head_dim)
     heads = shape.empty(4, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
-    ids, weight = shape.empty(4, dtype=torch.int64), shape.empty(shape.head_dim) if shape.qk_norm else None
+    slots, weight = shape.empty(4, dtype=torch.int64), shape.empty(shape.head_dim) if shape.qk_norm else None
+    rows = shape.empty(4, dtype=torch.int32)  # a decoder gathers the tables' rows before
     rotary_dim = shape.head_dim if shape.rotary_dim is None else shape.rotary_dim
     table = shape.empty(shape.max_model_len, rotary_dim) if rotary_dim else None
     rope.rope_and_write_kv(
         heads,
         pool,
         0,
-        ids,
-        ids if rotary_dim else None,
+        slots,
+        rows if rotary_dim else None,
         table,
         table,
         interleaved=shape.interleaved_rope,
@@ -145,14 +159,21 @@ def _linears(shape: ModelShape) -> None:
 
 
 def _products(shape: ModelShape, weight: Weight) -> None:
-    """One weight at every number of rows that has a form of its own."""
     values = shape.empty(weight.halves * weight.out_features, weight.in_features)
-    packed = (linear.pack_gated if weight.op == "gated_linear" else linear.pack_linear)(values)
-    compute = getattr(linear, weight.op)
+    _packed_products(
+        shape, weight.op, (linear.pack_gated if weight.op == "gated_linear" else linear.pack_linear)(values)
+    )
+
+
+def _packed_products(shape: ModelShape, op: str, packed: PackedLinear | PackedGate) -> None:
+    """One weight at every number of rows that has a form of its own; its values are not looked at."""
+    bias = None if packed.bias is None else packed.bias.to("meta")
+    packed = replace(packed, weight=packed.weight.to("meta"), bias=bias)
     for num_rows in BUCKETS:
-        residual = (shape.empty(num_rows, weight.out_features),) if weight.op == "linear_add" else ()
+        x = shape.empty(num_rows, packed.weight.shape[1])
+        residual = (shape.empty(num_rows, packed.out_features),) if op == "linear_add" else ()
         for exact in (False, True):
-            compute(shape.empty(num_rows, weight.in_features), packed, *residual, exact=exact)
+            getattr(linear, op)(x, packed, *residual, exact=exact)
 
 
 def candidate_forms(shared_bytes: int) -> list[Form]:

@@ -1,6 +1,12 @@
 """One way to start a kernel, which can also be recorded instead: what prove.py compiles is what the host functions ask
-for, never a second list."""
+for, never a second list.
 
+A form can be compiled ahead of its first launch (`warm`), into the very cache that launches look it up in. What Triton
+compiles after `seal` is counted as late: Triton itself tells of it, so that a launch costs nothing more.
+"""
+
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -8,7 +14,10 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+import triton
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 Kernel: TypeAlias = Any
 """A function under `triton.jit`; the interpreter's is of another class."""
@@ -26,6 +35,7 @@ TYPES = {
     torch.int64: "i64",
     torch.bool: "i1",
 }
+DTYPES = {name: dtype for dtype, name in TYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +59,7 @@ class Form:
 
 
 _record: ContextVar[Callable[[Form], None] | None] = ContextVar("record", default=None)
+_observe: ContextVar[Callable[[Form], None] | None] = ContextVar("observe", default=None)
 
 
 def launch(
@@ -67,21 +78,108 @@ def launch(
     record = _record.get()
     if record is not None:
         record(_form(kernel, arguments, constants, num_warps, num_stages))
-    elif all(grid):
+        return
+    observe = _observe.get()
+    if observe is not None:
+        observe(_form(kernel, arguments, constants, num_warps, num_stages))
+    if all(grid):
         kernel[grid](**arguments, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False)
 
 
 @contextmanager
 def recorded() -> Iterator[list[Form]]:
     """The forms that host functions ask for in this block, each once; nothing is started. Call with meta tensors."""
+    with _collected(_record) as found:
+        yield found
+
+
+@contextmanager
+def observed() -> Iterator[list[Form]]:
+    """The same, of kernels that are started."""
+    with _collected(_observe) as found:
+        yield found
+
+
+@contextmanager
+def _collected(variable: ContextVar[Callable[[Form], None] | None]) -> Iterator[list[Form]]:
     forms: dict[Form, None] = {}
-    token = _record.set(lambda form: forms.setdefault(form))
+    token = variable.set(lambda form: forms.setdefault(form))
     found: list[Form] = []
     try:
         yield found
     finally:
-        _record.reset(token)
+        variable.reset(token)
         found.extend(forms)
+
+
+class _Pointer:
+    """Stands for a tensor where Triton looks for a dtype and an address."""
+
+    def __init__(self, dtype: torch.dtype, address: int) -> None:
+        self.dtype, self._address = dtype, address
+
+    def data_ptr(self) -> int:
+        return self._address
+
+    def ptr_range(self) -> int:
+        return 0
+
+
+def stand_ins(form: Form) -> list[Any]:
+    """Arguments in the order of the kernel's parameters that Triton compiles `form` for."""
+    types, constants = dict(form.types), dict(form.constants)
+    return [
+        constants[name] if name in constants else _stand_in(types[name], name in form.aligned)
+        for name in form.kernel.arg_names
+    ]
+
+
+def _stand_in(type_name: str, aligned: bool) -> Any:
+    if type_name.startswith("*"):
+        return _Pointer(DTYPES[type_name[1:]], 0 if aligned else ALIGNMENT // 2)
+    return 0.5 if type_name == "fp32" else ALIGNMENT  # whole numbers are not specialised, so any stands for all
+
+
+def warm(form: Form) -> None:
+    """Compiles `form`, or takes it from Triton's cache on disk, and loads it: on the current CUDA device."""
+    options = {"num_warps": form.num_warps, "num_stages": form.num_stages, "enable_fp_fusion": False}
+    compiled = form.kernel.run(*stand_ins(form), grid=(1,), warmup=True, **options)
+    if compiled is not None:
+        compiled._init_handles()
+
+
+class LateCompilations:
+    """Counts, by kernel, what is compiled after `seal`: a request waited for it. The first of each kernel is logged."""
+
+    def __init__(self) -> None:
+        self.by_kernel: Counter[str] = Counter()
+        self._sealed = False
+        self._before: Any = None
+
+    @property
+    def total(self) -> int:
+        return self.by_kernel.total()
+
+    def seal(self) -> None:
+        """From here on every compilation is late. Triton tells us of each, and whoever listened before as well."""
+        if not self._sealed:
+            self._sealed = True
+            self._before = triton.knobs.runtime.jit_post_compile_hook
+            triton.knobs.runtime.jit_post_compile_hook = self.on_compiled
+
+    def on_compiled(self, *, fn: Any, is_manual_warmup: bool = False, **facts: Any) -> Any:
+        if not is_manual_warmup:
+            name = fn.name.rpartition(".")[2]
+            self.by_kernel[name] += 1
+            if self.by_kernel[name] == 1:
+                log.warning("compiled %s in live traffic: %s", name, str(facts.get("repr", ""))[:400])
+        if self._before is not None:
+            return self._before(fn=fn, is_manual_warmup=is_manual_warmup, **facts)
+        return None
+
+
+late = LateCompilations()
+"""This process's."""
 
 
 def _form(

@@ -24,6 +24,7 @@ HELP = {
     "device": "Where to compute.",
     "dtype": "Of weights and KV; auto: what the device is fast at.",
     "enable_prefix_caching": "Reuse the KV blocks of prompts that begin alike.",
+    "enforce_eager": "Launch every kernel of a step from the host: no CUDA graphs.",
     "gpu_memory_utilization": "The share of a GPU's memory that weights and KV blocks may take.",
     "grpc_port": "The public gRPC port.",
     "heartbeat_timeout_ms": "A worker that makes no progress for so long is given up.",

@@ -11,16 +11,21 @@ import structlog
 import torch
 
 import shared
+from kernels.ops import forms
 from services.worker.execute.runner import Runner
 from services.worker.execute.slots import Slots
 from services.worker.host import Loaded, Progress
+from services.worker.memory.copies import CudaCopies
 from services.worker.memory.layout import BlockLayout, layout_of
 from services.worker.memory.pool import allocate_pool, count_blocks
+from services.worker.models.costs import costs_of
 from services.worker.models.decoder import Decoder, load_decoder
 from services.worker.models.registry import translate
 from services.worker.models.spec import ModelSpec
 from services.worker.plan import Admit, StepPlan
 from services.worker.sampling.sampler import Sampler
+from services.worker.work import StepCosts
+from services.worker.warm import capture_graphs, compile_kernels, uses_graphs
 from shared.checkpoint import Checkpoint, open_checkpoint
 from shared.config import WorkerConfig
 from shared.config.services import BUNDLED_MODEL
@@ -66,15 +71,28 @@ def load(config: WorkerConfig, progress: Progress) -> Loaded:
     layout = layout_of(spec, dtype, config.block_size)
     size = size_pool(config, layout, spec.max_positions, free_on(device))
     runner = build_runner(config, decoder, layout, size, device)
+    if device == "cuda":
+        compile_kernels(decoder, layout, size.max_model_len)
+    if uses_graphs(config, dtype, device):
+        capture_graphs(runner, decoder)
     _warm_up(runner, layout, size)
-    return _describe(config, checkpoint, runner, layout, size, device)
+    if device == "cuda":
+        forms.seal()
+    return _describe(config, checkpoint, runner, layout, size, device, costs_of(spec, dtype.itemsize))
 
 
 def _describe(
-    config: WorkerConfig, checkpoint: Checkpoint, runner: Runner, layout: BlockLayout, size: PoolSize, device: str
+    config: WorkerConfig,
+    checkpoint: Checkpoint,
+    runner: Runner,
+    layout: BlockLayout,
+    size: PoolSize,
+    device: str,
+    costs: StepCosts,
 ) -> Loaded:
     return Loaded(
         runner=runner,
+        costs=costs,
         model_fingerprint=checkpoint.fingerprint,
         dtype=str(layout.dtype).removeprefix("torch."),
         device=device,
@@ -212,7 +230,8 @@ def build_runner(
         vocab_size=vocab_size,
     )
     sampler = Sampler(max_num_seqs=config.max_num_seqs, vocab_size=vocab_size)
-    return Runner(decoder, pool.pages, slots, sampler, deterministic=config.deterministic)
+    copies = CudaCopies(torch.device(device)) if device == "cuda" else None
+    return Runner(decoder, pool.pages, slots, sampler, deterministic=config.deterministic, copies=copies)
 
 
 def _warm_up(runner: Runner, layout: BlockLayout, size: PoolSize) -> None:

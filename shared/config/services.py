@@ -89,6 +89,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_num_batched_tokens: U16 = 2048
     max_model_len: NonNegative = 0
     deterministic: bool = False
+    enforce_eager: bool = False
+    """Without CUDA graphs."""
     threads: NonNegative = 0
     """Compute threads; 0: the physical cores."""
     internal_token: str = ""

@@ -20,6 +20,7 @@ from services.worker.load import (
 )
 from services.worker.memory.layout import BlockLayout
 from services.worker.memory.pool import PoolTooSmall
+from services.worker.warm import uses_graphs
 from shared.checkpoint import CheckpointError, open_checkpoint
 from shared.config import WorkerConfig
 from shared.net.channel import open_internal_channel
@@ -90,6 +91,21 @@ def test_on_a_gpu_a_16_bit_checkpoint_is_taken_as_it_is(monkeypatch):
     with pytest.raises(WorkerError, match="needs triton"):
         choose_device("cuda")
     assert 1 <= count_cores() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "dtype", "device", "expected"),
+    [
+        ({}, torch.bfloat16, "cuda", True),
+        ({}, torch.float16, "cuda", True),
+        ({"enforce_eager": True}, torch.bfloat16, "cuda", False),
+        ({"deterministic": True}, torch.bfloat16, "cuda", False),
+        ({}, torch.float32, "cuda", False),
+        ({}, torch.bfloat16, "cpu", False),
+    ],
+)
+def test_graphs_are_for_gpus_whose_steps_are_not_all_exact(fields, dtype, device, expected):
+    assert uses_graphs(WorkerConfig(**fields), dtype, device) is expected
 
 
 def test_a_pool_holds_every_slots_whole_context_and_no_more_where_memory_allows():

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kernels.ops.forms import num_late_compilations
 from services.worker.execute.graphs import Capture, DecodeForward, Graphs
 from services.worker.execute.inputs import Inputs, gather, gather_decode, is_decode
 from services.worker.execute.slots import Placed, Slots
@@ -82,6 +83,11 @@ class Runner:
     @property
     def layers_done(self) -> int:
         return self._decoder.layers_done
+
+    @property
+    def num_late_compilations(self) -> int:
+        """Kernels that were compiled in live traffic, each while a step waited. Stays 0 on a CPU."""
+        return num_late_compilations() if self._pages.is_cuda else 0
 
     def reset(self) -> None:
         self._begun.clear()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels.ops import choice
 from kernels.ops.attention import plan_attention, plan_decode
+from kernels.ops.forms import Products
 from services.worker.layers.attention import Attention, AttentionStep
 from services.worker.layers.linear import GatedLinear, Linear
 from services.worker.layers.mlp import GatedMlp
@@ -151,6 +152,17 @@ class Decoder:
         if hidden.shape[0] == 0:
             return hidden.new_empty((0, self.spec.vocab_size))
         return self._head(self._norm(hidden, exact=exact), exact=exact)
+
+    def products(self) -> Products:
+        """Each of its products once, by operation and shape: one layer stands for all."""
+        layer = self._layers[0]
+        return [
+            ("linear", layer.attention.qkv.packed),
+            ("linear_add", layer.attention.out.packed),
+            ("gated_linear", layer.mlp.gate_up.packed),
+            ("linear_add", layer.mlp.down.packed),
+            ("linear", self._head.packed),
+        ]
 
     def reserve(self, max_model_len: int) -> None:
         """Before anything is captured: whatever would grow with a context."""

@@ -231,8 +231,8 @@ class Sampler:
         """Launches the logprobs of the prompt tokens `token_ids` int32 [n] at positions `start`, …, whose logits are
         `logits` [n, vocab]."""
         num_top = int(self._num_prompt_logprobs[slot])
-        targets = _beside(logits, token_ids.astype(np.int64))
-        chunk = max(1, PROMPT_CHUNK_ELEMENTS // self.vocab_size)
+        logits, targets = _well_placed(logits), _beside(logits, token_ids.astype(np.int64))
+        chunk = max(4, PROMPT_CHUNK_ELEMENTS // self.vocab_size // 4 * 4)  # so that each begins well placed too
         parts = [
             ops.token_logprobs(logits[at : at + chunk], targets[at : at + chunk], num_top)
             for at in range(0, len(token_ids), chunk)
@@ -282,6 +282,12 @@ def _entries(logits: Tensor, per_row: list[tuple]) -> tuple[Tensor, Tensor]:
 
 def _joined(logits: Tensor, arrays: list[Array]) -> Tensor:
     return _beside(logits, np.concatenate(arrays))
+
+
+def _well_placed(logits: Tensor) -> Tensor:
+    """Rows of a GPU's tensor that begin where vectors are read from: for others Triton would compile anew."""
+    starts_well = logits.storage_offset() * logits.element_size() % 16 == 0
+    return logits if starts_well or not logits.is_cuda else logits.clone()
 
 
 def _beside(logits: Tensor, array: Array) -> Tensor:

@@ -1,0 +1,58 @@
+"""Before a GPU worker says that it is ready: every kernel compiled, every graph captured, so that no request waits for
+either."""
+
+import time
+from typing import Any
+
+import structlog
+import torch
+
+from kernels.ops import forms
+from services.worker.execute.graphs import CudaCapture
+from services.worker.execute.runner import Runner
+from services.worker.memory.layout import BlockLayout
+from services.worker.models.decoder import Decoder
+from services.worker.models.spec import ModelSpec
+from shared.config import WorkerConfig
+
+log = structlog.get_logger("warm")
+
+
+def shape_of(spec: ModelSpec, layout: BlockLayout, max_model_len: int) -> dict[str, Any]:
+    """What the kernels' compiled forms depend on: the fields of kernels.fused.declared.ModelShape."""
+    windows = sorted({window for window in spec.windows if window is not None})
+    if len(windows) > 1:
+        raise ValueError(f"{spec.architecture}: windows of {windows} tokens; kernels are declared for one")
+    return {
+        "name": spec.architecture,
+        "hidden": spec.hidden_size,
+        "num_heads": spec.num_heads,
+        "num_kv_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "intermediate": spec.intermediate_size,
+        "vocab_size": spec.vocab_size,
+        "qk_norm": spec.qk_norm,
+        "block_size": layout.block_size,
+        "max_model_len": max_model_len,
+        "dtype": layout.dtype,
+        "window": windows[0] if windows else None,
+        "num_layers": spec.num_layers,
+    }
+
+
+def compile_kernels(decoder: Decoder, layout: BlockLayout, max_model_len: int) -> None:
+    """Every form that this model's steps may ask for. Minutes the first time, seconds from Triton's cache on disk."""
+    began = time.monotonic()
+    num_forms = forms.warm(decoder.products(), **shape_of(decoder.spec, layout, max_model_len))
+    log.info("kernels_compiled", forms=num_forms, seconds=round(time.monotonic() - began, 1))
+
+
+def uses_graphs(config: WorkerConfig, dtype: torch.dtype, device: str) -> bool:
+    """Exact steps run eagerly, so a worker whose every step is exact has no use for graphs."""
+    return device == "cuda" and not (config.enforce_eager or config.deterministic or dtype == torch.float32)
+
+
+def capture_graphs(runner: Runner, decoder: Decoder) -> None:
+    began = time.monotonic()
+    runner.capture_graphs(decoder, CudaCapture(decoder.device))
+    log.info("graphs_ready", seconds=round(time.monotonic() - began, 1))

@@ -1,0 +1,97 @@
+"""No compilation in live traffic: what a soak of mixed steps asks for was declared, and so compiled, before."""
+
+import random
+
+import pytest
+import torch
+
+from kernels.fused import launch
+from kernels.fused.launch import ALIGNMENT, observed
+from kernels.ops import choice, forms
+from services.worker.memory.layout import layout_of
+from services.worker.models.decoder import load_decoder
+from services.worker.warm import shape_of
+from shared.checkpoint import open_checkpoint
+from shared.sampling import Sampling
+from tests.builders.plans import make_admit, make_plan
+from tests.builders.runners import LateCopies, make_runner
+from tests.kernels.fused.test_graphs import CalledAgain
+from tests.models.twins import make_twin
+
+EVERYTHING = Sampling(
+    seed=5, temperature=0.9, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.2, frequency_penalty=0.2,
+    logit_bias=((3, 2.0),),
+)  # fmt: skip
+KINDS = (
+    {},
+    {"sampling": Sampling(seed=2, temperature=0.7)},
+    {"sampling": EVERYTHING, "logprobs": 2, "min_tokens": 6, "stop_token_ids": [4, 5]},
+    {"prompt_logprobs": 1},
+    {"logprobs": 0},
+)
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    """Tensors of a GPU begin at multiples of 512 bytes, and only views begin elsewhere."""
+    monkeypatch.setattr(choice, "is_fused", lambda tensor: True)
+    monkeypatch.setattr(
+        launch, "_is_aligned", lambda tensor: tensor.storage_offset() * tensor.element_size() % ALIGNMENT == 0
+    )
+
+
+def soak(runner, rng):
+    """Prompts of all kinds whole and in chunks, decoding rows alone and beside them, exact steps."""
+    admits = [make_admit(i, [rng.randint(2, 380) for _ in range(3 + i)], **kind) for i, kind in enumerate(KINDS)]
+    counts = [len(admit.token_ids) for admit in admits]
+    runner.run(make_plan(1, [(i, counts[i], True, (2 * i, 2 * i + 1)) for i in range(3)], admits[:3]))
+    rows = [(i, 1, True, ()) for i in range(3)]
+    runner.run(make_plan(2, [*rows[:2], (3, 4, False, (6, 7)), (4, counts[4], True, (8, 9))], admits[3:]))
+    runner.run(make_plan(3, [(3, counts[3] - 4, True, ()), rows[2]]))
+    runner.run(make_plan(4, rows))
+    runner.run(make_plan(5, [rows[1]]))
+    runner.run(make_plan(6, [rows[0], (4, 1, True, ())], exact=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-window"])
+def test_a_soak_of_mixed_steps_asks_for_declared_forms_only(name, tmp_path):
+    decoder = load_decoder(open_checkpoint(make_twin(name, tmp_path)), torch.bfloat16)
+    runner = make_runner(decoder, max_num_seqs=6, copies=LateCopies())
+    layout = layout_of(decoder.spec, decoder.dtype, 8)
+    declared = forms.forms(decoder.products(), **shape_of(decoder.spec, layout, 256))
+    with observed() as asked:
+        runner.capture_graphs(decoder, CalledAgain())
+        soak(runner, random.Random(0))
+    strangers = set(asked) - set(declared)
+    assert not strangers, [(form.name, nearest(form, declared)) for form in strangers]
+    assert len({form.name for form in asked}) > 15, "the soak is to need most kernels"
+
+
+def nearest(form, declared):
+    """How a form differs from the declared one that is most like it, for the message."""
+    fields = ("types", "aligned", "constants", "num_warps", "num_stages")
+    same_kernel = [each for each in declared if each.name == form.name]
+    differences = [
+        {
+            field: set(map(str, getattr(form, field))) ^ set(map(str, getattr(each, field)))
+            if field in ("types", "aligned", "constants")
+            else (getattr(form, field), getattr(each, field))
+            for field in fields
+            if getattr(form, field) != getattr(each, field)
+        }
+        for each in same_kernel
+    ]
+    return min(differences, key=lambda one: len(str(one)), default="never declared")
+
+
+def test_the_comparison_above_sees_another_width(tmp_path):
+    decoder = load_decoder(open_checkpoint(make_twin("llama", tmp_path)), torch.bfloat16)
+    layout = layout_of(decoder.spec, decoder.dtype, 8)
+    shape = shape_of(decoder.spec, layout, 256)
+    mine = forms.forms(decoder.products(), **shape)
+    other = forms.forms(decoder.products(), **shape_of(decoder.spec, replace_block(layout), 256))
+    assert set(mine) - set(other)
+
+
+def replace_block(layout):
+    return type(layout)(layout.num_layers, layout.num_kv_heads, 16, layout.head_dim, layout.dtype)
