@@ -18,13 +18,11 @@ from services.worker.host import Loaded, Progress
 from services.worker.memory.copies import CudaCopies
 from services.worker.memory.layout import BlockLayout, layout_of
 from services.worker.memory.pool import allocate_pool, count_blocks
-from services.worker.models.costs import costs_of
 from services.worker.models.decoder import Decoder, load_decoder
 from services.worker.models.registry import translate
 from services.worker.models.spec import ModelSpec
 from services.worker.plan import Admit, StepPlan
 from services.worker.sampling.sampler import Sampler
-from services.worker.work import StepCosts
 from services.worker.warm import capture_graphs, compile_kernels, uses_graphs
 from shared.checkpoint import Checkpoint, open_checkpoint
 from shared.config import WorkerConfig
@@ -78,21 +76,14 @@ def load(config: WorkerConfig, progress: Progress) -> Loaded:
     _warm_up(runner, layout, size)
     if device == "cuda":
         forms.seal()
-    return _describe(config, checkpoint, runner, layout, size, device, costs_of(spec, dtype.itemsize))
+    return _describe(config, checkpoint, runner, layout, size, device)
 
 
 def _describe(
-    config: WorkerConfig,
-    checkpoint: Checkpoint,
-    runner: Runner,
-    layout: BlockLayout,
-    size: PoolSize,
-    device: str,
-    costs: StepCosts,
+    config: WorkerConfig, checkpoint: Checkpoint, runner: Runner, layout: BlockLayout, size: PoolSize, device: str
 ) -> Loaded:
     return Loaded(
         runner=runner,
-        costs=costs,
         model_fingerprint=checkpoint.fingerprint,
         dtype=str(layout.dtype).removeprefix("torch."),
         device=device,
