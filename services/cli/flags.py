@@ -42,10 +42,11 @@ HELP = {
     "max_plans_in_flight": "Plans sent to a worker ahead of its results.",
     "max_request_bytes": "The largest request message.",
     "max_unread_bytes": "A client with more unread text than this is ended.",
+    "metrics_port": "The HTTP port of /metrics, 0: a free one. Of `up`: the scheduler's; the workers' follow.",
     "model": "A folder or a Hugging Face hub id; `bundled` is the model that comes with Sluice.",
     "num_gpu_blocks_override": "The number of KV blocks, on any device; 0: sized from memory.",
     "otlp_traces_endpoint": "Where traces go by OTLP; empty: where OTEL_EXPORTER_OTLP_ENDPOINT says, or nowhere.",
-    "port": "The port to listen on.",
+    "port": "The port to listen on: HTTP of a router (and of `up`), gRPC of a scheduler or worker.",
     "revision": "Branch, tag or commit of a hub id.",
     "scheduler": "HOST:PORT of the scheduler.",
     "scheduler_port": "The scheduler's internal port; 0: a free one.",
@@ -166,9 +167,14 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def build(section: str, *, file: str, flags: Mapping[str, Any]) -> Any:
-    """One section's configuration from defaults, file, environment and flags. Raises ConfigError."""
-    return load_config(KINDS[section], section=section, file=file, environ=os.environ, flags=flags)
+def build(section: str, *, file: str, flags: Mapping[str, Any], without_variables: frozenset[str] = frozenset()) -> Any:
+    """One section's configuration from defaults, file, environment and flags. Raises ConfigError.
+
+    `without_variables` are fields whose variables mean another service.
+    """
+    foreign = {f"SLUICE_{name.upper()}" for name in without_variables}
+    environ = {name: value for name, value in os.environ.items() if name not in foreign}
+    return load_config(KINDS[section], section=section, file=file, environ=environ, flags=flags)
 
 
 def to_argv(flags: Mapping[str, Any]) -> list[str]:

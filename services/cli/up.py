@@ -180,7 +180,7 @@ class View:
     def ready_line(self) -> str:
         workers = ", ".join(self._cluster.workers)
         return (
-            f"[bold green]sluice is ready[/]  gRPC [bold]{self._cluster.router}[/]  "
+            f"[bold green]sluice is ready[/]  gRPC [bold]{self._cluster.router}[/]  HTTP {self._cluster.http['router']}  "
             f"scheduler {self._cluster.scheduler}  worker {workers}  model {self._cluster.model}"
         )
 
@@ -251,6 +251,7 @@ class View:
             "router": self._cluster.router,
             "scheduler": self._cluster.scheduler,
             "workers": self._cluster.workers,
+            "http": self._cluster.http,
             "pids": {name: child.pid for name, child in self.supervisor.children.items()},
         }
         partial = _partial(path)

@@ -11,6 +11,7 @@ import structlog
 
 from services.router.admission import Admission
 from services.router.fleet import Expected, Fleet
+from services.router.metrics import RouterMetrics
 from services.router.model import ServedModel, load_model
 from services.router.servicer import RouterControl, RouterInference, add_servicers
 from services.router.session import Session
@@ -20,8 +21,10 @@ from shared.config import RouterConfig, tracing_config
 from shared.ids import new_instance_id
 from shared.net.address import join_address
 from shared.net.health import Health
+from shared.net.http import HttpDoor
 from shared.net.server import bind, create_server
 from shared.outcome import AbortCause
+from shared.telemetry.lag import LoopLag
 from shared.telemetry.logs import configure_logs
 from shared.telemetry.otlp import Exporter
 
@@ -60,6 +63,10 @@ class Router:
         self._announced = False
         self._tasks: list[asyncio.Task[None]] = []
         self._address = ""
+        self._able = False
+        self._http: HttpDoor | None = None
+        self._lag = LoopLag()
+        self.metrics = RouterMetrics()
         self.admission = Admission(config.max_num_queued_reqs, monotonic_ns)
         self.fleet = Fleet(
             config.scheduler,
@@ -84,6 +91,7 @@ class Router:
             tokenizing=self._tokenizing,
             max_unread_bytes=self._config.max_unread_bytes,
             traces=self.traces,
+            metrics=self.metrics,
             instance=instance,
             now=monotonic_ns,
         )
@@ -92,6 +100,7 @@ class Router:
             session=session,
             fleet=self.fleet,
             admission=self.admission,
+            metrics=self.metrics,
             max_request_bytes=self._config.max_request_bytes,
             stall_timeout_ms=self._config.stall_timeout_ms,
         )
@@ -115,6 +124,9 @@ class Router:
                 return await self._drain()
         finally:
             await self._server.stop(0)
+            self._lag.stop()
+            if self._http is not None:
+                self._http.close()
             self._tokenizing.shutdown(wait=False, cancel_futures=True)
             for task in self._tasks:
                 task.cancel()
@@ -125,10 +137,26 @@ class Router:
     async def _open(self) -> None:
         port = bind(self._server, self._config.host, self._config.grpc_port, flag="--grpc-port")
         self._address = join_address(self._config.host, port)
+        self._http = self._open_http()
+        self._lag.start()
         self.fleet.on_change(self._health_changed.set)
         await self._server.start()
-        log.info("serving", grpc=self._address, models=self._model.names, schedulers=self._config.scheduler)
+        log.info(
+            "serving",
+            grpc=self._address,
+            http=self._http.address,
+            models=self._model.names,
+            schedulers=self._config.scheduler,
+        )
         self._on_event("serving", self._where())
+
+    def _open_http(self) -> HttpDoor:
+        exporter = self._exporter
+        exposition = self.metrics.exposition(
+            lag=self._lag.histogram, num_dropped_spans=lambda: exporter.dropped_spans if exporter else 0
+        )
+        host, port = self._config.host, self._config.port
+        return HttpDoor(host, port, exposition, flag="--port", healthy=lambda: self._able)
 
     async def _until_stopped(self) -> None:
         """Neither the fleet nor the health report ends by itself: if one does it is a bug, and the process says so
@@ -146,12 +174,13 @@ class Router:
         self._stop.request()
 
     def _where(self) -> dict[str, Any]:
-        return {"grpc": self._address, "models": list(self._model.names)}
+        http = self._http.address if self._http is not None else ""
+        return {"grpc": self._address, "http": http, "models": list(self._model.names)}
 
     async def _report_health(self) -> None:
         """Healthy is: would answer a request now."""
         while True:
-            able = self.fleet.num_usable > 0 and not self.admission.draining
+            able = self._able = self.fleet.num_usable > 0 and not self.admission.draining
             await self._health.set_serving(able)
             if able and not self._announced:
                 self._announced = True

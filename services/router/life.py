@@ -1,7 +1,7 @@
 """When each phase of a request ended, and the two accounts that are made of it: Timing for its client, and a Trace."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from services.router.answer import Answer
@@ -18,6 +18,23 @@ WHOLE, SCHEDULED = 0, 4
 
 
 @dataclass(slots=True)
+class Stream:
+    """One sample's tokens on their way to the client: when its first and its last delta were handed over."""
+
+    first_ns: int
+    last_ns: int
+    tokens: int
+
+
+@dataclass(slots=True)
+class Pace:
+    """What one request's client was handed, by sample and in all."""
+
+    streams: dict[int, Stream] = field(default_factory=dict)
+    tokens: int = 0
+
+
+@dataclass(slots=True)
 class Life:
     """One request, in nanoseconds of the router's clock (0: not reached); its answer once there is one."""
 
@@ -31,6 +48,7 @@ class Life:
     """How long its events waited for the client to take them."""
     placed: Placed | None = None
     answer: Answer | None = None
+    pace: Pace = field(default_factory=Pace)
 
     def timing(self, answer: Answer, now_ns: int) -> Timing:
         """The account of an answer that is terminal."""

@@ -10,6 +10,7 @@ import grpc
 from services.router import wire
 from services.router.admission import Admission
 from services.router.fleet import Fleet
+from services.router.metrics import RouterMetrics
 from services.router.model import ServedModel
 from services.router.request import Accepted, GenerateOptions, Prompt
 from services.router.session import Session
@@ -18,7 +19,7 @@ from shared import __version__
 from shared.clock import NS_PER_MS, NowNs
 from shared.net.deadlines import remaining_ns
 from shared.net.peers import require_local
-from shared.outcome import AbortCause, refuse
+from shared.outcome import AbortCause, RefusedError, refuse
 from shared.rpc.sluice.v1 import control_pb2, inference_pb2
 from shared.rpc.sluice.v1.control_pb2_grpc import ControlServicer, add_ControlServicer_to_server
 from shared.rpc.sluice.v1.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
@@ -40,6 +41,7 @@ class RouterInference(InferenceServicer):
         session: Session,
         fleet: Fleet,
         admission: Admission,
+        metrics: RouterMetrics,
         max_request_bytes: int,
         stall_timeout_ms: int,
     ) -> None:
@@ -47,6 +49,7 @@ class RouterInference(InferenceServicer):
         self._session = session
         self._fleet = fleet
         self._admission = admission
+        self._metrics = metrics
         self._max_request_bytes = max_request_bytes
         self._stall_timeout_s = stall_timeout_ms / 1000
 
@@ -54,6 +57,20 @@ class RouterInference(InferenceServicer):
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """One request."""
+        try:
+            prompt, options = self._understand(request, context)
+        except RefusedError as error:
+            self._metrics.reject(error.refusal.name)
+            raise
+        try:
+            await self._answer(prompt, options, context)
+        except grpc.aio.InternalError:  # what a write comes to that was blocked when its call ended
+            raise refuse("cancelled", "the client is gone") from None
+        return
+        yield  # an async generator, as grpc wants it
+
+    def _understand(self, request: inference_pb2.GenerateRequest, context: Context) -> tuple[Prompt, GenerateOptions]:
+        """What the message asks for. Raises RefusedError for what does not fit."""
         deadline_ns = remaining_ns(context)
         request_id = wire.request_id_of(request, _header(context, REQUEST_ID_HEADER))
         context.set_trailing_metadata(((REQUEST_ID_HEADER, request_id),))  # for a refusal, which has no headers
@@ -63,13 +80,7 @@ class RouterInference(InferenceServicer):
         length = self._fleet.max_model_len or self._model.max_model_len
         prompt = wire.prompt_of(request, self._model, max_bytes=self._max_request_bytes, max_model_len=length)
         caller = trace_context.parse(_header(context, trace_context.PARENT), _header(context, trace_context.STATE))
-        options = wire.options_of(request, self._model, request_id, deadline_ns, caller)
-        try:
-            await self._answer(prompt, options, context)
-        except grpc.aio.InternalError:  # what a write comes to that was blocked when its call ended
-            raise refuse("cancelled", "the client is gone") from None
-        return
-        yield  # an async generator, as grpc wants it
+        return prompt, wire.options_of(request, self._model, request_id, deadline_ns, caller)
 
     async def _answer(self, prompt: Prompt, options: GenerateOptions, context: Context) -> None:
         """Writes through the context rather than by yielding: only so is a blocked write ours to time."""

@@ -24,6 +24,7 @@ from services.router.admission import Admission, Place
 from services.router.answer import REFUSAL_OF, Answer
 from services.router.fleet import Fleet, Submission
 from services.router.life import Life
+from services.router.metrics import RouterMetrics
 from services.router.model import ServedModel
 from services.router.prepare import SALT, Prepared, prepare
 from services.router.request import Accepted, ChatPrompt, Delta, Event, Finished, GenerateOptions, Prompt, TokenPrompt
@@ -59,6 +60,7 @@ class Session:
         tokenizing: Executor,
         max_unread_bytes: int,
         traces: Traces,
+        metrics: RouterMetrics,
         instance: str,
         now: NowNs,
         wall: NowNs = time.time_ns,
@@ -69,6 +71,7 @@ class Session:
         self._tokenizing = tokenizing
         self._max_unread_bytes = max_unread_bytes
         self._traces = traces
+        self._metrics = metrics
         self._instance = instance
         self._now = now
         self._wall = wall
@@ -86,6 +89,8 @@ class Session:
                 async with aclosing(self._live(prompt, options, place, life)) as events:
                     async for event in events:
                         given_ns = self._now()
+                        if isinstance(event, Delta):
+                            self._metrics.on_delta(life.pace, event, given_ns)
                         yield event
                         life.blocked_ns += self._now() - given_ns
             end = "answered"
@@ -186,6 +191,7 @@ class Session:
         events = answer.take()
         if not life.first_token and any(isinstance(event, Delta) for event in events):
             life.first_token = self._now()
+            self._metrics.on_first_token(life, answer.usage.prompt_tokens)
         return events
 
     def _last(self, answer: Answer, options: GenerateOptions, life: Life) -> list[Finished]:
@@ -214,8 +220,10 @@ class Session:
             self._close(options, life, end)
 
     def _close(self, options: GenerateOptions, life: Life, end: str) -> None:
-        """The request's trace, and its line in the log if it had a place: refusals may come in floods."""
+        """The request's trace, what it counts for, and its line in the log if it had a place: refusals may come in
+        floods."""
         context, now_ns = self._traces.begin(options.caller), self._now()
+        self._metrics.on_end(options, life, end, now_ns)
         trace = life.trace(options, context, instance=self._instance, end=end, now_ns=now_ns, wall_ns=self._wall())
         self._traces.add(trace)
         if life.admitted:

@@ -10,6 +10,7 @@ import structlog
 
 from services.scheduler.core.scheduler import CoreConfig, Scheduler
 from services.scheduler.loop import Loop
+from services.scheduler.metrics import SchedulerMetrics, StepMeter
 from services.scheduler.publish import Publisher
 from services.scheduler.servicer import ControlServicer, RegistryServicer, SchedulingServicer
 from services.scheduler.wire import SchedulerState, state_message
@@ -19,9 +20,11 @@ from shared.config import SchedulerConfig
 from shared.ids import new_instance_id
 from shared.net.address import join_address
 from shared.net.health import Health
+from shared.net.http import HttpDoor
 from shared.net.options import INTERNAL_MESSAGE_BYTES
 from shared.net.server import bind, create_server, require_private
 from shared.outcome import AbortCause
+from shared.telemetry.lag import LoopLag
 from shared.telemetry.logs import configure_logs
 
 log = structlog.get_logger("scheduler")
@@ -56,14 +59,25 @@ class _App:
             epoch=time.time_ns(),
             now_ns=monotonic_ns,
         )
+        core, meter = Scheduler(_core_config(config)), StepMeter()
         self._loop = Loop(
-            Scheduler(_core_config(config)),
+            core,
             self._workers,
             self._publisher,
             max_plans_in_flight=config.max_plans_in_flight,
             now_ns=monotonic_ns,
             fatal=self._fail,
             check_every_step=config.check_invariants,
+            meter=meter,
+        )
+        self._lag = LoopLag()
+        self._metrics = SchedulerMetrics(
+            core,
+            meter,
+            lag=self._lag.histogram,
+            num_violations=lambda: self._loop.num_violations,
+            heard_ns=self._workers.heard_ns,
+            now_ns=monotonic_ns,
         )
         self._publisher.state = self._state
         self._publisher.loads = self._loop.loads
@@ -78,18 +92,23 @@ class _App:
         ControlServicer(self._loop, instance=self._instance, now_ns=monotonic_ns, drain=self._stop).add_to(server)
         health = Health(server, SERVICES)
         port = bind(server, config.host, config.port)
+        door = HttpDoor(config.host, config.metrics_port, self._metrics.exposition, flag="--metrics-port")
         await server.start()
         await health.set_serving(True)
         _on_signals(self._stop)
         watcher = asyncio.create_task(self._watch(), name="watch")
-        log.info("ready", address=join_address(config.host, port))
-        on_event("ready", {"address": join_address(config.host, port)})
+        self._lag.start()
+        where = {"address": join_address(config.host, port), "metrics": door.address}
+        log.info("ready", **where)
+        on_event("ready", where)
         try:
             timeout_s = await self._stop.get()
             await health.set_serving(False)
             await self._drain(config.shutdown_timeout if timeout_s is None else timeout_s)
         finally:
             watcher.cancel()
+            self._lag.stop()
+            door.close()
             await self._workers.close()
             await server.stop(0.2)
         return 70 if self._failure else 0

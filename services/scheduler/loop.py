@@ -17,9 +17,10 @@ from services.scheduler.core.plan import StepResult
 from services.scheduler.core.request import Submission
 from services.scheduler.core.scheduler import Scheduler
 from services.scheduler.core.worker_group import GroupLoad, GroupSpec
+from services.scheduler.metrics import StepMeter
 from services.scheduler.publish import Publisher, RouterLink
 from services.scheduler.workers import Workers
-from shared.clock import NowNs
+from shared.clock import NS_PER_S, NowNs
 from shared.outcome import AbortCause, Refusal
 from shared.prefix import short
 
@@ -53,6 +54,7 @@ class Loop:
         now_ns: NowNs,
         fatal: Callable[[BaseException], None],
         check_every_step: bool = False,
+        meter: StepMeter | None = None,
     ) -> None:
         self._core = core
         self._workers = workers
@@ -61,6 +63,7 @@ class Loop:
         self._now_ns = now_ns
         self.fatal = fatal
         self._check_every_step = check_every_step
+        self._meter = meter or StepMeter()
         self._turn_due = False
         self._deadline: asyncio.TimerHandle | None = None
         self._was_idle = True
@@ -112,7 +115,9 @@ class Loop:
     def on_result(self, group: str, result: StepResult) -> None:
         if group not in self._core.groups:
             return
-        self._core.apply(group, result, self._now_ns())
+        now_ns = self._now_ns()
+        self._core.apply(group, result, now_ns)
+        self._meter.on_result(group, result, self._core.groups[group].has_work, now_ns)
         if result.error:
             self._workers.begin_again(group)
         self._request_turn()
@@ -125,6 +130,7 @@ class Loop:
         warm = [short(block_hash) for block_hash in self._core.groups[group].pool.index.by_hash]
         self._publisher.publish_blocks([], warm)
         self._core.lose_group(group, self._now_ns())
+        self._meter.on_lost(group)
         self._publisher.publish_state()
         self._request_turn()
 
@@ -153,16 +159,20 @@ class Loop:
         self._turn_due = False
         self._plan()
         self._publish(self._core.take_events())
+        for freed_ns in self._core.counts.drain_freed_ns():
+            self._meter.abort_to_free.observe(freed_ns / NS_PER_S)
         self._check()
         self._arm_deadline()
 
     def _plan(self) -> None:
         for group in list(self._core.groups.values()):
             while len(group.in_flight) < self._max_plans_in_flight:
-                plan = self._core.schedule(group.id, self._now_ns())
+                now_ns = self._now_ns()
+                plan = self._core.schedule(group.id, now_ns)
                 if plan is None:
                     break
                 self._workers.send(group.id, plan)
+                self._meter.on_sent(group.id, plan, now_ns)
 
     def _publish(self, events: list[Event]) -> None:
         self._publish_blocks()

@@ -32,6 +32,8 @@ class Worker:
     progress: int = 0
     progress_ns: int = 0
     """When `progress` last moved, or a plan was sent to an idle worker."""
+    heard_ns: int = 0
+    """When it last renewed its lease or answered a plan."""
     in_flight: int = 0
     begin_again: bool = False
     """A step failed: the stream is to be opened again, under a newer epoch."""
@@ -71,6 +73,10 @@ class Workers:
         """What the registered workers agree on; None without any."""
         return next((worker.request for worker in self._workers.values()), None)
 
+    def heard_ns(self) -> dict[str, int]:
+        """When each worker was last heard of. Any thread may ask."""
+        return {worker.id: worker.heard_ns for worker in list(self._workers.values())}
+
     # The registry's side.
 
     def register(self, request: execution_pb2.RegisterRequest) -> execution_pb2.RegisterResponse:
@@ -81,7 +87,7 @@ class Workers:
         self._require_match(request)
         now_ns = self._now_ns()
         worker = Worker(self._next_lease, request, now_ns + self._ttl_ms * NS_PER_MS, wire.group_spec_of(request))
-        worker.progress_ns = now_ns
+        worker.progress_ns = worker.heard_ns = now_ns
         self._next_lease += 1
         self._workers[worker.id] = worker
         worker.task = asyncio.create_task(self._serve(worker), name=f"execute {worker.id}")
@@ -92,7 +98,8 @@ class Workers:
         """Extends a lease; False for one that is unknown or over."""
         for worker in self._workers.values():
             if worker.lease == request.lease:
-                worker.expires_ns = self._now_ns() + self._ttl_ms * NS_PER_MS
+                worker.heard_ns = self._now_ns()
+                worker.expires_ns = worker.heard_ns + self._ttl_ms * NS_PER_MS
                 if request.progress != worker.progress:
                     worker.progress, worker.progress_ns = request.progress, self._now_ns()
                 return True
@@ -229,7 +236,7 @@ class Workers:
 
     def _on_result(self, worker: Worker, result: StepResult) -> None:
         worker.in_flight -= 1
-        worker.progress_ns = self._now_ns()
+        worker.progress_ns = worker.heard_ns = self._now_ns()
         if result.error:
             log.error("step_failed", worker=worker.id, step=result.step, error=result.error)
         assert self.events is not None

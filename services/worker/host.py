@@ -15,14 +15,17 @@ import structlog
 
 from services.worker.execute.device_thread import DeviceThread
 from services.worker.identity import WorkerIdentity
+from services.worker.metrics import WorkerMetrics
 from services.worker.plan import StepRunner
 from services.worker.registration import Registration
 from services.worker.servicer import SERVICE_NAME, ExecutionServicer
 from services.worker.wire import RegistryClient
+from services.worker.work import StepCosts
 from shared.config import WorkerConfig
 from shared.net.address import join_address
 from shared.net.channel import internal_metadata, open_internal_channel
 from shared.net.health import Health
+from shared.net.http import HttpDoor
 from shared.net.options import INTERNAL_MESSAGE_BYTES
 from shared.net.server import bind, create_server, require_private
 
@@ -44,6 +47,7 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True):
     """A runner ready for plans, and what the scheduler must know of it."""
 
     runner: StepRunner
+    costs: StepCosts
     model_fingerprint: str
     dtype: str
     device: str
@@ -77,14 +81,29 @@ async def host(config: WorkerConfig, load: Load, *, instance: str, on_event: OnE
             except LoadStopped:
                 return 0
             identity = identify(loaded, instance, config.advertise or _reachable(config.host, door.port))
+            _describe(door.metrics, config, loaded)
             await _execute(config, loaded.runner, identity, door, stop, on_event)
     return 0
 
 
 def identify(loaded: Loaded, instance: str, address: str) -> WorkerIdentity:
     """What this process registers with."""
-    facts = {name: getattr(loaded, name) for name in Loaded.__struct_fields__ if name != "runner"}
+    facts = {name: getattr(loaded, name) for name in Loaded.__struct_fields__ if name not in ("runner", "costs")}
     return WorkerIdentity(worker=instance, address=address, **facts)
+
+
+def _describe(metrics: WorkerMetrics, config: WorkerConfig, loaded: Loaded) -> None:
+    metrics.describe(
+        loaded.costs,
+        loaded.max_num_seqs,
+        block_size=loaded.block_size,
+        num_gpu_blocks=loaded.num_blocks,
+        block_bytes=loaded.block_bytes,
+        cache_dtype=loaded.dtype,
+        device=loaded.device,
+        max_model_len=loaded.max_model_len,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+    )
 
 
 def _reachable(bind_host: str, port: int) -> str:
@@ -97,7 +116,10 @@ class _Door:
 
     servicer: ExecutionServicer
     health: Health
+    metrics: WorkerMetrics
     port: int
+    http: str
+    """Where /metrics is."""
 
 
 @contextlib.asynccontextmanager
@@ -107,11 +129,17 @@ async def _serving(config: WorkerConfig) -> AsyncIterator[_Door]:
     servicer.add_to(server)
     health = Health(server, (SERVICE_NAME,))
     port = bind(server, config.host, config.port)
+    metrics = WorkerMetrics()
+    http = HttpDoor(config.host, config.metrics_port, metrics.exposition, flag="--metrics-port")
+    servicer.on_result = metrics.on_result
+    metrics.lag.start()
     await health.set_serving(False)
     await server.start()
     try:
-        yield _Door(servicer, health, port)
+        yield _Door(servicer, health, metrics, port, http.address)
     finally:
+        metrics.lag.stop()
+        http.close()
         servicer.close()
         await server.stop(WRITE_GRACE_S)
 
@@ -134,7 +162,7 @@ async def _execute(
     async def on_change(registered: bool) -> None:
         await door.health.set_serving(registered)
         if registered:
-            on_event("ready", _ready_facts(identity))
+            on_event("ready", {**_ready_facts(identity), "metrics": door.http})
 
     registration = Registration(registry, identity, progress=lambda: device.progress, on_change=on_change)
     door.servicer.on_stream_end = registration.hurry

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Callable
 
 import grpc
@@ -9,7 +10,7 @@ import structlog
 
 from services.worker import wire
 from services.worker.execute.device_thread import DeviceThread, InboxFullError
-from services.worker.plan import StepResult
+from services.worker.plan import StepPlan, StepResult
 from shared.clock import monotonic_ns
 from shared.outcome import RefusedError, refuse
 from shared.rpc.sluice.v1 import execution_pb2 as pb
@@ -20,6 +21,7 @@ log = structlog.get_logger("servicer")
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Execution"].full_name
 BEGIN_TIMEOUT_S = 5.0
 
+OnResult = Callable[[StepPlan, StepResult], None]
 Outcome = StepResult | Exception | None
 """What a stream's outbox holds: a result, the error that ends it, or None for an orderly end."""
 
@@ -65,6 +67,8 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServicer):
     def __init__(self) -> None:
         self.on_stream_end: Callable[[], None] = lambda: None
         """Called when the scheduler's stream is gone and no other has taken its place."""
+        self.on_result: OnResult = lambda plan, result: None
+        """Called with every result, after it is on its way up."""
         self._device: DeviceThread | None = None
         self._epoch = 0
         self._stream: _Stream | None = None
@@ -93,7 +97,7 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServicer):
             await device.begin(stream.epoch)
             log.info("epoch_begun", epoch=stream.epoch, scheduler=begin.scheduler)
             yield wire.ready_reply(stream.epoch)
-            async with _reading(request_iterator, stream, device):
+            async with _reading(request_iterator, stream, device, self.on_result):
                 while (outcome := await stream.next()) is not None:
                     if isinstance(outcome, Exception):
                         raise outcome
@@ -116,6 +120,11 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServicer):
         return self._stream
 
 
+def _deliver(stream: _Stream, on_result: OnResult, plan: StepPlan, result: StepResult) -> None:
+    stream.deliver(result)
+    on_result(plan, result)
+
+
 async def _first_message(requests: AsyncIterator[pb.ExecuteRequest]) -> pb.ExecuteBegin:
     try:
         message = await asyncio.wait_for(anext(aiter(requests)), BEGIN_TIMEOUT_S)
@@ -128,9 +137,9 @@ async def _first_message(requests: AsyncIterator[pb.ExecuteRequest]) -> pb.Execu
 
 @contextlib.asynccontextmanager
 async def _reading(
-    requests: AsyncIterator[pb.ExecuteRequest], stream: _Stream, device: DeviceThread
+    requests: AsyncIterator[pb.ExecuteRequest], stream: _Stream, device: DeviceThread, on_result: OnResult
 ) -> AsyncIterator[None]:
-    reader = asyncio.create_task(_read_plans(requests, stream, device))
+    reader = asyncio.create_task(_read_plans(requests, stream, device, on_result))
     try:
         yield
     finally:
@@ -138,14 +147,17 @@ async def _reading(
         await asyncio.gather(reader, return_exceptions=True)
 
 
-async def _read_plans(requests: AsyncIterator[pb.ExecuteRequest], stream: _Stream, device: DeviceThread) -> None:
+async def _read_plans(
+    requests: AsyncIterator[pb.ExecuteRequest], stream: _Stream, device: DeviceThread, on_result: OnResult
+) -> None:
     try:
         async for message in requests:
             arrived_ns = monotonic_ns()
             if message.WhichOneof("message") != "plan":
                 raise refuse("invalid_argument", "only plans may follow ExecuteBegin")
             plan = wire.plan_from_message(message.plan)
-            device.submit(plan, epoch=stream.epoch, arrived_ns=arrived_ns, deliver=stream.deliver)
+            deliver = functools.partial(_deliver, stream, on_result, plan)
+            device.submit(plan, epoch=stream.epoch, arrived_ns=arrived_ns, deliver=deliver)
             stream.expect()
     except wire.WireError as error:
         stream.fail(refuse("invalid_argument", str(error)))

@@ -19,6 +19,8 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """The edge."""
 
     host: str = "127.0.0.1"
+    port: Port = 8000
+    """HTTP: /metrics and /health."""
     grpc_port: Port = 50051
     scheduler: tuple[str, ...] = ("127.0.0.1:50052",)
     model: str = BUNDLED_MODEL
@@ -46,6 +48,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     host: str = "127.0.0.1"
     port: Port = 50052
+    metrics_port: Port = 9052
     max_num_seqs: U16 = 64
     max_num_batched_tokens: U16 = 2048
     long_prefill_token_threshold: NonNegative = 0
@@ -72,6 +75,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     host: str = "127.0.0.1"
     port: Port = 50053
+    metrics_port: Port = 9053
     scheduler: str = "127.0.0.1:50052"
     advertise: str = ""
     """Where the scheduler reaches this worker; empty: host and port."""
@@ -104,3 +108,5 @@ class UpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     scheduler_port: Port = 50052
     worker_port: Port = 50053
     """The first worker's; the others follow. 0: free ones."""
+    metrics_port: Port = 9052
+    """The scheduler's; the workers' follow. 0: free ones."""

@@ -6,8 +6,9 @@ them has one writer, and under the interpreter lock a reader sees it before or a
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
+from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric as Family
@@ -34,8 +35,7 @@ class Histogram:
         self.total += value
 
 
-Labels = str | tuple[str, ...]
-Reading = float | Mapping[Labels, float] | Histogram
+Reading = float | Mapping[str, float] | Mapping[tuple[str, ...], float] | Histogram
 """A number; numbers by label value (a tuple where there are several labels); or a histogram."""
 
 
@@ -63,14 +63,10 @@ def _family(metric: Metric, reading: Reading) -> Family:
         family = CounterMetricFamily(metric.full_name, metric.help, labels=metric.labels)
     else:
         family = GaugeMetricFamily(metric.full_name, metric.help, labels=metric.labels)
-    by_label = reading if isinstance(reading, Mapping) else {(): reading}
+    by_label: Mapping[Any, float] = reading if isinstance(reading, Mapping) else {(): reading}
     for labels, value in by_label.items():
-        family.add_metric(_values(labels), value)
+        family.add_metric((labels,) if isinstance(labels, str) else labels, value)
     return family
-
-
-def _values(labels: Labels) -> Sequence[str]:
-    return (labels,) if isinstance(labels, str) else labels
 
 
 def _histogram_family(metric: Metric, reading: Histogram) -> Family:

@@ -31,6 +31,13 @@ TAIL_LINES = 60
 SMALL: dict[str, Any] = {"kv_cache_memory_bytes": 64 * 2**20, "threads": 1, "shutdown_timeout": 10.0}
 """What a cluster in a test has unless it says otherwise."""
 
+FREE_PORT: dict[str, dict[str, Any]] = {
+    "router": {"port": 0},
+    "scheduler": {"metrics_port": 0},
+    "worker": {"metrics_port": 0},
+}
+"""What keeps a single service off the published HTTP ports, which another test may hold."""
+
 SLUICE = (sys.executable, "-m", "services.cli.main")
 
 
@@ -215,7 +222,13 @@ class RunningService:
         read_fd, write_fd = os.pipe()
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
-                [*SLUICE, service, *to_argv(flags), f"--event-fd={write_fd}", f"--parent-pid={os.getpid()}"],
+                [
+                    *SLUICE,
+                    service,
+                    *to_argv({**FREE_PORT[service], **flags}),
+                    f"--event-fd={write_fd}",
+                    f"--parent-pid={os.getpid()}",
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

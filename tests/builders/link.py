@@ -25,7 +25,9 @@ TIMEOUT_S = 10.0
 async def running_scheduler(**config: Any) -> AsyncIterator[str]:
     """A scheduler on a free port unless one is given, drained at the end; yields its address."""
     ready: asyncio.Queue[str] = asyncio.Queue()
-    settings = SchedulerConfig(**{"port": 0, "shutdown_timeout": 0.5, "check_invariants": True, **config})
+    settings = SchedulerConfig(
+        **{"port": 0, "metrics_port": 0, "shutdown_timeout": 0.5, "check_invariants": True, **config}
+    )
     task = asyncio.create_task(serve(settings, on_event=lambda name, fields: ready.put_nowait(fields["address"])))
     try:
         address = await asyncio.wait_for(ready.get(), TIMEOUT_S)
@@ -48,7 +50,7 @@ async def running_worker(scheduler: str, **runner: Any) -> AsyncIterator[Pretend
         if name == "ready":
             ready.set()
 
-    config = WorkerConfig(port=0, scheduler=scheduler)
+    config = WorkerConfig(port=0, metrics_port=0, scheduler=scheduler)
     instance = new_instance_id("worker")
     task = asyncio.create_task(
         host(config, lambda progress: pretend_loaded(pretend), instance=instance, on_event=on_event)

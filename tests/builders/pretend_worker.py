@@ -29,6 +29,7 @@ from services.worker.plan import (
     StepPlan,
     WholeStepRunner,
 )
+from services.worker.work import StepCosts
 from shared.config import WorkerConfig
 from shared.ids import new_instance_id
 from shared.net.server import BindError
@@ -174,11 +175,25 @@ def _top(tokens: Sequence[int] | np.ndarray, num_top: int) -> tuple[np.ndarray, 
     return ids.reshape(-1), logprobs.reshape(-1)
 
 
+COSTS = StepCosts(
+    flops_per_token=1000,
+    flops_per_logits=100,
+    flops_per_pair=1,
+    layer_bytes=4000,
+    head_bytes=400,
+    embedding_bytes_per_token=40,
+    kv_bytes_per_position=4,
+    windows={None: 1},
+)
+"""Round numbers, so that a test can tell what was counted."""
+
+
 def pretend_loaded(runner: PretendRunner, *, max_num_batched_tokens: int = 2048) -> Loaded:
     """The facts that a pretend worker registers with."""
     slots = runner.slots
     return Loaded(
         runner=runner,
+        costs=COSTS,
         model_fingerprint="pretend",
         dtype="float32",
         device="pretend",
@@ -207,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fail_step=lambda plan: bool(options.fail_file) and _take(Path(options.fail_file)),
     )
     loaded = pretend_loaded(runner, max_num_batched_tokens=options.max_num_batched_tokens)
-    config = WorkerConfig(host=options.host, port=options.port, scheduler=options.scheduler)
+    config = WorkerConfig(host=options.host, port=options.port, metrics_port=0, scheduler=options.scheduler)
 
     def on_event(name: str, facts: dict[str, object]) -> None:
         if name == "ready":

@@ -43,6 +43,10 @@ class RunningRouter:
     serving: asyncio.Task[int]
 
     @property
+    def http(self) -> str:
+        return self.events[0][1]["http"]
+
+    @property
     def inference(self) -> InferenceStub:
         return InferenceStub(self.channel)
 
@@ -112,7 +116,7 @@ async def running_router(
     for scheduler in schedulers:
         await scheduler.start()
     settings.setdefault("scheduler", tuple(scheduler.address for scheduler in schedulers) or ("127.0.0.1:1",))
-    config = RouterConfig(model=str(model), grpc_port=0, **settings)
+    config = RouterConfig(model=str(model), grpc_port=0, port=0, **settings)
     events: list[tuple[str, dict[str, Any]]] = []
     served: asyncio.Event = asyncio.Event()
 

@@ -204,7 +204,7 @@ def test_two_workers_have_ports_and_threads_of_their_own(monkeypatch: pytest.Mon
 
 
 def test_ports_are_the_published_ones_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.cli.cluster.require_free", lambda *_, **__: None)
+    monkeypatch.setattr("services.cli.cluster_ports.require_free", lambda *_, **__: None)
     cluster = plan_cluster({"workers": 2})
     assert cluster.router == "127.0.0.1:50051"
     assert cluster.scheduler == "127.0.0.1:50052"
@@ -214,7 +214,7 @@ def test_ports_are_the_published_ones_unless_told_otherwise(monkeypatch: pytest.
 
 
 def test_two_services_on_one_port_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.cli.cluster.require_free", lambda *_, **__: None)
+    monkeypatch.setattr("services.cli.cluster_ports.require_free", lambda *_, **__: None)
     with pytest.raises(ConfigError, match="router and scheduler would share port 50052"):
         plan_cluster({"grpc_port": 50052})
 

@@ -145,7 +145,7 @@ def test_a_router_is_healthy_while_a_scheduler_could_answer(tiny_model):
             assert await health(router) == health_pb2.HealthCheckResponse.NOT_SERVING
             scheduler.set_state(ready=True)
             await until(lambda: len(router.events) == 2)
-            assert router.events[1] == ("ready", {"grpc": router.address, "models": ["tiny"]})
+            assert router.events[1] == ("ready", {"grpc": router.address, "http": router.http, "models": ["tiny"]})
             assert await health(router) == health_pb2.HealthCheckResponse.SERVING
 
     run(test())
@@ -169,7 +169,7 @@ def test_a_taken_port_is_refused_by_name(tiny_model):
     async def test():
         async with running_router(tiny_model, FakeScheduler()) as router:
             port = int(router.address.rpartition(":")[2])
-            config = RouterConfig(model=str(tiny_model), grpc_port=port, scheduler=("127.0.0.1:1",))
+            config = RouterConfig(model=str(tiny_model), grpc_port=port, port=0, scheduler=("127.0.0.1:1",))
             with pytest.raises(BindError, match=f"{port}.*--grpc-port"):
                 await serve(config)
 
@@ -184,6 +184,7 @@ def test_sigterm_drains_and_a_second_one_is_immediate(tiny_model, signals, code)
         config = RouterConfig(
             model=str(tiny_model),
             grpc_port=0,
+            port=0,
             scheduler=(scheduler.address,),
             shutdown_timeout=0.5 if signals == 1 else 60,
         )

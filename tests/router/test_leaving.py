@@ -372,6 +372,7 @@ def test_a_first_token_has_its_time_though_the_answer_was_over_before_it_was_rea
                 tokenizing=router.router._tokenizing,
                 max_unread_bytes=1 << 20,
                 traces=router.router.traces,
+                metrics=router.router.metrics,
                 instance="test",
                 now=monotonic_ns,
             )

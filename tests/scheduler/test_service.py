@@ -459,7 +459,7 @@ async def _guarded_scheduler():
     from shared.config import SchedulerConfig
 
     ready: asyncio.Queue[str] = asyncio.Queue()
-    config = SchedulerConfig(port=0, internal_token="secret")
+    config = SchedulerConfig(port=0, metrics_port=0, internal_token="secret")
     task = asyncio.create_task(serve(config, on_event=lambda name, fields: ready.put_nowait(fields["address"])))
     yield await ready.get()
     task.cancel()

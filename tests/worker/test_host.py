@@ -28,7 +28,7 @@ def run(scenario):
 
 
 def config_for(registry, **fields):
-    return WorkerConfig(host="127.0.0.1", port=0, scheduler=registry.address, **fields)
+    return WorkerConfig(host="127.0.0.1", port=0, metrics_port=0, scheduler=registry.address, **fields)
 
 
 class Hosted:
@@ -114,7 +114,7 @@ def test_a_worker_is_not_serving_while_it_loads_and_can_be_stopped_then():
                     ended.set()
 
             port = free_port()
-            config = WorkerConfig(host="127.0.0.1", port=port, scheduler=registry.address)
+            config = WorkerConfig(host="127.0.0.1", port=port, metrics_port=0, scheduler=registry.address)
             hosted = Hosted(config, load)
             await asyncio.sleep(0.2)
             assert await health_of(f"127.0.0.1:{port}") == health_pb2.HealthCheckResponse.NOT_SERVING
@@ -161,10 +161,10 @@ def test_a_taken_port_and_an_unprotected_host_are_refused_by_name():
     async def scenario():
         async with serve_registry(FakeRegistry()) as registry:
             port = int(registry.address.split(":")[1])
-            taken = WorkerConfig(host="127.0.0.1", port=port, scheduler=registry.address)
+            taken = WorkerConfig(host="127.0.0.1", port=port, metrics_port=0, scheduler=registry.address)
             with pytest.raises(BindError, match="the port is taken"):
                 await Hosted(taken, None).task
-            open_host = WorkerConfig(host="0.0.0.0", port=0, scheduler=registry.address)
+            open_host = WorkerConfig(host="0.0.0.0", port=0, metrics_port=0, scheduler=registry.address)
             with pytest.raises(BindError, match="SLUICE_INTERNAL_TOKEN"):
                 await Hosted(open_host, None).task
 

@@ -50,7 +50,7 @@ def restored():
 
 
 def small_config(model, **fields):
-    fields = {"threads": 1, "num_gpu_blocks_override": 32, "port": 0} | fields
+    fields = {"threads": 1, "num_gpu_blocks_override": 32, "port": 0, "metrics_port": 0} | fields
     return WorkerConfig(model=str(model), **fields)
 
 

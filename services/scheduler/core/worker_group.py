@@ -102,6 +102,11 @@ class WorkerGroup:
         """Blocks left alone when a sample joins others, so that their next tokens do not preempt it at once."""
         return max(1, self.spec.num_blocks // 100) if len(self.running) else 0
 
+    @property
+    def has_work(self) -> bool:
+        """Whether its device has something to do, or soon will."""
+        return bool(self.running.samples or self.waiting.samples or self.in_flight)
+
     def fits(self, max_len: int) -> bool:
         """Whether a sample of so many known tokens can ever run here alone. Its last token is never cached."""
         return -(-(max_len - 1) // self.spec.block_size) <= self.spec.num_blocks
