@@ -15,15 +15,19 @@ from kernels.ops import forms
 from services.worker.execute.runner import Runner
 from services.worker.execute.slots import Slots
 from services.worker.host import Loaded, Progress
+from services.worker.memory.budget import CudaGauge, Gauge, pool_bytes, refuse_expandable_segments
 from services.worker.memory.copies import CudaCopies
 from services.worker.memory.layout import BlockLayout, layout_of
 from services.worker.memory.pool import allocate_pool, count_blocks
+from services.worker.models.costs import costs_of
 from services.worker.models.decoder import Decoder, load_decoder
 from services.worker.models.registry import translate
 from services.worker.models.spec import ModelSpec
 from services.worker.plan import Admit, StepPlan
+from services.worker.rehearsal import measure_steps
 from services.worker.sampling.sampler import Sampler
 from services.worker.warm import capture_graphs, compile_kernels, uses_graphs
+from services.worker.work import StepCosts
 from shared.checkpoint import Checkpoint, open_checkpoint
 from shared.config import WorkerConfig
 from shared.config.services import BUNDLED_MODEL
@@ -61,29 +65,78 @@ def load(config: WorkerConfig, progress: Progress) -> Loaded:
     checkpoint = open_checkpoint(model, revision=config.revision or None, progress=progress)
     spec = translate(checkpoint.config).spec
     flags = cpu_flags() if device == "cpu" else frozenset[str]()
+    if device == "cuda" and (refusal := refuse_expandable_segments(os.environ)):
+        raise WorkerError(refusal)
     dtype = DTYPES[choose_dtype(config.dtype, checkpoint.dtype, flags, device)]
     _require_room(spec, dtype, free_on(device))
     decoder = load_decoder(checkpoint, dtype, device, progress, by_rows=_has_room_twice(spec, dtype, free_on(device)))
     weight_bytes = spec.num_parameters * dtype.itemsize
     progress(weight_bytes, weight_bytes)  # files also hold headers: without this the last report would fall short
     layout = layout_of(spec, dtype, config.block_size)
-    size = size_pool(config, layout, spec.max_positions, free_on(device))
-    runner = build_runner(config, decoder, layout, size, device)
-    if device == "cuda":
-        compile_kernels(decoder, layout, size.max_model_len)
-    if uses_graphs(config, dtype, device):
+    prepare = _prepare_on_cpu if device == "cpu" else _prepare_on_gpu
+    runner, size = prepare(config, decoder, layout)
+    return _describe(config, checkpoint, runner, layout, size, device, costs_of(spec, dtype.itemsize))
+
+
+def _prepare_on_cpu(config: WorkerConfig, decoder: Decoder, layout: BlockLayout) -> tuple[Runner, PoolSize]:
+    size = size_pool(config, layout, decoder.spec.max_positions, free_bytes())
+    runner = build_runner(config, decoder, layout, size)
+    _warm_up(runner, layout, size)
+    return runner, size
+
+
+def _prepare_on_gpu(config: WorkerConfig, decoder: Decoder, layout: BlockLayout) -> tuple[Runner, PoolSize]:
+    """Kernels are compiled, then a worst step is measured, then the pool takes what is left, then graphs are captured
+    on it. What is compiled behind that is counted as late."""
+    gauge, spec = CudaGauge(), decoder.spec
+    compile_kernels(decoder, layout, config.max_model_len or spec.max_positions)
+    room = measure_room(config, decoder, layout, gauge)
+    size = size_pool(config, layout, spec.max_positions, gauge.memory().free, room=room)
+    runner = build_runner(config, decoder, layout, size, "cuda")
+    if uses_graphs(config, decoder.dtype, "cuda"):
         capture_graphs(runner, decoder)
     _warm_up(runner, layout, size)
-    if device == "cuda":
-        forms.seal()
-    return _describe(config, checkpoint, runner, layout, size, device)
+    forms.seal()
+    return runner, size
+
+
+def measure_room(config: WorkerConfig, decoder: Decoder, layout: BlockLayout, gauge: Gauge) -> int:
+    """Bytes that a GPU has for the pool. Raises WorkerError where the weights and a worst step leave none."""
+    longest = config.max_model_len or decoder.spec.max_positions
+    device = decoder.device.type
+    rehearsing = build_runner(config, decoder, layout, PoolSize(1, longest), device)
+    with_graphs = uses_graphs(config, decoder.dtype, device)
+    steps = measure_steps(config, decoder, rehearsing, gauge, max_model_len=longest, with_graphs=with_graphs)
+    del rehearsing
+    memory = gauge.memory()
+    room = pool_bytes(memory, config.gpu_memory_utilization, steps.total)
+    gib = {name: round(getattr(steps, name) / GIB, 2) for name in ("eager", "graphs")}
+    log.info(
+        "memory_measured", **gib, held_gib=round((memory.total - memory.free) / GIB, 2), room_gib=round(room / GIB, 2)
+    )
+    if room < layout.bytes_per_block:
+        raise WorkerError(
+            f"--gpu-memory-utilization {config.gpu_memory_utilization} allows "
+            f"{memory.total * config.gpu_memory_utilization / GIB:.1f} GiB of this GPU; "
+            f"{(memory.total - memory.free) / GIB:.1f} GiB are held already (weights among them) and a step may take "
+            f"{steps.total / GIB:.1f} GiB more, so no KV block fits: raise it, end other programs, or lower "
+            "--max-num-batched-tokens or --max-num-seqs"
+        )
+    return room
 
 
 def _describe(
-    config: WorkerConfig, checkpoint: Checkpoint, runner: Runner, layout: BlockLayout, size: PoolSize, device: str
+    config: WorkerConfig,
+    checkpoint: Checkpoint,
+    runner: Runner,
+    layout: BlockLayout,
+    size: PoolSize,
+    device: str,
+    costs: StepCosts,
 ) -> Loaded:
     return Loaded(
         runner=runner,
+        costs=costs,
         model_fingerprint=checkpoint.fingerprint,
         dtype=str(layout.dtype).removeprefix("torch."),
         device=device,
@@ -174,9 +227,11 @@ def _has_room_twice(spec: ModelSpec, dtype: torch.dtype, free: int) -> bool:
     return spec.num_parameters * dtype.itemsize <= free * SECOND_COPY_SHARE
 
 
-def size_pool(config: WorkerConfig, layout: BlockLayout, max_positions: int, free: int) -> PoolSize:
-    """Blocks as told, else for `max_num_seqs` whole contexts, else what half of this worker's share
-    (`gpu_memory_utilization`) of the free memory holds.
+def size_pool(
+    config: WorkerConfig, layout: BlockLayout, max_positions: int, free: int, *, room: int | None = None
+) -> PoolSize:
+    """Blocks as told, else as many as the bytes of `room` hold, measured on a GPU. On a CPU (None) for `max_num_seqs`
+    whole contexts, else what half of this worker's share (`gpu_memory_utilization`) of the free memory holds.
 
     Raises WorkerError where what was asked for does not fit, PoolTooSmall where not one block does.
     """
@@ -187,6 +242,8 @@ def size_pool(config: WorkerConfig, layout: BlockLayout, max_positions: int, fre
         num_blocks = config.num_gpu_blocks_override
     elif config.kv_cache_memory_bytes:
         num_blocks = count_blocks(layout, memory_bytes=config.kv_cache_memory_bytes)
+    elif room is not None:
+        num_blocks = count_blocks(layout, memory_bytes=room)
     else:
         enough = config.max_num_seqs * layout.blocks_for(longest)
         num_blocks = min(enough, count_blocks(layout, available_bytes=int(free * config.gpu_memory_utilization)))

@@ -30,7 +30,8 @@ class Pool(msgspec.Struct, frozen=True):
 
 
 def allocate_pool(layout: BlockLayout, num_blocks: int, device: str = "cpu") -> Pool:
-    """Every page is written to: memory that is only promised would be taken in live traffic, fault by fault."""
+    """Every page is written to: memory that is only promised would be taken in live traffic, fault by fault. On a GPU
+    the pool is one cudaMalloc of its own, which another process can open: torch cuts such a size from no other."""
     pages = torch.empty(num_blocks, *layout.shape, dtype=layout.dtype, device=device)
     return Pool(layout, pages.zero_())
 

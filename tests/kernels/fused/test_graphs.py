@@ -12,7 +12,9 @@ from services.worker.execute.graphs import buckets_upto
 from services.worker.execute.inputs import DecodeInputs
 from services.worker.models.decoder import load_decoder
 from services.worker.plan import StepPlan
+from services.worker.rehearsal import measure_steps
 from shared.checkpoint import open_checkpoint
+from shared.config import WorkerConfig
 from tests.builders.plans import make_admit, make_plan
 from tests.builders.runners import LateCopies, answer_all, make_asked, make_runner
 from tests.models.twins import make_twin
@@ -155,6 +157,23 @@ def test_contexts_beyond_the_room_for_attentions_work_run_eagerly(decoders, monk
         for contexts in ([64, 192], [65, 192])
     ]
     assert [held._graphs.take(each) is not None for each in inputs] == [True, False]
+
+
+def test_the_rehearsal_before_the_pool_is_made_goes_through_the_largest_graph(decoders):
+    decoder, peaks = decoders("llama"), []
+
+    class Gauge:
+        def peak_of(self, function):
+            function()
+            peaks.append(function)
+            return 1
+
+    config = WorkerConfig(max_num_seqs=3, max_num_batched_tokens=9, block_size=8)
+    runner = make_runner(decoder, num_blocks=1, max_num_seqs=3, max_model_len=16, copies=LateCopies())
+    steps = measure_steps(config, decoder, runner, Gauge(), max_model_len=16, with_graphs=True)
+    assert len(peaks) == 2
+    assert steps.graphs > steps.eager == 1
+    assert runner._graphs._numbers[3, :3].tolist() == [4, 4, 4]
 
 
 def test_buckets_are_fine_where_batches_are_small_and_end_with_the_largest():
