@@ -70,7 +70,7 @@ class LoadStopped(Exception):
 async def host(config: WorkerConfig, load: Load, *, instance: str, on_event: OnEvent) -> int:
     """Binds, loads on a thread, registers, and serves until SIGTERM or SIGINT. Returns the exit code 0.
 
-    Raises BindError, RegistrationRefusedError, and whatever `load` raises.
+    Raises BindError, RegistrationRefusedError, DeviceLostError, and whatever `load` raises.
     """
     require_private(config.host, config.internal_token)
     stop = asyncio.Event()
@@ -167,7 +167,7 @@ async def _execute(
     registration = Registration(registry, identity, progress=lambda: device.progress, on_change=on_change)
     door.servicer.on_stream_end = registration.hurry
     try:
-        await _until_stopped(registration, stop)
+        await _until_stopped(registration, stop, device.lost)
     finally:
         door.servicer.on_stream_end = lambda: None
         await door.health.set_serving(False)
@@ -181,14 +181,15 @@ def _ready_facts(identity: WorkerIdentity) -> dict[str, Any]:
     return {name: getattr(identity, name) for name in names}
 
 
-async def _until_stopped(registration: Registration, stop: asyncio.Event) -> None:
-    """Returns when told to stop; raises what ended the registration."""
+async def _until_stopped(registration: Registration, stop: asyncio.Event, lost: "asyncio.Future[None]") -> None:
+    """Returns when told to stop; raises what ended the registration, or DeviceLostError."""
     registering = asyncio.create_task(registration.run())
     stopping = asyncio.create_task(stop.wait())
     try:
-        await asyncio.wait({registering, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if registering.done():
-            registering.result()
+        await asyncio.wait({registering, stopping, lost}, return_when=asyncio.FIRST_COMPLETED)
+        for ended in (lost, registering):
+            if ended.done():
+                ended.result()
     finally:
         registering.cancel()
         stopping.cancel()

@@ -22,6 +22,10 @@ class StepError(Exception):
     """A step that could not be finished; the message is short and goes to the scheduler."""
 
 
+class DeviceLostError(Exception):
+    """The device takes no more work from this process: only a new one helps."""
+
+
 class Admit(msgspec.Struct, frozen=True, kw_only=True):
     """A request to take up, or to take up again. Replaces whatever the slot held.
 
@@ -125,9 +129,14 @@ class StepRunner(Protocol):
         """Grows while a step runs; read from other threads."""
         ...
 
+    @property
+    def num_late_compilations(self) -> int:
+        """Kernels that were compiled while a request waited."""
+        ...
+
     def begin(self, plan: StepPlan) -> PendingStep:
         """Starts one step. Any exception means that it failed and that, once the steps begun before are finished, only
-        `reset` may follow."""
+        `reset` may follow; after DeviceLostError not even that."""
         ...
 
     def finish(self, pending: PendingStep) -> StepOutput:
@@ -161,6 +170,8 @@ class ComputedStep(msgspec.Struct, frozen=True):
 
 class WholeStepRunner:
     """A runner that computes a step whole: what inherits it has `run`, `reset` and `layers_done` of its own."""
+
+    num_late_compilations = 0
 
     def run(self, plan: StepPlan) -> StepOutput:
         raise NotImplementedError

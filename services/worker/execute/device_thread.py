@@ -7,6 +7,8 @@ Where the device computes on its own, a plan that arrives is begun while the ste
 device finds its next work waiting. A second thread does nothing but wait for steps and say so in the inbox: the device
 thread then sleeps on one queue, whatever comes first. Where a step is over when it has begun, its result leaves before
 the next one begins.
+
+A device that is lost answers nothing more: the process is to end, and the scheduler plans its requests again.
 """
 
 import asyncio
@@ -21,6 +23,7 @@ import structlog
 
 from services.worker.plan import (
     MAX_BEGUN_STEPS,
+    DeviceLostError,
     PendingStep,
     PlanError,
     StepError,
@@ -95,6 +98,7 @@ class DeviceThread:
         self._pending_plans = 0
         self._epoch = 0
         self._failed_step: int | None = None
+        self._is_lost = False
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="device", daemon=True)
 
@@ -105,6 +109,8 @@ class DeviceThread:
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self.lost: asyncio.Future[None] = self._loop.create_future()
+        """Gets DeviceLostError as its exception when the device takes no more work."""
         self._thread.start()
 
     async def begin(self, epoch: int) -> None:
@@ -158,7 +164,7 @@ class DeviceThread:
 
     def _start(self, work: _Step) -> None:
         """Begins one plan, and answers it where its step is over by then."""
-        if work.epoch != self._epoch or self._stopping:
+        if work.epoch != self._epoch or self._stopping or self._is_lost:
             self._answer(work, None)
             return
         while len(self._begun) >= MAX_BEGUN_STEPS:
@@ -205,10 +211,18 @@ class DeviceThread:
             return
         self._failed_step = step = work.plan.step
         _log_failure("step_failed", error, step=step, epoch=work.epoch)
+        if isinstance(error, DeviceLostError):
+            self._is_lost = True
+            self._answer(work, None)
+            self._call_on_loop(_fail, self.lost, error)
+            return
         wait_ns, run_ns = started_ns - work.arrived_ns, self._now_ns() - started_ns
         self._answer(work, StepResult(step=step, wait_ns=wait_ns, run_ns=run_ns, error=_short(error)))
 
     def _skip(self, work: _Step, started_ns: int) -> None:
+        if self._is_lost:
+            self._answer(work, None)
+            return
         error = f"skipped: step {self._failed_step} failed"
         self._answer(work, StepResult(step=work.plan.step, wait_ns=started_ns - work.arrived_ns, error=error))
 

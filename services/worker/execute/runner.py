@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops.forms import num_late_compilations
+from services.worker.execute.failures import explain
 from services.worker.execute.graphs import Capture, DecodeForward, Graphs
 from services.worker.execute.inputs import Inputs, gather, gather_decode, is_decode
 from services.worker.execute.slots import Placed, Slots
@@ -97,9 +98,19 @@ class Runner:
         """Raises PlanError for a plan that does not fit, StepError for logits that are not numbers."""
         return self.finish(self.begin(plan))
 
-    @torch.inference_mode()
     def begin(self, plan: StepPlan) -> PendingStep:
-        """Raises PlanError for a plan that does not fit, or what a step before has raised that had to be read first."""
+        """Raises PlanError for a plan that does not fit, StepError out of memory, DeviceLostError, or what a step
+        before has raised that had to be read first."""
+        try:
+            return self._begin(plan)
+        except Exception as error:
+            explained = explain(error)
+            if explained is error:
+                raise
+            raise explained from error
+
+    @torch.inference_mode()
+    def _begin(self, plan: StepPlan) -> PendingStep:
         for admit in plan.admits:
             self._slots.admit(admit)
             self._sampler.admit(admit)
@@ -113,7 +124,7 @@ class Runner:
         return begun
 
     def finish(self, pending: PendingStep) -> StepOutput:
-        """Raises StepError for logits that are not numbers."""
+        """Raises StepError for logits that are not numbers, DeviceLostError."""
         if isinstance(pending, ComputedStep):
             return pending.output
         assert isinstance(pending, BegunStep)
@@ -206,7 +217,7 @@ class Runner:
         try:
             begun.output = self._output(begun)
         except Exception as error:
-            begun.error = error
+            begun.error = explain(error)
 
     def _output(self, begun: BegunStep) -> StepOutput:
         arrays = iter(begun.arrival.read())
