@@ -187,11 +187,11 @@ def paged_attention(q: Tensor, pool: Tensor, layer_id: int, plan: AttentionPlan,
     num_heads = q.shape[1]
     attend = _attend_exact if plan.exact else _attend
     scaled = (q.float() if plan.exact else q) * scale
-    out = torch.zeros_like(q) if plan.exact else torch.empty_like(q)  # an exact step may carry a padding token
+    out = q.new_zeros(q.shape) if plan.exact else q.new_empty(q.shape)  # an exact step may carry a padding token
     if plan.decodes is not None:
         from kernels.cpu.compiled import attention as compiled
 
-        compiled.attend(q, out, pool, layer_id, plan.decodes, scale)
+        compiled.attend(q.contiguous(), out, pool, layer_id, plan.decodes, scale)
     for group in plan.groups:
         keys, values = _gather(pool, layer_id, group, plan.buffer)
         if plan.exact:

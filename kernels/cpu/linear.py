@@ -59,7 +59,7 @@ class PackedGate:
 
 
 def pack_linear(weight: Tensor, bias: Tensor | None = None, *, by_rows: bool = False) -> PackedLinear:
-    rows = weight.contiguous() if by_rows and _supports_rows(weight) else None
+    rows = weight.contiguous() if by_rows and _supports_rows(weight, bias) else None
     if weight.dtype in (torch.float32, torch.bfloat16) and can_pack(weight.dtype):
         return PackedLinear(_reorder(weight), bias, packed=True, by_rows=rows)
     return PackedLinear(weight.contiguous(), bias, packed=False, by_rows=rows)
@@ -138,12 +138,12 @@ def _reorder(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKING_ROWS)
 
 
-def _supports_rows(weight: Tensor) -> bool:
+def _supports_rows(weight: Tensor, bias: Tensor | None) -> bool:
     if not choice.is_compiled(weight):
         return False
     from kernels.cpu.compiled import linear as compiled
 
-    return compiled.supports(weight)
+    return compiled.supports(weight, bias)
 
 
 def _takes_rows(x: Tensor, packed: PackedLinear) -> bool:

@@ -128,6 +128,11 @@ def look_at_packages() -> Iterable[Finding]:
         yield Finding("torch", "missing", "not installed: a worker computes with it", "sh ops/scripts/setup")
     else:
         yield Finding("torch", "ok", torch)
+    numba = _version("numba")
+    if numba:
+        yield Finding("numba", "ok", numba)
+    else:
+        yield Finding("numba", "note", "not installed: bfloat16 on a CPU is slower", "sh ops/scripts/setup")
     triton = _version("triton")
     if triton:
         yield Finding("triton", "ok", triton)

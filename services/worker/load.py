@@ -11,7 +11,7 @@ import structlog
 import torch
 
 import shared
-from kernels.ops import forms
+from kernels.ops import choice, forms
 from services.worker.execute.runner import Runner
 from services.worker.execute.slots import Slots
 from services.worker.host import Loaded, Progress
@@ -69,10 +69,12 @@ def load(config: WorkerConfig, progress: Progress) -> Loaded:
         raise WorkerError(refusal)
     dtype = DTYPES[choose_dtype(config.dtype, checkpoint.dtype, flags, device)]
     _require_room(spec, dtype, free_on(device))
-    decoder = load_decoder(checkpoint, dtype, device, progress, by_rows=_has_room_twice(spec, dtype, free_on(device)))
+    layout = layout_of(spec, dtype, config.block_size)
+    twice = device == "cpu" and has_room_twice(config, spec, layout, free_on(device))
+    decoder = load_decoder(checkpoint, dtype, device, progress, by_rows=twice)
+    _log_kernels(device, dtype, twice)
     weight_bytes = spec.num_parameters * dtype.itemsize
     progress(weight_bytes, weight_bytes)  # files also hold headers: without this the last report would fall short
-    layout = layout_of(spec, dtype, config.block_size)
     prepare = _prepare_on_cpu if device == "cpu" else _prepare_on_gpu
     runner, size = prepare(config, decoder, layout)
     return _describe(config, checkpoint, runner, layout, size, device, costs_of(spec, dtype.itemsize))
@@ -222,9 +224,23 @@ def _require_room(spec: ModelSpec, dtype: torch.dtype, free: int) -> None:
         )
 
 
-def _has_room_twice(spec: ModelSpec, dtype: torch.dtype, free: int) -> bool:
-    """Whether a second copy of the weights, for steps of few rows, takes little enough of what is free."""
-    return spec.num_parameters * dtype.itemsize <= free * SECOND_COPY_SHARE
+def has_room_twice(config: WorkerConfig, spec: ModelSpec, layout: BlockLayout, free: int) -> bool:
+    """Whether a second copy of the weights, for steps of few rows, takes little enough of what is free beside the first
+    one and a pool of a size that was asked for."""
+    asked = config.num_gpu_blocks_override * layout.bytes_per_block or config.kv_cache_memory_bytes
+    weights = spec.num_parameters * layout.dtype.itemsize
+    return weights <= (free - weights - asked) * SECOND_COPY_SHARE
+
+
+def _log_kernels(device: str, dtype: torch.dtype, twice: bool) -> None:
+    """Which bodies compute, once: a slower one should not have to be guessed."""
+    if device != "cpu" or dtype != torch.bfloat16:
+        return
+    why_not = choice.why_not_compiled()
+    if why_not:
+        log.warning("kernels", bodies="torch", instead_of="compiled", reason=why_not)
+    else:
+        log.info("kernels", bodies="compiled", weights_by_rows=twice)
 
 
 def size_pool(

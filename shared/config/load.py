@@ -53,8 +53,9 @@ def _require_known(environ: Mapping[str, str]) -> None:
     known = RESERVED | {ENV_PREFIX + name.upper() for name in _all_fields()}
     unknown = sorted(name for name in environ if name.startswith(ENV_PREFIX) and name not in known)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], sorted(known), n=1)
-        meant = f"; did you mean {near[0]}?" if near else ""
+        names = [name.removeprefix(ENV_PREFIX) for name in sorted(known)]
+        near = difflib.get_close_matches(unknown[0].removeprefix(ENV_PREFIX), names, n=1)
+        meant = f"; did you mean {ENV_PREFIX}{near[0]}?" if near else ""
         raise ConfigError(f"unknown variable {', '.join(unknown)}{meant}")
 
 

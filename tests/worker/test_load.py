@@ -1,6 +1,8 @@
 import asyncio
+import math
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import structlog
@@ -10,11 +12,13 @@ from services.worker.app import serve
 from services.worker.environment import SPIN_COUNT, worker_environment
 from services.worker.load import (
     BUNDLED_FOLDER,
+    SECOND_COPY_SHARE,
     WorkerError,
     choose_device,
     choose_dtype,
     count_cores,
     free_bytes,
+    has_room_twice,
     load,
     size_pool,
 )
@@ -119,6 +123,19 @@ def test_a_pool_takes_half_of_its_share_of_the_free_memory_at_most_and_the_conte
     config = WorkerConfig(max_num_seqs=64, gpu_memory_utilization=share)
     size = size_pool(config, LAYOUT, 1000, 20 * 2048)
     assert (size.num_blocks, size.max_model_len) == (num_blocks, 16 * num_blocks)
+
+
+def test_weights_are_kept_twice_only_beside_all_that_was_asked_for():
+    spec = SimpleNamespace(num_parameters=1000)
+    weights = 1000 * LAYOUT.dtype.itemsize
+    enough = weights + math.ceil(weights / SECOND_COPY_SHARE)
+    told = WorkerConfig(num_gpu_blocks_override=3)
+    pool = 3 * LAYOUT.bytes_per_block
+    assert has_room_twice(WorkerConfig(), spec, LAYOUT, enough)
+    assert not has_room_twice(WorkerConfig(), spec, LAYOUT, enough - 1)
+    assert has_room_twice(told, spec, LAYOUT, enough + pool)
+    assert not has_room_twice(told, spec, LAYOUT, enough + pool - 1)
+    assert not has_room_twice(WorkerConfig(kv_cache_memory_bytes=pool), spec, LAYOUT, enough + pool - 1)
 
 
 def test_told_sizes_are_taken_as_they_are():

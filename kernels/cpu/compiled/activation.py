@@ -1,11 +1,10 @@
 """The gate of a SwiGLU layer in one pass."""
 
-import numpy as np
 from numba import carray
 from torch import Tensor
 
-from kernels.cpu.compiled.threads import ADDRESS, COUNT, bits_at, kernel, share, structure
-from kernels.cpu.compiled.vectors import exp, narrow, widen
+from kernels.cpu.compiled.threads import ADDRESS, COUNT, bits_at, kernel, num_threads, share, structure, this_thread
+from kernels.cpu.compiled.vectors import narrow, silu, widen
 
 _Arguments = structure("_Arguments", gate_up=ADDRESS, out=ADDRESS, num_rows=COUNT, width=COUNT)
 
@@ -23,10 +22,8 @@ def _silu_and_mul(pointer):
     given = carray(pointer, 1)[0]
     width = given.width
     gate_up, out = bits_at(given.gate_up, (given.num_rows, 2 * width)), bits_at(given.out, (given.num_rows, width))
-    first, end = share(given.num_rows, given.num_shares)
-    for row in range(first, end):
-        for d in range(width):
-            gate = widen(gate_up[row, d])
-            # Beyond 88 e⁻ᵍ would overflow; g / (1 + e⁸⁸) is zero in bfloat16 already.
-            away = exp(min(-gate, np.float32(88)))
-            out[row, d] = narrow(gate / (np.float32(1) + away) * widen(gate_up[row, width + d]))
+    for part in range(this_thread(), given.num_shares, num_threads()):
+        first, end = share(given.num_rows, part, given.num_shares)
+        for row in range(first, end):
+            for d in range(width):
+                out[row, d] = narrow(silu(widen(gate_up[row, d])) * widen(gate_up[row, width + d]))

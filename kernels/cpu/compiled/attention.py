@@ -27,6 +27,7 @@ from kernels.cpu.compiled.threads import (
     int32_at,
     int64_at,
     kernel,
+    num_threads,
     structure,
     this_thread,
 )  # fmt: skip
@@ -74,7 +75,11 @@ def plan_rows(
     num_shares = torch.get_num_threads()
     goals = done[-1] * np.arange(1, num_shares) // num_shares
     borders = np.concatenate(([0], np.searchsorted(done, goals, side="right"), [len(done)]))
-    return DecodeRows(tokens, contexts, firsts, np.ascontiguousarray(tables), borders.astype(np.int64))
+    return DecodeRows(
+        *(np.ascontiguousarray(each, np.int64) for each in (tokens, contexts, firsts)),
+        np.ascontiguousarray(tables, np.int32),
+        borders.astype(np.int64),
+    )
 
 
 def attend(q: Tensor, out: Tensor, pool: Tensor, layer_id: int, rows: DecodeRows, scale: float) -> None:
@@ -169,23 +174,28 @@ def _decode_kernel(heads_per_kv: int, head_dim: int, block_size: int) -> Callabl
         scores = np.empty((heads_per_kv, given.max_blocks * block_size + LANES), np.float32)
         queries = np.empty((heads_per_kv, head_dim), np.float32)
         sums = np.empty((heads_per_kv, head_dim), np.float32)
-        for task in range(borders[this_thread()], borders[this_thread() + 1]):
-            row, kv_head = task // num_kv_heads, task % num_kv_heads
-            token, head = tokens[row], kv_head * heads_per_kv
-            for i in range(heads_per_kv):
-                for d in range(head_dim):
-                    queries[i, d] = widen(q[token, head + i, d]) * given.scale
-            keys = given.pages + kv_head * block_size * head_dim * 2
-            values = keys + given.value_bytes
-            first, end, table = firsts[row], contexts[row], tables[row]
-            _score(keys, given.block_bytes, table, first, end, queries, scores, together, groups, head_dim, block_size)
-            prefetch_page(values + table[first // block_size] * given.block_bytes, block_size, head_dim)
-            _softmax(scores, end - first)
-            sums[:] = np.float32(0)
-            _weigh(values, given.block_bytes, table, first, end, scores, sums, together, groups, head_dim, block_size)
-            for i in range(heads_per_kv):
-                for d in range(head_dim):
-                    out[token, head + i, d] = narrow(sums[i, d])
+        for part in range(this_thread(), given.num_shares, num_threads()):
+            for task in range(borders[part], borders[part + 1]):
+                row, kv_head = task // num_kv_heads, task % num_kv_heads
+                token, head = tokens[row], kv_head * heads_per_kv
+                for i in range(heads_per_kv):
+                    for d in range(head_dim):
+                        queries[i, d] = widen(q[token, head + i, d]) * given.scale
+                keys = given.pages + kv_head * block_size * head_dim * 2
+                values = keys + given.value_bytes
+                first, end, table = firsts[row], contexts[row], tables[row]
+                _score(
+                    keys, given.block_bytes, table, first, end, queries, scores, together, groups, head_dim, block_size
+                )
+                prefetch_page(values + table[first // block_size] * given.block_bytes, block_size, head_dim)
+                _softmax(scores, end - first)
+                sums[:] = np.float32(0)
+                _weigh(
+                    values, given.block_bytes, table, first, end, scores, sums, together, groups, head_dim, block_size
+                )
+                for i in range(heads_per_kv):
+                    for d in range(head_dim):
+                        out[token, head + i, d] = narrow(sums[i, d])
 
     return decode
 

@@ -14,8 +14,18 @@ import numpy as np
 from numba import carray
 from torch import Tensor
 
-from kernels.cpu.compiled.threads import ADDRESS, COUNT, bits_at, inlined, kernel, share, structure
-from kernels.cpu.compiled.vectors import exp, multiply_rows, narrow, widen
+from kernels.cpu.compiled.threads import (
+    ADDRESS,
+    COUNT,
+    bits_at,
+    inlined,
+    kernel,
+    num_threads,
+    share,
+    structure,
+    this_thread,
+)  # fmt: skip
+from kernels.cpu.compiled.vectors import multiply_rows, narrow, silu, widen
 
 STEP = 32
 SIDE_BY_SIDE = 8
@@ -28,12 +38,15 @@ _Arguments = structure(
 )  # fmt: skip
 
 
-def supports(weight: Tensor) -> bool:
+def supports(weight: Tensor, bias: Tensor | None) -> bool:
+    if bias is not None and bias.dtype != weight.dtype:
+        return False
     return weight.shape[0] % (2 * SIDE_BY_SIDE) == 0 and weight.shape[1] % STEP == 0
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     """x · weightᵀ + bias + residual for [rows, in] and [out, in], contiguous, that `supports` accepts."""
+    residual = None if residual is None else residual.contiguous()
     out = x.new_empty(x.shape[0], weight.shape[0])
     addresses = (x, weight, bias, residual, out)
     _linear(
@@ -84,18 +97,19 @@ def _linear(pointer):
     wide, products = _widened(given.x, num_rows, width), np.empty((num_rows, SIDE_BY_SIDE), np.float32)
     bias, residual = bits_at(given.bias, (out_features,)), bits_at(given.residual, (num_rows, out_features))
     out = bits_at(given.out, (num_rows, out_features))
-    first, end = share(out_features // SIDE_BY_SIDE, given.num_shares)
-    for group in range(first, end):
-        begin = group * SIDE_BY_SIDE
-        _multiply(given.weight + begin * width * 2, wide, products)
-        for row in range(num_rows):
-            for i in range(SIDE_BY_SIDE):
-                value = products[row, i]
-                if given.bias != 0:
-                    value += widen(bias[begin + i])
-                if given.residual != 0:
-                    value += widen(residual[row, begin + i])
-                out[row, begin + i] = narrow(value)
+    for part in range(this_thread(), given.num_shares, num_threads()):
+        first, end = share(out_features // SIDE_BY_SIDE, part, given.num_shares)
+        for group in range(first, end):
+            begin = group * SIDE_BY_SIDE
+            _multiply(given.weight + begin * width * 2, wide, products)
+            for row in range(num_rows):
+                for i in range(SIDE_BY_SIDE):
+                    value = products[row, i]
+                    if given.bias != 0:
+                        value += widen(bias[begin + i])
+                    if given.residual != 0:
+                        value += widen(residual[row, begin + i])
+                    out[row, begin + i] = narrow(value)
 
 
 @kernel(_Arguments)
@@ -105,16 +119,16 @@ def _gated(pointer):
     wide = _widened(given.x, num_rows, width)
     gates, ups = (np.empty((num_rows, SIDE_BY_SIDE), np.float32), np.empty((num_rows, SIDE_BY_SIDE), np.float32))
     bias, out = bits_at(given.bias, (2 * half,)), bits_at(given.out, (num_rows, half))
-    first, end = share(half // SIDE_BY_SIDE, given.num_shares)
-    for group in range(first, end):
-        begin = group * SIDE_BY_SIDE
-        _multiply(given.weight + begin * width * 2, wide, gates)
-        _multiply(given.weight + (half + begin) * width * 2, wide, ups)
-        for row in range(num_rows):
-            for i in range(SIDE_BY_SIDE):
-                gate, up = gates[row, i], ups[row, i]
-                if given.bias != 0:
-                    gate += widen(bias[begin + i])
-                    up += widen(bias[half + begin + i])
-                away = exp(min(-gate, np.float32(88)))
-                out[row, begin + i] = narrow(gate / (np.float32(1) + away) * up)
+    for part in range(this_thread(), given.num_shares, num_threads()):
+        first, end = share(half // SIDE_BY_SIDE, part, given.num_shares)
+        for group in range(first, end):
+            begin = group * SIDE_BY_SIDE
+            _multiply(given.weight + begin * width * 2, wide, gates)
+            _multiply(given.weight + (half + begin) * width * 2, wide, ups)
+            for row in range(num_rows):
+                for i in range(SIDE_BY_SIDE):
+                    gate, up = gates[row, i], ups[row, i]
+                    if given.bias != 0:
+                        gate += widen(bias[begin + i])
+                        up += widen(bias[half + begin + i])
+                    out[row, begin + i] = narrow(silu(gate) * up)

@@ -5,7 +5,17 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from kernels.cpu.compiled.threads import ADDRESS, COUNT, NUMBER, bits_at, kernel, share, structure
+from kernels.cpu.compiled.threads import (
+    ADDRESS,
+    COUNT,
+    NUMBER,
+    bits_at,
+    kernel,
+    num_threads,
+    share,
+    structure,
+    this_thread,
+)  # fmt: skip
 from kernels.cpu.compiled.vectors import narrow, widen
 
 _Arguments = structure("_Arguments", x=ADDRESS, weight=ADDRESS, out=ADDRESS, num_rows=COUNT, width=COUNT, eps=NUMBER)
@@ -23,12 +33,13 @@ def _rms_norm(pointer):
     given = carray(pointer, 1)[0]
     shape = (given.num_rows, given.width)
     x, out, weight = bits_at(given.x, shape), bits_at(given.out, shape), bits_at(given.weight, (given.width,))
-    first, end = share(given.num_rows, given.num_shares)
-    for row in range(first, end):
-        squares = np.float32(0)
-        for d in range(given.width):
-            value = widen(x[row, d])
-            squares += value * value
-        scale = np.float32(1) / np.sqrt(squares / np.float32(given.width) + given.eps)
-        for d in range(given.width):
-            out[row, d] = narrow(widen(x[row, d]) * scale * widen(weight[d]))
+    for part in range(this_thread(), given.num_shares, num_threads()):
+        first, end = share(given.num_rows, part, given.num_shares)
+        for row in range(first, end):
+            squares = np.float32(0)
+            for d in range(given.width):
+                value = widen(x[row, d])
+                squares += value * value
+            scale = np.float32(1) / np.sqrt(squares / np.float32(given.width) + given.eps)
+            for d in range(given.width):
+                out[row, d] = narrow(widen(x[row, d]) * scale * widen(weight[d]))

@@ -5,7 +5,19 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from kernels.cpu.compiled.threads import ADDRESS, COUNT, NUMBER, bits_at, inlined, int64_at, kernel, share, structure
+from kernels.cpu.compiled.threads import (
+    ADDRESS,
+    COUNT,
+    NUMBER,
+    bits_at,
+    inlined,
+    int64_at,
+    kernel,
+    num_threads,
+    share,
+    structure,
+    this_thread,
+)  # fmt: skip
 from kernels.cpu.compiled.vectors import narrow, widen
 
 _Arguments = structure(
@@ -57,19 +69,20 @@ def _rotate_and_write(pointer):
     cos, sin = bits_at(given.cos, (num_tokens, dims)), bits_at(given.sin, (num_tokens, dims))
     pool = bits_at(given.pool, (given.num_blocks, given.num_layers, 2, num_kv_heads, given.block_size, dims))
     values = np.empty(dims, np.float32)
-    first, end = share(num_tokens, given.num_shares)
-    for token in range(first, end):
-        block, offset = slots[token] // given.block_size, slots[token] % given.block_size
-        for head in range(num_heads):
-            _load(heads[token, head], given.q_norm, given.eps, values)
-            _turn(values, cos[token], sin[token], q[token, head])
-        for kv_head in range(num_kv_heads):
-            _load(heads[token, num_heads + kv_head], given.k_norm, given.eps, values)
-            key = pool[block, given.layer_id, 0, kv_head, offset]
-            _turn(values, cos[token], sin[token], key)
-            _copy_finite(key, key)
-            value = heads[token, num_heads + num_kv_heads + kv_head]
-            _copy_finite(value, pool[block, given.layer_id, 1, kv_head, offset])
+    for part in range(this_thread(), given.num_shares, num_threads()):
+        first, end = share(num_tokens, part, given.num_shares)
+        for token in range(first, end):
+            block, offset = slots[token] // given.block_size, slots[token] % given.block_size
+            for head in range(num_heads):
+                _load(heads[token, head], given.q_norm, given.eps, values)
+                _turn(values, cos[token], sin[token], q[token, head])
+            for kv_head in range(num_kv_heads):
+                _load(heads[token, num_heads + kv_head], given.k_norm, given.eps, values)
+                key = pool[block, given.layer_id, 0, kv_head, offset]
+                _turn(values, cos[token], sin[token], key)
+                _copy_finite(key, key)
+                value = heads[token, num_heads + num_kv_heads + kv_head]
+                _copy_finite(value, pool[block, given.layer_id, 1, kv_head, offset])
 
 
 def rotate_and_write(
@@ -83,7 +96,7 @@ def rotate_and_write(
     k_norm: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """Norms of q and k where there are any, rope, K and V into their pages; returns q. Everything contiguous.
+    """Norms of q and k where there are any, rope, K and V into their pages; returns q.
 
     heads       [tokens, num_heads + 2 * num_kv_heads, head_dim]
     pool        [blocks, layers, 2, num_kv_heads, block_size, head_dim], written at `slots` int64; the first tokens
@@ -94,6 +107,7 @@ def rotate_and_write(
     num_heads = heads.shape[1] - 2 * num_kv_heads
     new = torch.empty if len(slots) == heads.shape[0] else torch.zeros
     q = new(heads.shape[0], num_heads, head_dim, dtype=heads.dtype)
+    heads, cos, sin, slots = (each.contiguous() for each in (heads, cos, sin, slots))
     _rotate_and_write(
         heads.data_ptr(), q.data_ptr(), pool.data_ptr(), slots.data_ptr(), cos.data_ptr(), sin.data_ptr(),
         0 if q_norm is None else q_norm.data_ptr(), 0 if k_norm is None else k_norm.data_ptr(),

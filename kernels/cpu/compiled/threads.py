@@ -4,22 +4,29 @@ The threads are torch's own: `GOMP_parallel` of the OpenMP library that torch ha
 address. A pool beside torch's (as numba's own parallel loops have) would fight it for the cores: its idle threads spin
 while torch computes, and torch's while it does.
 
-A kernel is declared with the structure of its arguments and runs once on each thread:
+A kernel is declared with the structure of its arguments and runs once on each thread that OpenMP grants, which may be
+fewer than were asked for: each takes every so-many-th share of the work.
 
     Arguments = structure("Arguments", out=ADDRESS, num_rows=COUNT)
 
     @kernel(Arguments)
     def fill(pointer):
         given = carray(pointer, 1)[0]
-        for row in range(*share(given.num_rows, given.num_shares)): ...
+        for part in range(this_thread(), given.num_shares, num_threads()):
+            first, end = share(given.num_rows, part, given.num_shares)
+            ...
 
     fill(out.data_ptr(), num_rows, work=num_rows * width)
 
-Addresses are integers; `array` makes an array of one inside a kernel. A kernel never allocates what Python sees.
+Addresses are integers; `bits_at` and its like make arrays of them inside a kernel. A kernel never allocates what Python
+sees. numba keeps machine code by the file that a kernel stands in; what is inlined into it stands elsewhere, so the
+folder of the cache is named by a digest of this whole package.
 """
 
 import ctypes
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -48,8 +55,23 @@ _openmp = ctypes.CDLL("libgomp.so.1")  # torch's, by its name; raises OSError wh
 _parallel = _openmp.GOMP_parallel
 _parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
 _parallel.restype = None
-binding.add_symbol("omp_get_thread_num", ctypes.cast(_openmp.omp_get_thread_num, ctypes.c_void_p).value)
+for _name in ("omp_get_thread_num", "omp_get_num_threads"):
+    binding.add_symbol(_name, ctypes.cast(getattr(_openmp, _name), ctypes.c_void_p).value)
 _thread_num = types.ExternalFunction("omp_get_thread_num", types.int32())
+_num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
+
+
+def _digest() -> str:
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+
+
+numba.config.CACHE_DIR = str(Path(numba.config.CACHE_DIR or Path(__file__).parent / "__pycache__") / _digest())
+
+
+def has_multiply_add() -> bool:
+    features = binding.get_host_cpu_features()
+    return "fma" not in features or bool(features["fma"])  # a processor that is no x86 has it under other names
 
 
 def structure(name: str, **fields: Any) -> type[ctypes.Structure]:
@@ -67,7 +89,7 @@ def kernel(arguments: type[ctypes.Structure]) -> Callable[[Callable[[Any], None]
             compiled = numba.cfunc(signature, cache=True, **OPTIONS)(body)
         except (RuntimeError, OSError):  # no folder that can be written: every process compiles for itself
             compiled = numba.cfunc(signature, **OPTIONS)(body)
-        address, alone = compiled.address, compiled.ctypes
+        alone = compiled.ctypes
 
         def run(*values: float, work: int = 0, num_shares: int = 0) -> None:
             """`work` is the number of elements to touch: little work stays on the calling thread. Or `num_shares`."""
@@ -76,7 +98,7 @@ def kernel(arguments: type[ctypes.Structure]) -> Callable[[Callable[[Any], None]
             if num_shares == 1:
                 alone(ctypes.addressof(given))
             else:
-                _parallel(address, ctypes.addressof(given), num_shares, 0)
+                _parallel(compiled.address, ctypes.addressof(given), num_shares, 0)
 
         return run
 
@@ -84,15 +106,20 @@ def kernel(arguments: type[ctypes.Structure]) -> Callable[[Callable[[Any], None]
 
 
 @inlined
-def share(num_items, num_shares):
-    """The first and the last + 1 of the items that belong to this thread."""
-    thread = _thread_num()
-    return num_items * thread // num_shares, num_items * (thread + 1) // num_shares
+def share(num_items, part, num_shares):
+    """The first and the last + 1 of the items of one share."""
+    return num_items * part // num_shares, num_items * (part + 1) // num_shares
 
 
 @inlined
 def this_thread():
     return np.int64(_thread_num())
+
+
+@inlined
+def num_threads():
+    """Of those that run this kernel: as many as OpenMP granted."""
+    return np.int64(_num_threads())
 
 
 @intrinsic

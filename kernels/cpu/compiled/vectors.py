@@ -55,6 +55,14 @@ def exp(number):
     return power * _float_of_bits(np.uint32(np.int32(whole) + np.int32(127)) << np.uint32(23))
 
 
+@inlined
+def silu(number):
+    """x / (1 + e⁻ˣ); where e⁻ˣ would overflow 0, and NaN for -∞ as x · σ(x) is."""
+    if number > np.float32(-88):
+        return number / (np.float32(1) + exp(-number))
+    return number * np.float32(0)
+
+
 # Sixteen lanes in registers. LLVM vectorises plain loops by itself; what it does not do is to keep a head's sums in
 # registers over a loop, since it cannot know that scores and sums lie apart. These say it.
 
