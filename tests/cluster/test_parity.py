@@ -80,3 +80,29 @@ def test_a_twin_answers_as_transformers_does(name: str, own_cluster, tmp_path: P
         for i in range(1, len(prompt)):
             assert told[i].token_id == prompt[i]
             assert told[i].logprob == pytest.approx(float(logprobs[i - 1, prompt[i]]), abs=2e-3)
+
+
+CLOSE = 0.02
+"""Of the logprobs' norm: what bfloat16's eight bits cost in three layers. One wrong page or row is far beyond it."""
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "together"])
+def test_bfloat16_by_default_says_nearly_what_transformers_does_in_float32(alone: bool, own_cluster, tmp_path: Path):
+    """The fast path that nobody asked to be exact: products of few rows, decode rows in place, prompts in pieces."""
+    folder = make_twin("llama", tmp_path)
+    prompts = prompts_for(int(model_of(folder).config.vocab_size), "bfloat16") * (1 if alone else 4)
+    requests = [
+        Request(token_ids=tuple(prompt), temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0)
+        for prompt in prompts
+    ]
+    with own_cluster(model=str(folder), dtype="bfloat16", max_num_batched_tokens=64, max_num_seqs=16) as cluster:
+        batches = [[request] for request in requests] if alone else [requests]
+        answers = [answer for batch in batches for answer in ask_all(cluster.address, batch)]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert len(answer.only) == NEW_TOKENS, answer.error
+        whole = torch.tensor([prompt + answer.only])
+        with torch.inference_mode():
+            logprobs = model_of(folder)(whole).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+        expected = logprobs.gather(1, whole[0, len(prompt) :, None])[:, 0]
+        told = torch.tensor([entry.logprob for entry in answer.logprobs[0]])
+        assert float((told - expected).norm() / expected.norm()) < CLOSE
