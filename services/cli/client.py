@@ -406,7 +406,22 @@ def _call_error(error: grpc.aio.AioRpcError) -> CallError:
             field = violation.field_violations[0].field
         elif detail.Unpack(retry):
             retry_after_ms = _milliseconds(retry.retry_delay)
-    return CallError(error.code().name, error.details() or "", field=field, retry_after_ms=retry_after_ms)
+    said = error.details() or ""
+    return CallError(error.code().name, said if status else _plainly(said), field=field, retry_after_ms=retry_after_ms)
+
+
+CHANNEL_SAYS = {
+    "failed to connect": "nothing answers there; is `sluice up` running?",
+    "Stream removed": "the connection broke off before the answer was complete",
+    "Socket closed": "the connection broke off before the answer was complete",
+    "Connection reset": "the connection broke off before the answer was complete",
+    "Received message larger than max": "the message is larger than the server takes (its --max-request-bytes)",
+}
+"""gRPC's own words for what a channel met, and ours."""
+
+
+def _plainly(details: str) -> str:
+    return next((plain for words, plain in CHANNEL_SAYS.items() if words in details), details)
 
 
 def _milliseconds(duration: Duration) -> int:

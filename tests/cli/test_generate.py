@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from services.cli.client import Accepted, CallError, Client, Delta, Finished, Message, Request, Usage
+from services.cli.client import Accepted, CallError, Client, Delta, Finished, Message, Request, Usage, _plainly
 from services.cli.timing import PHASES, figures
 from shared.rpc.sluice.v1 import inference_pb2 as pb
 from tests.cli.fake_router import FakeRouter, serve
@@ -396,3 +396,16 @@ def test_a_model_without_a_chat_template_is_a_clear_message() -> None:
         done = sluice("chat", f"--address={served.address}")
     assert done.returncode == 1
     assert "the model 'twin' has no chat template; use `sluice generate`" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:9: refused", "sluice up"),
+        ("Stream removed (Socket closed)", "broke off"),
+        ("SERVER: Received message larger than max (9000010 vs. 8454144)", "--max-request-bytes"),
+        ("what we do not know is passed on", "what we do not know is passed on"),
+    ],
+)
+def test_what_a_channel_met_is_said_in_plain_words(said, shown):
+    assert shown in _plainly(said)
