@@ -1,0 +1,54 @@
+"""Prompts and answers are nobody's business: no log, trace or metric repeats them, whatever becomes of a request."""
+
+import asyncio
+import contextlib
+
+import pytest
+
+from services.cli.client import CallError, Client, Message, Request
+from tests.builders.answers import collect
+
+pytestmark = pytest.mark.cluster
+
+CANARY = "zyxwcanary"
+
+
+def requests() -> list[Request]:
+    said = f"my password is {CANARY}"
+    return [
+        Request(prompt=said, max_tokens=8),
+        Request(messages=(Message("user", said),), max_tokens=8),
+        Request(prompt=said, max_tokens=8, stop=(CANARY,)),
+        Request(prompt=f"{said} " * 4000, max_tokens=8),  # too long
+        Request(prompt=said, max_tokens=8, model=CANARY),  # no such model
+        Request(prompt=said, temperature=-1.0),
+        Request(messages=(Message("user", said),), template_kwargs_json=f'{{"broken {CANARY}'),
+        Request(prompt=said, max_tokens=8, request_id="named", logprobs=2, prompt_logprobs=1),
+    ]
+
+
+def test_a_canary_in_a_prompt_is_found_nowhere(own_cluster) -> None:
+    async def ask(address: str) -> str:
+        async with Client(address) as client:
+            for request in requests():
+                await collect(client, request)
+            # One is cut off by its client, one by a worker that dies.
+            with contextlib.suppress(CallError):
+                async with contextlib.aclosing(client.generate(requests()[0])) as events:
+                    async for _ in events:
+                        break
+            doomed = asyncio.create_task(collect(client, Request(prompt=CANARY, max_tokens=400, ignore_eos=True)))
+            await asyncio.sleep(0.2)
+            cluster.kill_service("worker-0")
+            await doomed
+            return repr(await client.traces(100))
+
+    with own_cluster(otlp_traces_endpoint="http://127.0.0.1:9") as cluster:
+        traces = asyncio.run(ask(cluster.address))
+    assert "named" in traces
+    assert CANARY not in traces
+    log = cluster.log_file.read_text()
+    assert '"event": "request"' in log
+    assert "trace_id" in log
+    lines = [line for line in log.splitlines() if CANARY in line]
+    assert lines == []
