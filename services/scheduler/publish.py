@@ -89,14 +89,18 @@ class Publisher:
     def publish(self, events: Iterable[Event]) -> None:
         """Adds events to the frames of their links; events of a closed link are dropped. Loads follow now, or a little
         later where they were sent just before."""
+        told: dict[RouterLink, int] = {}
+        links = self._links
         for event in events:
-            link = self._links.get(event.key[0])  # type: ignore[index]
+            link = links.get(event.key[0])  # type: ignore[index]
             if link is not None:
                 link.frame.tell_event(event)
-                if link.num_unsent == 0:
-                    link.taken_ns = self._now_ns()  # it had nothing to take until now
-                link.num_unsent += 1
-                link.notify()
+                told[link] = told.get(link, 0) + 1
+        for link, num_events in told.items():
+            if link.num_unsent == 0:
+                link.taken_ns = self._now_ns()  # it had nothing to take until now
+            link.num_unsent += num_events
+            link.notify()
         self._publish_loads()
 
     def publish_state(self) -> None:

@@ -139,6 +139,8 @@ class Frame:
 
     def tell_event(self, event: Event) -> None:
         match event:
+            case Tokens() if not event.logprobs and not event.prompt_logprobs:
+                self._tell_tokens(event)
             case Tokens():
                 self._message.tokens.extend(tokens_messages(event))
             case SampleEnded():
@@ -150,6 +152,15 @@ class Frame:
                 )
             case Released():
                 self._message.released.append(_released_message(event))
+
+    def _tell_tokens(self, event: Tokens) -> None:
+        """A step has one for each of its rows: field by field takes half the time of a call with keywords."""
+        message = self._message.tokens.add()
+        message.key = event.key[1]  # type: ignore[index]
+        if event.index:
+            message.index = event.index
+        token_ids = event.token_ids
+        message.token_ids = token_ids[0].to_bytes(4, "little") if len(token_ids) == 1 else pack_u32(token_ids)
 
     def tell_state(self, state: SchedulerState) -> None:
         self._message.state.CopyFrom(state)
