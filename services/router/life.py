@@ -209,7 +209,9 @@ def _is_last(segments: tuple[Segment, ...], index: int) -> bool:
 def _of_segment(segment: Segment, answer: Answer, last: bool) -> dict[str, Attribute]:
     if segment.phase == names.QUEUE:
         return _of_wait(segment.reason_ns)
-    attributes: dict[str, Attribute] = {names.STEPS: segment.steps, names.DEVICE_MS: _ms(segment.device_ns)}
+    # The first step of a phase may have begun before it: another was under way.
+    device_ns = min(segment.device_ns, segment.ns)
+    attributes: dict[str, Attribute] = {names.STEPS: segment.steps, names.DEVICE_MS: _ms(device_ns)}
     if segment.steps:
         attributes[names.BATCH_MEAN] = round(segment.rows / segment.steps, 2)
     if last:
