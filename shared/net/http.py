@@ -35,6 +35,7 @@ class _Server(ThreadingWSGIServer):
     """One thread per call, few at a time."""
 
     allow_reuse_port = False  # a second service on our port is to be refused, not to share it
+    request_queue_size = 2 * MAX_CALLS
     timeout = 0.0  # whoever calls handle_request knows that somebody is there
 
     def __init__(self, host: str, port: int) -> None:
