@@ -113,8 +113,17 @@ def _note(span: "TraceSpan") -> str:
         return span.error
     shown = NOTES.get(span.name, ())
     given = [(span.attributes[key], text) for key, text in shown if key in span.attributes]
-    notes = [text.format(value) for value, text in given if value not in ("", "0")]
+    notes = [text.format(_short(value)) for value, text in given if value not in ("", "0")]
     return ", ".join(notes) + _waits(span)
+
+
+def _short(value: str) -> str:
+    """A number with no more digits than anybody reads; anything else as it is."""
+    try:
+        number = float(value) if "." in value else None
+    except ValueError:
+        return value
+    return value if number is None else f"{number:.0f}" if number >= 100 else f"{number:.1f}"
 
 
 NOTES: dict[str, tuple[tuple[str, str], ...]] = {
