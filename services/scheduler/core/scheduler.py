@@ -146,9 +146,9 @@ class Scheduler:
         self._note_freed(flight, now_ns)
         group.pace.learn(flight.plan.num_tokens, len(flight.rows), result.run_ns)
         group.clock.count_step(len(flight.rows), result.run_ns)
-        tokens = iter(result.tokens)
+        tokens, samples = iter(result.tokens), flight.plan.samples
         for row, sample in enumerate(flight.rows):
-            token = next(tokens) if flight.plan.samples[row] else None
+            token = next(tokens) if samples[row] else None
             self._apply_row(group, flight, row, sample, token, result, now_ns)
 
     def expire(self, now_ns: int) -> None:
@@ -304,11 +304,13 @@ class Scheduler:
             if sample.computed // group.spec.block_size > sample.num_indexed:
                 group.index_full_blocks(sample, sample.computed)
         if token is not None:
-            self._emit_token(sample, token, result.logprobs.get(row), group, now_ns)
+            logprobs = result.logprobs.get(row) if result.logprobs else None
+            self._emit_token(sample, token, logprobs, group, now_ns)
 
     def _emit_token(
         self, sample: Sample, token: int, logprobs: TokenLogprobs | None, group: WorkerGroup, now_ns: int
     ) -> None:
+        request = sample.request
         prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         if sample.wants_prompt_logprobs and len(sample.prompt_logprobs) == sample.prompt_len - 1:
             prompt_logprobs = tuple(sample.prompt_logprobs)
@@ -317,9 +319,9 @@ class Scheduler:
         if sample.phase is Phase.PREFILL:
             self._move_phase(sample, Phase.DECODE, group, now_ns)
         self._events.append(
-            Tokens(sample.request.key, sample.index, (token,), (logprobs,) if logprobs else (), prompt_logprobs)
+            Tokens(request.submission.key, sample.index, (token,), (logprobs,) if logprobs else (), prompt_logprobs)
         )
-        if token in sample.stop_token_ids and sample.num_generated > sample.request.submission.stopping.min_tokens:
+        if token in sample.stop_token_ids and sample.num_generated > request.submission.stopping.min_tokens:
             self._end(sample, FinishReason.STOP, group, now_ns, stop_token_id=token)
         elif len(sample.tokens) >= sample.max_len:
             self._end(sample, FinishReason.LENGTH, group, now_ns)

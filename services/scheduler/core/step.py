@@ -41,9 +41,11 @@ class Step:
 
     def grant(self, sample: Sample, count: int, new_blocks: list[int] | tuple[()] = ()) -> None:
         """Adds a row: the sample's next `count` tokens, after `new_blocks` were appended to its table."""
-        sample.planned += count
-        samples = sample.planned == len(sample.tokens) + sample.unknown
-        sample.unknown += samples
+        planned, unknown = sample.planned + count, sample.unknown
+        samples = planned == len(sample.tokens) + unknown
+        sample.planned = planned
+        if samples:
+            sample.unknown = unknown + 1
         self.rows.append(sample)
         self.counts.append(count)
         self.block_counts.append(len(new_blocks))
