@@ -1,6 +1,7 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,9 +19,11 @@ from shared.net.channel import open_internal_channel
 from shared.net.server import BindError
 from shared.rpc.sluice.v1 import execution_pb2 as pb
 from shared.rpc.sluice.v1.execution_pb2_grpc import ExecutionStub
+from shared.telemetry.metrics import EXPORTED
 from tests.builders.plans import make_admit, make_plan, plan_message
 from tests.builders.pretend_worker import PretendRunner, pretend_loaded
 from tests.builders.registry import FakeRegistry, serve_registry
+from tests.builders.scrape import scrape
 
 
 def run(scenario):
@@ -164,6 +167,9 @@ def test_a_taken_port_and_an_unprotected_host_are_refused_by_name():
             taken = WorkerConfig(host="127.0.0.1", port=port, metrics_port=0, scheduler=registry.address)
             with pytest.raises(BindError, match="the port is taken"):
                 await Hosted(taken, None).task
+            no_metrics = WorkerConfig(host="127.0.0.1", port=0, metrics_port=port, scheduler=registry.address)
+            with pytest.raises(BindError, match=f"{port}.*--metrics-port"):
+                await Hosted(no_metrics, None).task
             open_host = WorkerConfig(host="0.0.0.0", port=0, metrics_port=0, scheduler=registry.address)
             with pytest.raises(BindError, match="SLUICE_INTERNAL_TOKEN"):
                 await Hosted(open_host, None).task
@@ -192,3 +198,55 @@ def test_the_pretend_worker_is_a_process_that_needs_no_torch():
                 assert time.monotonic() - started < 3
 
     run(scenario())
+
+
+def test_a_worker_says_what_its_cache_is_and_what_its_steps_cost():
+    async def scenario():
+        async with serve_registry(FakeRegistry()) as registry:
+            fails = lambda plan: plan.step == 2  # noqa: E731
+            hosted = Hosted(config_for(registry), lambda progress: pretend_loaded(PretendRunner(fail_step=fails)))
+            await asyncio.wait_for(hosted.ready.wait(), 5)
+            facts = hosted.events[-1][1]
+            before = await asyncio.to_thread(scrape, facts["metrics"])
+            async with open_internal_channel(facts["address"]) as channel:
+                call = ExecutionStub(channel).Execute()
+                await call.write(pb.ExecuteRequest(begin=pb.ExecuteBegin(epoch=1)))
+                await call.read()
+                await call.write(plan_message(make_plan(1, [(0, 2, True, (0,))], [make_admit(0, [5, 6])])))
+                assert (await call.read()).result.error == ""
+                await call.write(plan_message(make_plan(2, [(0, 1, True, ())])))
+                assert (await call.read()).result.error
+                after = await asyncio.to_thread(scrape, facts["metrics"])
+            assert after.kinds == {metric.name: metric.kind for metric in EXPORTED["worker"]}
+            assert after.labels("cache_config_info", "num_gpu_blocks") == {"256": 1}
+            assert after.labels("cache_config_info", "cache_dtype") == {"float32": 1}
+            assert before("estimated_flops_total") == before("estimated_read_bytes_total") == 0
+            assert after("estimated_flops_total") == 2 * 1000 + 100 + 3
+            assert after("estimated_read_bytes_total") == 4000 + 400 + 2 * 40 + 2 * 4
+            assert await hosted.stop() == 0
+
+    run(scenario())
+
+
+def test_metrics_are_served_while_the_model_loads():
+    async def scenario():
+        async with serve_registry(FakeRegistry()) as registry:
+            release = threading.Event()
+            port = free_port()
+            config = WorkerConfig(host="127.0.0.1", port=0, metrics_port=port, scheduler=registry.address)
+            hosted = Hosted(config, lambda progress: release.wait(10) and pretend_loaded(PretendRunner()))
+            async with asyncio.timeout(5):
+                while not listens(port):  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            said = await asyncio.to_thread(scrape, f"127.0.0.1:{port}")
+            assert said.labels("cache_config_info", "block_size") == {}
+            release.set()
+            await asyncio.wait_for(hosted.ready.wait(), 5)
+            assert await hosted.stop() == 0
+
+    run(scenario())
+
+
+def listens(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
