@@ -1,12 +1,16 @@
 """What a step costs by the model's shape, counted by hand."""
 
+from prometheus_client import CollectorRegistry, generate_latest
 
-
+from services.worker.metrics import WorkerMetrics
 from services.worker.models.costs import costs_of
 from services.worker.models.registry import translate
+from services.worker.plan import StepResult
 from services.worker.work import StepCosts, WorkMeter
+from shared.telemetry.metrics import CACHE_CONFIG_INFO
 from tests.builders.plans import make_admit, make_plan
 from tests.builders.pretend_worker import COSTS
+from tests.builders.scrape import Scrape, parse
 
 PAIRS = StepCosts(
     flops_per_token=0,
@@ -79,3 +83,19 @@ def test_a_models_costs_follow_from_its_shape():
     assert (costs.flops_per_token, costs.layer_bytes) == (2 * matrices, 2 * matrices)
     assert (costs.flops_per_logits, costs.head_bytes) == (2 * 32 * 8, 2 * 32 * 8)
     assert (costs.kv_bytes_per_position, dict(costs.windows)) == (2 * 4 * 2, {None: 2})
+
+
+def test_a_step_that_failed_counts_for_nothing():
+    metrics = WorkerMetrics()
+    facts = dict.fromkeys(CACHE_CONFIG_INFO.labels, "x")
+    metrics.describe(COSTS, **facts | {"max_num_seqs": 4})
+    metrics.on_result(PROMPT, StepResult(step=1, error="boom"))
+    failed = told(metrics)
+    metrics.on_result(PROMPT, StepResult(step=1))
+    assert (failed("estimated_flops_total"), told(metrics)("estimated_flops_total")) == (0, 5115)
+
+
+def told(metrics: WorkerMetrics) -> Scrape:
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(metrics.exposition)
+    return parse(generate_latest(registry).decode())
