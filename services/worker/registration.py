@@ -100,4 +100,5 @@ class Registration:
     async def _wait(self, seconds: float) -> None:
         self._hurry.clear()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._hurry.wait(), seconds)
+            async with asyncio.timeout(seconds):  # Python 3.11's wait_for loses a cancellation that meets the event
+                await self._hurry.wait()

@@ -131,3 +131,16 @@ def test_the_internal_token_is_sent_and_a_wrong_one_is_fatal():
                     await worker.task
 
     run(scenario())
+
+
+def test_a_worker_that_is_hurried_and_told_to_stop_at_once_stops():
+    async def scenario():
+        async with serve_registry(FakeRegistry(ttl_ms=60_000)) as registry, Registering(registry.address) as worker:
+            await registry.until(registered=1)
+            await asyncio.sleep(0.05)  # it waits for its next renewal
+            worker.registration.hurry()
+            worker.task.cancel()
+            await asyncio.wait({worker.task}, timeout=2)
+            assert worker.task.cancelled()
+
+    run(scenario())
