@@ -107,6 +107,10 @@ class RunningCluster:
         """Of the router."""
         return self.ready["router"]
 
+    def http(self, name: str) -> str:
+        """Where router, scheduler, worker-0, … answer /metrics."""
+        return self.ready["http"][name]
+
     def pid(self, name: str) -> int:
         """Of router, scheduler, worker-0, …; a restarted one has another."""
         return self.ready["pids"][name]
