@@ -196,13 +196,27 @@ def summarize(batch: int, window: Window, steps: list[Step], seen: dict[str, Any
     }
 
 
+def repeat(batches: list[int], num_steps: int, repeats: int) -> dict[str, Any]:
+    """By batch: every run, the batches in turn so that all see the same hours, and the medians of what is judged."""
+    runs: dict[int, list[dict[str, Any]]] = {batch: [] for batch in batches}
+    for _ in range(repeats):
+        for batch in batches:
+            runs[batch].append(measure(batch, num_steps))
+    judged = ("idle_share", "scheduler_cpu_ms_per_step", "worker_cpu_ms_per_step", "others_cpu_share")
+    return {
+        str(batch): {"median": {name: statistics.median(run[name] for run in each) for name in judged}, "runs": each}
+        for batch, each in runs.items()
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--batches", type=int, nargs="+", default=sorted(FLOORS_MS))
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=RESULTS / "host.json")
     options = parser.parse_args()
-    figures = {str(batch): measure(batch, options.steps) for batch in options.batches}
+    figures = repeat(options.batches, options.steps, options.repeats)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps({"machine": describe(), "batches": figures}, indent=1) + "\n")
     print(json.dumps(figures, indent=1))

@@ -13,11 +13,14 @@ from tests.builders.plans import make_admit, make_plan
 
 def test_the_bench_measures_a_batch_through_grpc_and_writes_it_down(tmp_path, monkeypatch):
     output = tmp_path / "host.json"
-    monkeypatch.setattr("sys.argv", ["host", "--batches", "4", "--steps", "60", "--output", str(output)])
+    monkeypatch.setattr(
+        "sys.argv", ["host", "--batches", "4", "--steps", "60", "--repeats", "1", "--output", str(output)]
+    )
     assert host.main() == 0
     result = json.loads(output.read_text())
     assert result["machine"]["commit"]
-    figures = result["batches"]["4"]
+    (figures,) = result["batches"]["4"]["runs"]
+    assert result["batches"]["4"]["median"]["idle_share"] == figures["idle_share"]
     assert figures["steps"] >= 55
     assert 0 <= figures["idle_share"] < 0.5
     assert 0 < figures["bytes_down"]["most"] < 200
