@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 import psutil
 
-from services.cli.flags import KINDS, SECRETS, Flag, build, fields_of, make_flags, to_argv
 from services.cli.cluster_ports import HTTP, INTERNAL_HOST, choose_ports
+from services.cli.flags import KINDS, SECRETS, Flag, build, fields_of, make_flags, to_argv
 from services.cli.supervise import ServiceSpec
 from shared.config import RouterConfig, SchedulerConfig, UpConfig, WorkerConfig
 from shared.net.address import join_address

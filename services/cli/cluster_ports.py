@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from services.cli.flags import fields_of
+from services.cli.flags import Kind, fields_of
 from services.cli.ports import free_port, require_free
 from shared.config import ConfigError, RouterConfig, SchedulerConfig, UpConfig, WorkerConfig
 
@@ -39,29 +39,25 @@ def _wanted(
     up: UpConfig, router: RouterConfig, scheduler: SchedulerConfig, worker: WorkerConfig, given: Mapping[str, Any]
 ) -> dict[str, int]:
     """Name → port, 0 for a free one."""
-    free = router.grpc_port == 0
-    metrics_told = _told("metrics_port", up.metrics_port, given)
-    ports = {"router": router.grpc_port, "scheduler": up.scheduler_port}
-    first_worker, scheduler_http, first_http = up.worker_port, up.metrics_port, up.metrics_port and up.metrics_port + 1
-    if not _told("scheduler_port", up.scheduler_port, given):
-        ports["scheduler"] = 0 if free else scheduler.port
-    if not _told("worker_port", up.worker_port, given):
-        first_worker = 0 if free else worker.port
-    if not metrics_told:
-        scheduler_http, first_http = (0, 0) if free else (scheduler.metrics_port, worker.metrics_port)
-    for i in range(up.workers):
-        ports[f"worker-{i}"] = first_worker and first_worker + i
-    http_told = "port" in given or router.port != fields_of(RouterConfig)["port"].default
-    ports["router" + HTTP] = router.port if http_told or not free else 0
-    ports["scheduler" + HTTP] = scheduler_http
-    for i in range(up.workers):
-        ports[f"worker-{i}{HTTP}"] = first_http and first_http + i
-    return ports
+    all_free = router.grpc_port == 0
 
+    def settle(kind: Kind, name: str, value: int, services: int, offset: int = 0) -> int:
+        """`value` if somebody set this field, else what the service's own section says, or a free one."""
+        if name in given or value != fields_of(kind)[name].default:
+            return value and value + offset
+        return 0 if all_free else services
 
-def _told(name: str, value: int, given: Mapping[str, Any]) -> bool:
-    """Whether somebody set this field of `up`; else the service's own section speaks."""
-    return name in given or value != fields_of(UpConfig)[name].default
+    first = settle(UpConfig, "worker_port", up.worker_port, worker.port)
+    first_http = settle(UpConfig, "metrics_port", up.metrics_port, worker.metrics_port, offset=1)
+    workers = [(f"worker-{i}", i) for i in range(up.workers)]
+    return {
+        "router": router.grpc_port,
+        "scheduler": settle(UpConfig, "scheduler_port", up.scheduler_port, scheduler.port),
+        **{name: first and first + i for name, i in workers},
+        "router" + HTTP: settle(RouterConfig, "port", router.port, router.port),
+        "scheduler" + HTTP: settle(UpConfig, "metrics_port", up.metrics_port, scheduler.metrics_port),
+        **{name + HTTP: first_http and first_http + i for name, i in workers},
+    }
 
 
 def _free(host: str, *, taken: set[int], flag: str) -> int:

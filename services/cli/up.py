@@ -180,7 +180,8 @@ class View:
     def ready_line(self) -> str:
         workers = ", ".join(self._cluster.workers)
         return (
-            f"[bold green]sluice is ready[/]  gRPC [bold]{self._cluster.router}[/]  HTTP {self._cluster.http['router']}  "
+            f"[bold green]sluice is ready[/]  gRPC [bold]{self._cluster.router}[/]  "
+            f"HTTP {self._cluster.http['router']}  "
             f"scheduler {self._cluster.scheduler}  worker {workers}  model {self._cluster.model}"
         )
 

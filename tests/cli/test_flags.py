@@ -25,7 +25,7 @@ SPELLED_IN_NAMES_MD = [
     "max_model_len", "gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "max_num_seqs",
     "max_num_batched_tokens", "long_prefill_token_threshold", "scheduling_policy", "enable_prefix_caching",
     "max_num_queued_reqs", "shutdown_timeout", "deterministic", "revision", "chat_template", "scheduler",
-    "advertise",
+    "advertise", "port", "metrics_port",
 ]
 # fmt: on
 
@@ -213,10 +213,44 @@ def test_ports_are_the_published_ones_unless_told_otherwise(monkeypatch: pytest.
     assert (moved.router, moved.scheduler, moved.workers) == ("127.0.0.1:7001", "127.0.0.1:7002", ("127.0.0.1:7003",))
 
 
+def test_http_ports_are_the_published_ones_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.cli.cluster_ports.require_free", lambda *_, **__: None)
+    here = lambda **ports: {name.replace("_", "-"): f"127.0.0.1:{port}" for name, port in ports.items()}  # noqa: E731
+    published = plan_cluster({"workers": 2}).http
+    assert published == here(router=8000, scheduler=9052, worker_0=9053, worker_1=9054)
+    told = plan_cluster({"workers": 2, "port": 7000, "metrics_port": 7100}).http
+    assert told == here(router=7000, scheduler=7100, worker_0=7101, worker_1=7102)
+    free = plan_cluster({"workers": 2, "grpc_port": 0}).http
+    assert len(set(free.values())) == 4
+    assert not set(free.values()) & set(published.values())
+    assert plan_cluster({"grpc_port": 0, "port": 7000}).http["router"] == "127.0.0.1:7000"
+
+
+def test_a_port_told_to_up_is_the_routers_and_no_other_services(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.cli.cluster_ports.require_free", lambda *_, **__: None)
+    monkeypatch.setenv("SLUICE_PORT", "7000")
+    cluster = plan_cluster({})
+    assert (cluster.http["router"], cluster.scheduler) == ("127.0.0.1:7000", "127.0.0.1:50052")
+    argv = {spec.name: spec.argv for spec in cluster.specs}
+    assert "--port=7000" in argv["router"]
+    assert {"--port=50052", "--metrics-port=9052"} <= set(argv["scheduler"])
+    assert {"--port=50053", "--metrics-port=9053"} <= set(argv["worker-0"])
+
+
+def test_a_services_own_section_sets_its_metrics_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.cli.cluster_ports.require_free", lambda *_, **__: None)
+    file = tmp_path / "sluice.toml"
+    file.write_text("[worker]\nmetrics_port = 7200\n")
+    cluster = plan_cluster({"workers": 2}, file=str(file))
+    assert (cluster.http["worker-1"], cluster.http["scheduler"]) == ("127.0.0.1:7201", "127.0.0.1:9052")
+
+
 def test_two_services_on_one_port_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.cli.cluster_ports.require_free", lambda *_, **__: None)
     with pytest.raises(ConfigError, match="router and scheduler would share port 50052"):
         plan_cluster({"grpc_port": 50052})
+    with pytest.raises(ConfigError, match=r"router and router-http would share port 8000.*--port"):
+        plan_cluster({"grpc_port": 8000})
 
 
 def test_services_inside_stay_on_loopback_when_the_router_is_opened() -> None:

@@ -31,7 +31,8 @@ class Up:
             from services.cli.supervise import ServiceSpec
             argv = (sys.executable, {FAKE!r}, {"--play=" + play!r}, "--runs={self.runs}", "--name=w")
             spec = ServiceSpec(name="worker-0", argv=argv)
-            cluster = Cluster(router="r", scheduler="s", workers=("w",), http={{"router": "h"}}, specs=(spec,), model="m")
+            http = {{"router": "h"}}
+            cluster = Cluster(router="r", scheduler="s", workers=("w",), http=http, specs=(spec,), model="m")
             up.plan_cluster = lambda flags, file: cluster
             sys.exit(up.start({{}}, log_file={log_file!r}, ready_file={ready_file!r}))
         """
