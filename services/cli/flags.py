@@ -53,6 +53,7 @@ HELP = {
     "scheduling_policy": "Who goes first.",
     "served_model_name": "The name that clients ask for; may be repeated.",
     "shutdown_timeout": "Seconds that a drain may take.",
+    "slow_step_ms": "A step that runs for so long leaves a trace, where traces go anywhere; 0: none does.",
     "stall_timeout_ms": "A client that reads nothing for so long while text waits for it is ended.",
     "threads": "Compute threads; 0: the physical cores.",
     "tokenizer": "A folder or hub id whose tokenizer to use instead of the model's.",

@@ -40,6 +40,7 @@ class Life:
 
     arrived: int
     operation: str
+    context: TraceContext
     admitted: int = 0
     tokenized: int = 0
     submitted: int = 0
@@ -70,9 +71,7 @@ class Life:
             queue_reason_ns=durations.queue_reason_ns,
         )
 
-    def trace(
-        self, options: GenerateOptions, context: TraceContext, *, instance: str, end: str, now_ns: int, wall_ns: int
-    ) -> Trace:
+    def trace(self, options: GenerateOptions, *, instance: str, end: str, now_ns: int, wall_ns: int) -> Trace:
         """The account of a request that ended at `now_ns`, which was `wall_ns` by the wall clock. `end` is "answered",
         "left" or the name of a refusal."""
         total_ns = now_ns - self.arrived
@@ -91,9 +90,11 @@ class Life:
             phases[2].attributes = _of_route(self.placed)
         if self.placed is not None and self.answer is not None and len(spans) > SCHEDULED:
             spans += _inside(spans[SCHEDULED], self.answer, self.placed.scheduler)
+        context = self.context
         return Trace(
             request_id=options.request_id,
             trace_id=context.trace_id,
+            root_id=context.span_id,
             parent_id=context.parent_id,
             state=context.state,
             sampled=context.sampled,

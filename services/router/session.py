@@ -32,7 +32,6 @@ from services.router.traces import Traces
 from shared.clock import NS_PER_MS, NS_PER_S, NowNs
 from shared.outcome import AbortCause, RefusedError
 from shared.sampling import NO_LOGPROBS
-from shared.telemetry.context import TraceContext
 
 log = structlog.get_logger("session")
 
@@ -83,7 +82,7 @@ class Session:
 
         Close it (`aclosing`) when the client goes: that is what tells the scheduler.
         """
-        life, end = Life(self._now(), _operation(prompt)), "left"
+        life, end = Life(self._now(), _operation(prompt), self._traces.begin(options.caller)), "left"
         try:
             with self._admission.admit(options.request_id) as place:
                 async with aclosing(self._live(prompt, options, place, life)) as events:
@@ -161,6 +160,7 @@ class Session:
             deterministic=options.deterministic,
             deadline_in_ns=_time_left(options, life.submitted - life.arrived),
             salt=SALT,
+            trace=life.context.link,
         )
         answer.attach(self._fleet.submit(link, submission, answer))
         return answer
@@ -222,17 +222,17 @@ class Session:
     def _close(self, options: GenerateOptions, life: Life, end: str) -> None:
         """The request's trace, what it counts for, and its line in the log if it had a place: refusals may come in
         floods."""
-        context, now_ns = self._traces.begin(options.caller), self._now()
+        now_ns = self._now()
         self._metrics.on_end(options, life, end, now_ns)
-        trace = life.trace(options, context, instance=self._instance, end=end, now_ns=now_ns, wall_ns=self._wall())
+        trace = life.trace(options, instance=self._instance, end=end, now_ns=now_ns, wall_ns=self._wall())
         self._traces.add(trace)
         if life.admitted:
-            self._log(options, life, end, context, now_ns)
+            self._log(options, life, end, now_ns)
 
-    def _log(self, options: GenerateOptions, life: Life, end: str, context: TraceContext, now_ns: int) -> None:
+    def _log(self, options: GenerateOptions, life: Life, end: str, now_ns: int) -> None:
         """One wide event. Neither prompt nor answer."""
         answer = life.answer
-        facts: dict[str, Any] = {"trace_id": context.trace_id.hex(), "total_ms": _ms(now_ns - life.arrived)}
+        facts: dict[str, Any] = {"trace_id": life.context.trace_id.hex(), "total_ms": _ms(now_ns - life.arrived)}
         if answer is not None:
             facts |= msgspec.structs.asdict(answer.usage) | {"finish_reasons": answer.finish_reasons}
         if answer is not None and answer.terminal:

@@ -71,6 +71,7 @@ def submission_of(submit: scheduling_pb2.Submit, token_ids: array, link: int, no
         deterministic=submit.deterministic,
         deadline_ns=now_ns + submit.deadline_in_ns if submit.deadline_in_ns else 0,
         salt=submit.salt,
+        trace=submit.trace,
     )
 
 
@@ -300,6 +301,7 @@ def _admit_message(admission: Admission) -> execution_pb2.Admit:
         stop_token_ids=pack_u32(sorted(admission.stop_token_ids)),
         logprobs=admission.logprobs,
         prompt_logprobs=admission.prompt_logprobs,
+        trace=admission.trace,
     )
 
 

@@ -16,18 +16,20 @@ import structlog
 from services.worker.execute.device_thread import DeviceThread
 from services.worker.identity import WorkerIdentity
 from services.worker.metrics import WorkerMetrics
-from services.worker.plan import StepRunner
+from services.worker.plan import StepPlan, StepResult, StepRunner
 from services.worker.registration import Registration
 from services.worker.servicer import SERVICE_NAME, ExecutionServicer
+from services.worker.steps import StepTraces
 from services.worker.wire import RegistryClient
 from services.worker.work import StepCosts
-from shared.config import WorkerConfig
+from shared.config import WorkerConfig, tracing_config
 from shared.net.address import join_address
 from shared.net.channel import internal_metadata, open_internal_channel
 from shared.net.health import Health
 from shared.net.http import HttpDoor
 from shared.net.options import INTERNAL_MESSAGE_BYTES
 from shared.net.server import bind, create_server, require_private
+from shared.telemetry.otlp import Exporter
 
 log = structlog.get_logger("worker")
 
@@ -38,6 +40,8 @@ Progress = Callable[[int, int], None]
 STOP_TIMEOUT_S = 30.0
 """How long the step in flight may take at the end."""
 WRITE_GRACE_S = 0.5
+LAST_TRACES_S = 2.0
+"""What sending the last traces may take."""
 WILDCARD_HOSTS = frozenset({"0.0.0.0", "::", "[::]"})
 
 Value = TypeVar("Value")
@@ -75,7 +79,7 @@ async def host(config: WorkerConfig, load: Load, *, instance: str, on_event: OnE
     require_private(config.host, config.internal_token)
     stop = asyncio.Event()
     with _stop_on_signals(stop):
-        async with _serving(config) as door:
+        async with _serving(config, instance) as door:
             try:
                 loaded = await _load_on_thread(load, stop, on_event)
             except LoadStopped:
@@ -123,7 +127,7 @@ class _Door:
 
 
 @contextlib.asynccontextmanager
-async def _serving(config: WorkerConfig) -> AsyncIterator[_Door]:
+async def _serving(config: WorkerConfig, instance: str) -> AsyncIterator[_Door]:
     server = create_server(max_receive_bytes=INTERNAL_MESSAGE_BYTES, token=config.internal_token)
     servicer = ExecutionServicer()
     servicer.add_to(server)
@@ -131,7 +135,15 @@ async def _serving(config: WorkerConfig) -> AsyncIterator[_Door]:
     port = bind(server, config.host, config.port)
     metrics = WorkerMetrics()
     http = HttpDoor(config.host, config.metrics_port, metrics.exposition, flag="--metrics-port")
-    servicer.on_result = metrics.on_result
+    exporter = _exporter(config)
+    steps = StepTraces(config.slow_step_ms, exporter.add, instance=instance) if exporter else None
+
+    def on_result(plan: StepPlan, result: StepResult) -> None:
+        metrics.on_result(plan, result)
+        if steps is not None:
+            steps.on_result(plan, result)
+
+    servicer.on_result = on_result
     metrics.lag.start()
     await health.set_serving(False)
     await server.start()
@@ -142,6 +154,14 @@ async def _serving(config: WorkerConfig) -> AsyncIterator[_Door]:
         http.close()
         servicer.close()
         await server.stop(WRITE_GRACE_S)
+        if exporter is not None:
+            await asyncio.to_thread(exporter.close, LAST_TRACES_S)
+
+
+def _exporter(config: WorkerConfig) -> Exporter | None:
+    """Where slow steps are told of, if anywhere. Raises ConfigError."""
+    export = tracing_config(config.otlp_traces_endpoint).export if config.slow_step_ms else None
+    return Exporter(export) if export else None
 
 
 async def _execute(

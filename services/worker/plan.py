@@ -31,6 +31,7 @@ class Admit(msgspec.Struct, frozen=True, kw_only=True):
 
     `token_ids` int32 [known], the prompt and then what was generated; `computed` of them stand in `blocks` (int32)
     already. `stop_token_ids` int64 are not sampled before `min_tokens` tokens were.
+    `trace` names the request's span, 24 bytes, or is empty.
     """
 
     slot: int
@@ -44,6 +45,7 @@ class Admit(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: Array = msgspec.field(default_factory=lambda: np.empty(0, np.int64))
     logprobs: int = NO_LOGPROBS
     prompt_logprobs: int = NO_LOGPROBS
+    trace: bytes = b""
 
 
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True):

@@ -49,6 +49,7 @@ def _admit(message: pb.Admit) -> Admit:
         stop_token_ids=_unpack(message.stop_token_ids, "<u4", np.int64, "stop_token_ids"),
         logprobs=message.logprobs,
         prompt_logprobs=message.prompt_logprobs,
+        trace=message.trace,
     )
 
 

@@ -95,6 +95,10 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     deterministic: bool = False
     enforce_eager: bool = False
     """Without CUDA graphs."""
+    otlp_traces_endpoint: str = ""
+    """Where traces of slow steps go; empty: where OTEL_EXPORTER_OTLP_ENDPOINT says, or nowhere."""
+    slow_step_ms: NonNegative = 1000
+    """A step that runs for so long leaves a trace; 0: none does."""
     threads: NonNegative = 0
     """Compute threads; 0: the physical cores."""
     internal_token: str = ""

@@ -25,12 +25,18 @@ class Caller(msgspec.Struct, frozen=True):
 
 
 class TraceContext(msgspec.Struct, frozen=True):
-    """A request's trace. `parent_id` is empty where the trace begins here."""
+    """A request's trace, and its own span in it. `parent_id` is empty where the trace begins here."""
 
     trace_id: bytes
+    span_id: bytes
     parent_id: bytes
     sampled: bool
     state: str = ""
+
+    @property
+    def link(self) -> bytes:
+        """What others need to point at the request's span: 24 bytes; none where nobody will see it."""
+        return self.trace_id + self.span_id if self.sampled else b""
 
 
 def parse(parent: str, state: str = "") -> Caller | None:
@@ -62,10 +68,10 @@ class Sampler(msgspec.Struct, frozen=True):
 def begin(caller: Caller | None, sampler: Sampler, draw: random.Random) -> TraceContext:
     """The context of a request that arrives now: a child of its caller's span, or the beginning of a trace."""
     trace_id = caller.trace_id if caller else draw.getrandbits(128).to_bytes(16, "big")
-    kept = sampler.keeps(trace_id, caller)
+    span_id, kept = draw.getrandbits(64).to_bytes(8, "big"), sampler.keeps(trace_id, caller)
     if caller is None:
-        return TraceContext(trace_id, b"", kept)
-    return TraceContext(trace_id, caller.span_id, kept, caller.state)
+        return TraceContext(trace_id, span_id, b"", kept)
+    return TraceContext(trace_id, span_id, caller.span_id, kept, caller.state)
 
 
 def sampler_of(name: str, argument: str) -> Sampler:

@@ -5,6 +5,8 @@ SERVICES = {"router": "sluice-router", "scheduler": "sluice-scheduler", "worker"
 
 # Spans. See names.md: one trace per request.
 GENERATE, ADMIT, TOKENIZE, ROUTE, SCHEDULE, DELIVER = "generate", "admit", "tokenize", "route", "schedule", "deliver"
+STEP = "step"
+"""Of a worker: only of a slow one, linked to the requests in it."""
 LINK, QUEUE, PREFILL, DECODE = "link", "queue", "prefill", "decode"
 
 # OpenTelemetry's.
@@ -53,3 +55,11 @@ DECODE_TOKENS = "sluice.decode.tokens"
 """Of the whole request, on its last stretch of decoding."""
 BLOCKED_MS = "sluice.client.blocked_ms"
 """How long its answers waited for a client that did not read."""
+
+STEP_NUMBER = "sluice.step.number"
+STEP_ROWS = "sluice.step.rows"
+STEP_TOKENS = "sluice.step.tokens"
+STEP_ADMITTED = "sluice.step.admitted"
+STEP_EXACT = "sluice.step.exact"
+STEP_WAIT_MS = "sluice.step.wait_ms"
+"""From the plan's arrival to its start."""

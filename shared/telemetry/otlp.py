@@ -130,7 +130,7 @@ def encode(traces: Iterable[Trace], config: ExportConfig) -> ExportTraceServiceR
     request = ExportTraceServiceRequest()
     scopes: dict[tuple[str, str], trace_pb2.ScopeSpans] = {}
     for trace in traces:
-        ids = [random.getrandbits(64).to_bytes(8, "big") for _ in trace.spans]
+        ids = [trace.root_id, *(random.getrandbits(64).to_bytes(8, "big") for _ in trace.spans[1:])]
         for span, span_id in zip(trace.spans, ids, strict=True):
             key = (span.service, span.instance)
             if key not in scopes:
@@ -164,11 +164,13 @@ def _fill(made: trace_pb2.Span, trace: Trace, span: Span, span_id: bytes, parent
     made.parent_span_id = parent_id
     made.trace_state = trace.state
     made.name = span.name
-    made.kind = trace_pb2.Span.SPAN_KIND_SERVER if is_root else trace_pb2.Span.SPAN_KIND_INTERNAL
+    made.kind = trace_pb2.Span.SPAN_KIND_SERVER if is_root and not span.links else trace_pb2.Span.SPAN_KIND_INTERNAL
     made.start_time_unix_nano = trace.arrived_ns + span.start_ns
     made.end_time_unix_nano = trace.arrived_ns + span.end_ns
     made.flags = SAMPLED | PARENT_KNOWN | (PARENT_REMOTE if is_root and trace.parent_id else 0)
     _add(made.attributes, span.attributes)
+    for link in span.links:
+        made.links.add(trace_id=link[:16], span_id=link[16:])
     if span.error:
         made.status.code = trace_pb2.Status.STATUS_CODE_ERROR
         made.status.message = span.error

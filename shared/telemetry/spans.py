@@ -22,6 +22,8 @@ class Span(msgspec.Struct, kw_only=True):
     end_ns: int
     attributes: Mapping[str, Attribute] = {}
     error: str = ""
+    links: Sequence[bytes] = ()
+    """Of other traces' spans: trace id and span id, 24 bytes each."""
 
     @property
     def duration_ns(self) -> int:
@@ -29,10 +31,12 @@ class Span(msgspec.Struct, kw_only=True):
 
 
 class Trace(msgspec.Struct, kw_only=True):
-    """A request. The first span is the whole of it; `arrived_ns` is the wall clock's."""
+    """A request, or a step of a worker. The first span is the whole of it, by the name `root_id`; `arrived_ns` is the
+    wall clock's."""
 
     request_id: str
     trace_id: bytes
+    root_id: bytes
     parent_id: bytes
     state: str = ""
     sampled: bool

@@ -206,7 +206,7 @@ def replay(plans: Sequence[StepPlan]) -> list[object]:
             "blocks": list(plan.blocks),
             "admissions": [
                 {
-                    **msgspec.to_builtins(a),
+                    **{name: value for name, value in msgspec.to_builtins(a).items() if name != "trace"},
                     "token_ids": len(a.token_ids) // 4,
                     "stop_token_ids": sorted(a.stop_token_ids),
                 }

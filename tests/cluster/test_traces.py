@@ -10,6 +10,7 @@ import pytest
 from services.cli.client import CallError, Client, Request, Trace, TraceSpan
 from tests.builders.answers import collect
 from tests.builders.cluster import SLUICE
+from tests.builders.collector import Collector
 from tests.counts import count
 from tests.models.twins import make_twin
 
@@ -110,3 +111,22 @@ def test_sluice_trace_shows_the_last_request(cluster, twin: dict) -> None:
         assert phase in shown
     assert "seen" in sluice("trace", "--list", address=running.address)
     assert sluice("trace", "--json", "seen", address=running.address).startswith('{"request_id": "seen"')
+
+
+def test_a_collector_gets_every_services_spans_and_slow_steps_point_at_their_requests(own_cluster, twin: dict) -> None:
+    async def ask(address: str) -> None:
+        async with Client(address) as client:
+            await asyncio.gather(*(collect(client, request) for request in mixed(6)[1:]))
+
+    with Collector() as collector:
+        with own_cluster(**twin, otlp_traces_endpoint=f"http://{collector.address}", slow_step_ms=1) as running:
+            asyncio.run(ask(running.address))
+        spans = collector.spans
+    roots = {span.span_id for _, span in spans if span.name == "generate"}
+    services = {(service, span.name) for service, span in spans}
+    assert len(roots) == 5
+    assert {("sluice-router", "schedule"), ("sluice-scheduler", "decode"), ("sluice-worker", "step")} <= services
+    steps = [span for _, span in spans if span.name == "step"]
+    linked = {link.span_id for step in steps for link in step.links}
+    assert linked
+    assert linked <= roots

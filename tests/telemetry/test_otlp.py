@@ -25,7 +25,13 @@ def trace(request_id="r", parent_id=b"", error="") -> Trace:
         span("queue", "scheduler", 1, 20, 30),
     ]
     return Trace(
-        request_id=request_id, trace_id=TRACE_ID, parent_id=parent_id, sampled=True, arrived_ns=1_000, spans=spans
+        request_id=request_id,
+        trace_id=TRACE_ID,
+        root_id=b"r" * 8,
+        parent_id=parent_id,
+        sampled=True,
+        arrived_ns=1_000,
+        spans=spans,
     )
 
 

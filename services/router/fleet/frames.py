@@ -51,6 +51,7 @@ def submit_parts(key: int, submission: Submission) -> list[pb.Submit]:
         prompt_logprobs=submission.want.prompt_logprobs,
         deadline_in_ns=submission.deadline_in_ns,
         salt=submission.salt,
+        trace=submission.trace,
         stops_on_text=submission.stopping.stops_on_text,
     )
     parts = [first, *(pb.Submit(key=key, token_ids=chunk) for chunk in chunks[1:])]

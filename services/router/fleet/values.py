@@ -23,6 +23,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     deterministic: bool = False
     deadline_in_ns: int = 0
     salt: bytes = b""
+    trace: bytes = b""
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True):

@@ -24,6 +24,7 @@ class Admission(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: frozenset[int]
     logprobs: int
     prompt_logprobs: int
+    trace: bytes = b""
 
 
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True):

@@ -27,6 +27,8 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     deterministic: bool = False
     deadline_ns: int = 0
     salt: bytes = b""
+    trace: bytes = b""
+    """Opaque: passed on to the worker."""
 
 
 @enum.unique

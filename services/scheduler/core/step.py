@@ -73,6 +73,7 @@ class Step:
                 stop_token_ids=sample.stop_token_ids,
                 logprobs=submission.want.logprobs,
                 prompt_logprobs=want_prompt,
+                trace=submission.trace,
             )
         )
 

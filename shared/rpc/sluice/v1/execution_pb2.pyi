@@ -112,7 +112,7 @@ class StepPlan(_message.Message):
     def __init__(self, step: _Optional[int] = ..., exact: bool = ..., admits: _Optional[_Iterable[_Union[Admit, _Mapping]]] = ..., slots: _Optional[bytes] = ..., counts: _Optional[bytes] = ..., block_counts: _Optional[bytes] = ..., samples: _Optional[bytes] = ..., blocks: _Optional[bytes] = ...) -> None: ...
 
 class Admit(_message.Message):
-    __slots__ = ("slot", "token_ids", "prompt_len", "computed", "blocks", "sample_index", "sampling", "min_tokens", "stop_token_ids", "logprobs", "prompt_logprobs")
+    __slots__ = ("slot", "token_ids", "prompt_len", "computed", "blocks", "sample_index", "sampling", "min_tokens", "stop_token_ids", "logprobs", "prompt_logprobs", "trace")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LEN_FIELD_NUMBER: _ClassVar[int]
@@ -124,6 +124,7 @@ class Admit(_message.Message):
     STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
     slot: int
     token_ids: bytes
     prompt_len: int
@@ -135,7 +136,8 @@ class Admit(_message.Message):
     stop_token_ids: bytes
     logprobs: int
     prompt_logprobs: int
-    def __init__(self, slot: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., prompt_len: _Optional[int] = ..., computed: _Optional[int] = ..., blocks: _Optional[bytes] = ..., sample_index: _Optional[int] = ..., sampling: _Optional[_Union[_scheduling_pb2.RowSampling, _Mapping]] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[bytes] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
+    trace: bytes
+    def __init__(self, slot: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., prompt_len: _Optional[int] = ..., computed: _Optional[int] = ..., blocks: _Optional[bytes] = ..., sample_index: _Optional[int] = ..., sampling: _Optional[_Union[_scheduling_pb2.RowSampling, _Mapping]] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[bytes] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., trace: _Optional[bytes] = ...) -> None: ...
 
 class StepResult(_message.Message):
     __slots__ = ("step", "tokens", "logprobs", "prompt_logprobs", "wait_ns", "run_ns", "error")
