@@ -11,12 +11,13 @@ import pytest
 from services.cli.client import Client, Request, Trace
 from services.router.metrics import AFTER_ADMISSION
 from shared.outcome import REFUSALS
-from shared.telemetry.metrics import EXPORTED
+from shared.telemetry.metrics import EXPORTED, PREFIX
 from tests.builders.answers import ask_all, collect
 from tests.builders.cluster import SLUICE, RunningCluster, wait_for
 from tests.builders.scrape import Scrape, fetch, scrape
 from tests.cluster.test_traces import ask_some, mixed
 from tests.models.twins import make_twin
+from tests.telemetry.test_dashboard import QUERIES, names_in
 
 pytestmark = pytest.mark.cluster
 
@@ -71,12 +72,20 @@ def test_the_metrics_of_mixed_requests_are_what_their_traces_say(own_cluster, tw
     for name, its in said.items():
         exported = EXPORTED[name.partition("-")[0]]
         assert its.kinds == {metric.name: metric.kind for metric in exported}
+    assert_dashboard_finds_all(said)
     assert len(traces) == NUM_REQUESTS
     assert_edge_agrees(said["router"], traces)
     assert_scheduler_agrees(said["scheduler"], traces)
     flops, read_bytes = said["worker-0"]("estimated_flops_total"), said["worker-0"]("estimated_read_bytes_total")
     assert flops > 0 and read_bytes > 0
     assert set(said["worker-0"].labels("cache_config_info", "num_gpu_blocks")) == {"24"}
+
+
+def assert_dashboard_finds_all(said: dict[str, Scrape]) -> None:
+    """Every series that the dashboard asks for was scraped from somebody."""
+    series = {PREFIX + name for its in said.values() for name, _ in its.values}
+    asked = {name for _, query in QUERIES for name in names_in(query)}
+    assert asked and asked <= series, asked - series
 
 
 def assert_edge_agrees(router: Scrape, traces: list[Trace]) -> None:

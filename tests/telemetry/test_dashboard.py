@@ -27,7 +27,7 @@ SERIES = {series: metric for metric in METRICS.values() for series in series_of(
 
 def names_in(query: str) -> set[str]:
     """Of all metrics that a query names, ours or not."""
-    return set(re.findall(r"[a-z_]+:[a-z_]+", query))
+    return set(re.findall(r"[a-z_]+:[a-z0-9_]+", query))
 
 
 def test_the_file_is_what_its_program_writes() -> None:
@@ -44,7 +44,8 @@ def test_every_query_is_valid_and_asks_for_exported_series_by_labels_that_they_h
         grouping = {label for labels in re.findall(r"by \(([^)]*)\)", query) for label in labels.split(", ")}
         has = {*metric.labels, *FROM_PROMETHEUS} | ({"le"} if name.endswith("_bucket") else set())
         assert grouping <= has, f"{title}: {grouping - has}"
-        assert (f"rate({name}[" in query) == (metric.kind != "gauge"), f"{title}: counters are rated, gauges are not"
+        rated = re.search(rf"(rate|increase)\({name}\[", query) is not None
+        assert rated == (metric.kind != "gauge"), f"{title}: counters are rated, gauges are not"
 
 
 def test_a_query_of_an_unknown_name_would_be_found() -> None:
