@@ -1,12 +1,16 @@
 """Steps that begin before the ones before them are read: the same answers as one step after the other."""
 
+import asyncio
 import random
+import time
 
 import pytest
 import torch
 
+from services.worker.execute.device_thread import DeviceThread
+from services.worker.memory.copies import Arrival
 from services.worker.models.decoder import load_decoder
-from services.worker.plan import StepError
+from services.worker.plan import MAX_BEGUN_STEPS, StepError
 from shared.checkpoint import open_checkpoint
 from shared.sampling import Sampling
 from tests.builders.plans import make_admit, make_plan
@@ -115,3 +119,52 @@ def test_a_reset_drops_the_steps_that_were_begun(decoder):
     runner.reset()
     expected = answer_alone(make_runner(decoder), make_asked([9, 8, 7], 3)).tokens
     assert answer_alone(runner, make_asked([9, 8, 7], 3)).tokens == expected
+
+
+class SlowArrival(Arrival):
+    """Comes a little later, as from a device that computes: the device thread has time to begin the next step."""
+
+    def wait(self):
+        time.sleep(0.002)
+
+
+class SlowCopies(LateCopies):
+    def fetch(self, tensors):
+        return SlowArrival([tensor.clone() for tensor in tensors])
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_device_thread_overlaps_steps_of_a_real_runner_and_answers_the_same(decoder, seed):
+    rng = random.Random(seed)
+    prompts = [[rng.randint(2, 380) for _ in range(rng.randint(2, 12))] for _ in range(4)]
+    expected = [answer_alone(make_runner(decoder), make_asked(prompt, 8)).tokens for prompt in prompts]
+    runner, most_begun = make_runner(decoder, copies=SlowCopies()), 0
+    begin = runner.begin
+
+    def noted(plan):
+        nonlocal most_begun
+        pending = begin(plan)
+        most_begun = max(most_begun, len(runner._begun))
+        return pending
+
+    runner.begin = noted
+    admits = [make_admit(slot, prompt) for slot, prompt in enumerate(prompts)]
+    rows = [(slot, len(prompt), True, (3 * slot, 3 * slot + 1, 3 * slot + 2)) for slot, prompt in enumerate(prompts)]
+    plans = [make_plan(1, rows, admits)] + [
+        make_plan(step, [(slot, 1, True, ()) for slot in range(4)]) for step in range(2, 9)
+    ]
+
+    async def run():
+        device, results = DeviceThread(runner), asyncio.Queue()
+        device.start()
+        await device.begin(1)
+        for plan in plans:
+            device.submit(plan, epoch=1, arrived_ns=0, deliver=results.put_nowait)
+        answers = [await asyncio.wait_for(results.get(), 10) for _ in plans]
+        assert await device.stop(5)
+        return answers
+
+    answers = asyncio.run(run())
+    assert [answer.error for answer in answers] == [""] * len(plans)
+    assert [[int(answer.output.tokens[slot]) for answer in answers] for slot in range(4)] == expected
+    assert most_begun == MAX_BEGUN_STEPS
