@@ -1,4 +1,4 @@
-"""What the router exports: latencies and tokens at the edge, and how requests ended. Fed by the session, on the loop."""
+"""What the router exports: latencies and tokens at the edge, and how requests ended. Fed on the event loop."""
 
 from collections.abc import Callable
 
