@@ -5,6 +5,7 @@ import asyncio
 import pytest
 import torch
 
+from services.cli.supervise import End, Restart, RestartPolicy, judge
 from services.worker import app
 from services.worker.execute.failures import explain
 from services.worker.models.decoder import load_decoder
@@ -116,6 +117,11 @@ def test_a_lost_device_answers_nothing_more_and_says_so():
         assert 3 not in it.runner.steps
 
     driven(LostRunner(), scenario)
+
+
+def test_a_worker_that_ended_so_is_started_again():
+    end = End(name="worker 1", exit_code=app.EXIT_DEVICE_LOST, was_ready=True, ever_ready=True)
+    assert isinstance(judge(end, RestartPolicy()), Restart)
 
 
 def test_a_worker_whose_device_is_lost_breaks_its_stream_and_ends_with_a_code_of_its_own(monkeypatch, capsys):
