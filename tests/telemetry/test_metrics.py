@@ -3,9 +3,11 @@
 import asyncio
 import socket
 import time
+import urllib.request
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 
 from shared.net.http import MAX_CALLS, HttpDoor
 from shared.net.server import BindError
@@ -204,3 +206,33 @@ def test_callers_who_make_no_sense_hold_up_neither_the_loop_nor_the_others(sent:
             opened.close()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("service", list(EXPORTED))
+def test_what_prometheus_3_asks_for_is_valid_openmetrics(service: str) -> None:
+    def reading(metric: Metric) -> Reading:
+        if metric.kind == "histogram":
+            return Histogram(metric)
+        return {tuple("x" for _ in metric.labels): 1} if metric.labels else 1
+
+    readings = {metric.name: lambda metric=metric: reading(metric) for metric in EXPORTED[service]}
+    accept = "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,text/plain;version=0.0.4;q=0.3"
+
+    async def run() -> tuple[str, str]:
+        opened = HttpDoor("127.0.0.1", 0, Exposition(EXPORTED[service], readings), flag="--port")
+
+        def ask() -> tuple[str, str]:
+            request = urllib.request.Request(f"http://{opened.address}/metrics", headers={"Accept": accept})
+            with urllib.request.urlopen(request, timeout=5) as response:
+                return response.headers["Content-Type"], response.read().decode()
+
+        try:
+            return await asyncio.to_thread(ask)
+        finally:
+            opened.close()
+
+    kind, text = asyncio.run(run())
+    assert kind.startswith("application/openmetrics-text")
+    families = {family.name: family.type for family in openmetrics(text)}
+    assert len(families) == len(EXPORTED[service])
+    assert "_created" not in text
