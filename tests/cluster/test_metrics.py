@@ -181,3 +181,18 @@ def test_a_taken_http_port_is_said_before_anything_starts(flag: str) -> None:
     assert done.returncode == 2
     assert f"port {port} is taken" in done.stderr
     assert f"choose another with {flag}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("service", "flag"), [("router", "--port"), ("scheduler", "--metrics-port"), ("worker", "--metrics-port")]
+)
+def test_a_service_by_itself_names_the_flag_of_a_taken_http_port(service: str, flag: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        grpc_flag = "--grpc-port=0" if service == "router" else "--port=0"
+        command = [*SLUICE, service, grpc_flag, f"{flag}={port}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    assert done.returncode == 2
+    [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert f"127.0.0.1:{port}" in error and error.endswith(f"choose another with {flag}")
+    assert "Traceback" not in done.stderr
