@@ -2,6 +2,7 @@
 
 import asyncio
 
+from shared.clock import NS_PER_S, monotonic_ns
 from shared.telemetry.exposition import Histogram
 from shared.telemetry.metrics import LOOP_LAG
 
@@ -17,15 +18,14 @@ class LoopLag:
         self._handle: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """On the loop to be watched."""
-        loop = asyncio.get_running_loop()
-        due = loop.time() + INTERVAL_S
-        self._handle = loop.call_at(due, self._note, loop, due)
+        """On the loop to be watched. Its own clock may count whole milliseconds (uvloop's does): ours does not."""
+        due_ns = monotonic_ns() + int(INTERVAL_S * NS_PER_S)
+        self._handle = asyncio.get_running_loop().call_later(INTERVAL_S, self._note, due_ns)
 
     def stop(self) -> None:
         if self._handle is not None:
             self._handle.cancel()
 
-    def _note(self, loop: asyncio.AbstractEventLoop, due: float) -> None:
-        self.histogram.observe(max(0.0, loop.time() - due))
+    def _note(self, due_ns: int) -> None:
+        self.histogram.observe(max(0, monotonic_ns() - due_ns) / NS_PER_S)
         self.start()
