@@ -39,7 +39,7 @@ class WorkMeter:
         """By slot: positions that stand in its cache."""
 
     def add(self, plan: StepPlan) -> None:
-        """Takes about 20 µs. Logits of prompts whose logprobs are asked for are not counted."""
+        """Takes about 12 µs for 64 rows. Logits of prompts whose logprobs are asked for are not counted."""
         for admit in plan.admits:
             self._contexts[admit.slot] = admit.computed
         before = self._contexts[plan.slots]
