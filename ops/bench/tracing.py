@@ -4,28 +4,42 @@
 
 Two clusters of the bundled model stand side by side, one that samples and exports every trace to a collector (which is
 another process, and not counted), one that samples none; they answer the same requests in turn, so that a neighbour
-disturbs both alike. A third kind of pair exports to a collector that is dead.
+disturbs both alike. A third kind of pair exports to a collector that is dead. On a shared machine pairs differ by more
+than tracing costs, so `alone` also times its work by itself: building a trace, and encoding it as the exporter does.
 """
 
 import argparse
 import asyncio
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ops.bench.machine import OthersShare, describe, exact_cpu_seconds
 from services.cli.client import Client, Finished, Request
+from services.router.answer import Answer
+from services.router.fleet.values import Durations, Placed, Release, Segment
+from services.router.life import Life
+from services.router.request import GenerateOptions
+from shared.config.otel import ExportConfig
+from shared.outcome import FinishReason
+from shared.sampling import Sampling
+from shared.telemetry.context import Sampler, begin
+from shared.telemetry.otlp import encode
+from shared.telemetry.spans import Trace
+from shared.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "ops" / "bench" / "results"
+BUNDLED = ROOT / "ops" / "demo_model" / "model"
 STREAMS = 16
 TOKENS = 128
 START_TIMEOUT_S = 120.0
@@ -109,6 +123,44 @@ def run(ready: dict[str, Any], seed: int, rounds: int) -> dict[str, float]:
     }
 
 
+def measure_alone(traces: int = 2_000, batch: int = 16) -> dict[str, float]:
+    """CPU microseconds of one request's trace: to build it when the request ends, and to encode and serialize it."""
+    life, options = _example()
+
+    def build() -> Trace:
+        return life.trace(options, instance="router", end="answered", now_ns=900_000_000, wall_ns=10**18)
+
+    def timed(work: Callable[[], object], count: int) -> float:
+        work()
+        began = time.process_time()
+        for _ in range(count):
+            work()
+        return (time.process_time() - began) * 1e6 / count
+
+    made, config = [build() for _ in range(batch)], ExportConfig(endpoint="nowhere")
+    encode_us = timed(lambda: encode(made, config).SerializeToString(), traces // batch) / batch
+    return {"build_us": timed(build, traces), "encode_us": encode_us, "spans": len(made[0].spans)}
+
+
+def _example() -> tuple[Life, GenerateOptions]:
+    """A request as most are: answered, never preempted."""
+    options = GenerateOptions(request_id="example", model="bundled", sampling=Sampling(seed=1))
+    segments = (
+        Segment(phase="queue", ns=1_000_000, reason_ns={"budget": 1_000_000}),
+        Segment(phase="prefill", ns=20_000_000, steps=1, rows=16, device_ns=19_000_000),
+        Segment(phase="decode", ns=800_000_000, steps=127, rows=2_032, device_ns=700_000_000),
+    )
+    durations = Durations(total_ns=821_000_000, prefill_steps=1, decode_steps=127, segments=segments)
+    tokenizer = load_tokenizer(BUNDLED)
+    answer = Answer(options, (1, 2, 3), tokenizer.texts, None, 2**20, lambda: 890_000_000)
+    answer.on_end(0, FinishReason.LENGTH, -1)
+    answer.on_release(Release(durations=durations))
+    placed = Placed(target="s", scheduler="s", overlap_tokens=0, candidates=("s",), costs=(3,))
+    context = begin(None, Sampler(), random.Random(1))
+    times = {"admitted": 10_000, "tokenized": 200_000, "submitted": 300_000, "first_token": 30_000_000}
+    return Life(0, "text_completion", context, placed=placed, answer=answer, **times), options
+
+
 def measure(pairs: int, rounds: int) -> dict[str, Any]:
     with ExitStack() as stack:
         live = stack.enter_context(collector())
@@ -151,9 +203,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=4, help=f"of {STREAMS} streams with {TOKENS} tokens, each run")
     parser.add_argument("--output", type=Path, default=RESULTS / "tracing.json")
     options = parser.parse_args()
-    found = measure(options.pairs, options.rounds)
+    alone = measure_alone()
+    found = {"alone": alone, **measure(options.pairs, options.rounds)} if options.pairs else {"alone": alone}
     options.output.write_text(json.dumps({"machine": describe(), **found}, indent=1) + "\n")
-    print(json.dumps(found["summary"], indent=1))
+    print(json.dumps({"alone": alone, **found.get("summary", {})}, indent=1))
     return 0
 
 

@@ -58,7 +58,7 @@ def test_rows_are_shared_out_once_and_evenly(threads, contexts):
     lengths = np.array(contexts)
     firsts = np.zeros_like(lengths)
     rows = attention.plan_rows(np.arange(len(contexts)), lengths, firsts, np.zeros((len(contexts), 125), np.int32), 4)
-    costs = np.repeat(lengths, 4)
+    costs = np.tile(lengths, 4)
     shares = [costs[begin:end].sum() for begin, end in zip(rows.borders, rows.borders[1:], strict=False)]
     assert len(shares) == threads
     assert (np.diff(rows.borders) >= 0).all()

@@ -6,7 +6,8 @@ processor to notice that it is being read in order.
 
 Measured on two cores of an Emerald Rapids (bfloat16, 16 / 4 heads of 64, 16 rows of 64 to 514 positions, pages from
 memory): 0.35 ms, where gathering and multiplying with torch takes 1.22 and reading the pages once at that machine's 13
-GB/s 0.37. One row of 192: 29 against 160 µs. Without asking ahead: 0.54 ms.
+GB/s 0.37. One row of 192: 29 against 160 µs. Without asking ahead: 0.54 ms. 16 rows of 560 that share their first 512:
+0.47 ms, with pages of their own 0.85.
 """
 
 import functools
@@ -53,7 +54,8 @@ class DecodeRows:
     contexts    int64 [rows]; row r sees positions [firsts[r], contexts[r]), at least one
     firsts      int64 [rows]
     tables      int32 [rows, blocks], contiguous
-    borders     int64: share i has the (row, KV head) pairs borders[i] to borders[i + 1], row by row
+    borders     int64: share i has the (KV head, row) pairs borders[i] to borders[i + 1], head by head: rows that share
+                pages read them one after another, the first from memory and the others from a cache
     """
 
     tokens: np.ndarray
@@ -70,8 +72,8 @@ class DecodeRows:
 def plan_rows(
     tokens: np.ndarray, contexts: np.ndarray, firsts: np.ndarray, tables: np.ndarray, num_kv_heads: int
 ) -> DecodeRows:
-    """Shares the rows out: consecutive (row, KV head) pairs of about the same number of positions to each thread."""
-    done = np.cumsum(np.repeat(contexts - firsts, num_kv_heads))
+    """Shares the rows out: consecutive (KV head, row) pairs of about the same number of positions to each thread."""
+    done = np.cumsum(np.tile(contexts - firsts, num_kv_heads))
     num_shares = torch.get_num_threads()
     goals = done[-1] * np.arange(1, num_shares) // num_shares
     borders = np.concatenate(([0], np.searchsorted(done, goals, side="right"), [len(done)]))
@@ -176,7 +178,7 @@ def _decode_kernel(heads_per_kv: int, head_dim: int, block_size: int) -> Callabl
         sums = np.empty((heads_per_kv, head_dim), np.float32)
         for part in range(this_thread(), given.num_shares, num_threads()):
             for task in range(borders[part], borders[part + 1]):
-                row, kv_head = task // num_kv_heads, task % num_kv_heads
+                kv_head, row = task // num_rows, task % num_rows
                 token, head = tokens[row], kv_head * heads_per_kv
                 for i in range(heads_per_kv):
                     for d in range(head_dim):
