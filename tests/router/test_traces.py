@@ -55,12 +55,12 @@ def test_an_answer_leaves_a_trace_that_adds_up(tiny_model):
             await asyncio.sleep(0.01)
             request.end()
             account = segments(
-                ("queue", 2_000, {"reason_ns": {"blocks": 1_500, "budget": 500}}),
-                ("prefill", 3_000, {"steps": 1, "rows": 4, "device_ns": 2_500}),
-                ("decode", 4_000, {"steps": 2, "rows": 6, "device_ns": 3_000}),
+                ("queue", 2_000_000, {"reason_ns": {"blocks": 1_500_000, "budget": 500_000}}),
+                ("prefill", 3_000_000, {"steps": 1, "rows": 4, "device_ns": 2_500_000}),
+                ("decode", 4_000_000, {"steps": 2, "rows": 6, "device_ns": 3_000_000}),
             )
             durations = scheduling_pb2.PhaseDurations(
-                total_ns=9_000, queue_ns=2_000, prefill_ns=3_000, decode_ns=4_000, segments=account
+                total_ns=9_000_000, queue_ns=2_000_000, prefill_ns=3_000_000, decode_ns=4_000_000, segments=account
             )
             request.release(durations=durations, cached_tokens=1)
             await call
@@ -74,7 +74,7 @@ def test_an_answer_leaves_a_trace_that_adds_up(tiny_model):
         assert whole.attributes["gen_ai.usage.output_tokens"] == "2"
         assert whole.attributes["gen_ai.usage.cache_read.input_tokens"] == "1"
         assert (queue.service, queue.attributes["sluice.queue.reason"]) == ("sluice-scheduler", "blocks")
-        assert queue.attributes["sluice.queue.blocks_ms"] == "0.0015"[:5] or queue.attributes["sluice.queue.blocks_ms"]
+        assert queue.attributes["sluice.queue.blocks_ms"] == "1.5"
         assert (decode.attributes["sluice.steps"], decode.attributes["sluice.batch_size_mean"]) == ("2", "3")
         assert trace.spans[3].attributes["sluice.route.candidates"] == scheduler.address
 
