@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 
@@ -55,6 +55,7 @@ def _export(flag: str, environ: Mapping[str, str]) -> ExportConfig | None:
     endpoint = flag or read("ENDPOINT")
     if not endpoint:
         return None
+    _require_address(endpoint)
     protocol = read("PROTOCOL", "grpc")
     if protocol not in PROTOCOLS:
         raise ConfigError(f"OTEL_EXPORTER_OTLP_PROTOCOL={protocol}: known are {', '.join(PROTOCOLS)}")
@@ -71,6 +72,17 @@ def _export(flag: str, environ: Mapping[str, str]) -> ExportConfig | None:
         service_name=environ.get("OTEL_SERVICE_NAME", ""),
         resource=_pairs("OTEL_RESOURCE_ATTRIBUTES", environ.get("OTEL_RESOURCE_ATTRIBUTES", "")),
     )
+
+
+def _require_address(endpoint: str) -> None:
+    """A slip would only show as traces that never arrive."""
+    address = urlsplit(endpoint if "://" in endpoint else f"http://{endpoint}")
+    try:
+        usable = address.scheme in ("http", "https") and bool(address.hostname) and address.port != 0
+    except ValueError:  # a port that is no number, or too large
+        usable = False
+    if not usable:
+        raise ConfigError(f"traces cannot go to {endpoint!r}: give an address such as http://collector:4317")
 
 
 def _pairs(name: str, text: str) -> dict[str, str]:

@@ -93,6 +93,12 @@ def test_a_variable_that_cannot_be_used_is_refused_by_name(environ, said):
         tracing_config("http://127.0.0.1:4317", environ)
 
 
+@pytest.mark.parametrize("endpoint", ["http://", "ftp://collector:4317", "http://collector:port", "http://c:99999"])
+def test_an_endpoint_that_leads_nowhere_is_refused(endpoint):
+    with pytest.raises(ConfigError, match="traces cannot go to"):
+        tracing_config(endpoint, {})
+
+
 def test_opentelemetrys_variables_say_where_traces_go():
     assert tracing_config("", {}).export is None
     general = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318", "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}
