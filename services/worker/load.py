@@ -20,7 +20,7 @@ from services.worker.memory.copies import CudaCopies
 from services.worker.memory.layout import BlockLayout, layout_of
 from services.worker.memory.pool import allocate_pool, count_blocks
 from services.worker.models.costs import costs_of
-from services.worker.models.decoder import Decoder, load_decoder
+from services.worker.models.decoder import Decoder, load_decoder, random_decoder
 from services.worker.models.registry import translate
 from services.worker.models.spec import ModelSpec
 from services.worker.plan import Admit, StepPlan
@@ -62,7 +62,8 @@ def load(config: WorkerConfig, progress: Progress) -> Loaded:
     device = choose_device(config.device)
     torch.set_num_threads(config.threads or count_cores())
     model = str(BUNDLED_FOLDER) if config.model == BUNDLED_MODEL else config.model
-    checkpoint = open_checkpoint(model, revision=config.revision or None, progress=progress)
+    drawn = config.load_format == "dummy"
+    checkpoint = open_checkpoint(model, revision=config.revision or None, progress=progress, weights=not drawn)
     spec = translate(checkpoint.config).spec
     flags = cpu_flags() if device == "cpu" else frozenset[str]()
     if device == "cuda" and (refusal := refuse_expandable_segments(os.environ)):
@@ -71,7 +72,11 @@ def load(config: WorkerConfig, progress: Progress) -> Loaded:
     _require_room(spec, dtype, free_on(device))
     layout = layout_of(spec, dtype, config.block_size)
     twice = device == "cpu" and has_room_twice(config, spec, layout, free_on(device))
-    decoder = load_decoder(checkpoint, dtype, device, progress, by_rows=twice)
+    if drawn:
+        log.warning("weights_are_random", because="--load-format dummy", effect="answers mean nothing")
+        decoder = random_decoder(checkpoint.config, dtype, device=device)
+    else:
+        decoder = load_decoder(checkpoint, dtype, device, progress, by_rows=twice)
     _log_kernels(device, dtype, twice)
     weight_bytes = spec.num_parameters * dtype.itemsize
     progress(weight_bytes, weight_bytes)  # files also hold headers: without this the last report would fall short

@@ -30,24 +30,29 @@ class Checkpoint(msgspec.Struct, frozen=True):
         stated = self.config.get("dtype") or self.config.get("torch_dtype")
         if isinstance(stated, str):
             return stated.removeprefix("torch.")
-        first = next(iter(self.tensors.values()))
+        first = next(iter(self.tensors.values()), None)
+        if first is None:
+            return "float32"
         return {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(first.dtype, "float32")
 
 
-def open_checkpoint(model: str | Path, *, revision: str | None = None, progress: Progress | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: str | Path, *, revision: str | None = None, progress: Progress | None = None, weights: bool = True
+) -> Checkpoint:
     """Locate a checkpoint, read what describes it, and check that its files are all there.
 
-    Raises CheckpointError naming the file that is missing, damaged or of a kind we refuse.
+    Without `weights` it has no tensors and no fingerprint, and needs no files for them. Raises CheckpointError naming
+    the file that is missing, damaged or of a kind we refuse.
     """
-    folder = locate(str(model), revision=revision, progress=progress)
+    folder = locate(str(model), revision=revision, progress=progress, weights=weights)
     config = _read_json(folder / "config.json", required=True)
-    tensors = _read_tensors(folder)
+    tensors = _read_tensors(folder) if weights else {}
     return Checkpoint(
         folder=folder,
         config=config,
         generation_config=_read_json(folder / "generation_config.json", required=False),
         tensors=tensors,
-        fingerprint=_fingerprint(config, tensors),
+        fingerprint=_fingerprint(config, tensors) if weights else "",
     )
 
 

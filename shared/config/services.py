@@ -82,6 +82,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     model: str = BUNDLED_MODEL
     revision: str = ""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    load_format: Literal["auto", "dummy"] = "auto"
+    """dummy: random weights by config.json alone, to measure with."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     block_size: Annotated[int, Meta(ge=1, le=1024)] = 16
     kv_cache_memory_bytes: NonNegative = 0

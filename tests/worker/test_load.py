@@ -237,3 +237,14 @@ def test_a_workers_environment_keeps_what_the_user_has_set():
     assert "GOMP_SPINCOUNT" not in worker_environment({"OMP_WAIT_POLICY": "ACTIVE"})
     whole = worker_environment({})
     assert worker_environment(whole) == {}
+
+
+def test_random_weights_need_no_weight_file_and_are_the_same_each_time(twin, tmp_path):
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        if (twin / name).is_file():
+            (tmp_path / name).write_bytes((twin / name).read_bytes())
+    with pytest.raises(CheckpointError, match="its weights are missing"):
+        load(small_config(tmp_path), lambda done, total: None)
+    first, second = (load(small_config(tmp_path, load_format="dummy"), lambda done, total: None) for _ in range(2))
+    assert first.model_fingerprint == ""
+    assert answer_alone(first.runner, make_asked([5, 6, 7], 4)) == answer_alone(second.runner, make_asked([5, 6, 7], 4))

@@ -232,9 +232,10 @@ def load_decoder(
 def random_decoder(
     config: dict[str, Any], dtype: torch.dtype, seed: int = 0, device: str = "cpu", scale: float = 0.02
 ) -> Decoder:
-    """The decoder of a config.json with random weights of standard deviation `scale`, the same for the same seed."""
+    """The decoder of a config.json with random weights of standard deviation `scale`, the same for the same seed on one
+    kind of device."""
     family = translate(config)
-    return Decoder(family, RandomWeights(family, dtype, seed, scale), dtype, device)
+    return Decoder(family, RandomWeights(family, dtype, seed, scale, device), dtype, device)
 
 
 def _build_layer(family: Family, layer_id: int, weights: WeightSource, device: str, by_rows: bool) -> DecoderLayer:

@@ -85,12 +85,12 @@ class CheckpointWeights:
 
 
 class RandomWeights:
-    """Normal weights drawn from a seed, for benches and tests; norms are ones."""
+    """Normal weights drawn from a seed, on the device that they are for; norms are ones."""
 
-    def __init__(self, family: Family, dtype: torch.dtype, seed: int, scale: float) -> None:
+    def __init__(self, family: Family, dtype: torch.dtype, seed: int, scale: float, device: str = "cpu") -> None:
         self._shapes = dict(expected_tensors(family))
-        self._dtype, self._scale = dtype, scale
-        self._generator = torch.Generator().manual_seed(seed)
+        self._dtype, self._scale, self._device = dtype, scale, device
+        self._generator = torch.Generator(device).manual_seed(seed)
 
     def has(self, name: str) -> bool:
         return name in self._shapes
@@ -101,8 +101,8 @@ class RandomWeights:
     def _draw(self, name: str) -> Tensor:
         shape = self._shapes[name]
         if len(shape) == 1 and name.endswith("weight"):
-            return torch.ones(shape, dtype=self._dtype)
-        drawn = torch.empty(shape).normal_(std=self._scale, generator=self._generator)
+            return torch.ones(shape, dtype=self._dtype, device=self._device)
+        drawn = torch.empty(shape, device=self._device).normal_(std=self._scale, generator=self._generator)
         return drawn.to(self._dtype)
 
 
