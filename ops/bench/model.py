@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -30,19 +31,26 @@ def ensure_model(folder: Path, dtype: str = "bfloat16") -> Path:
     if (folder / "model.safetensors").exists():
         return folder
     import torch
+
+    write_without_weights(folder, {**CONFIG, "dtype": dtype})
+    _save_weights(folder / "model.safetensors", getattr(torch, dtype))
+    return folder
+
+
+def write_without_weights(folder: Path, config: dict[str, Any]) -> Path:
+    """A checkpoint's folder for this config.json that lacks only its weights; every id from 3 on is a word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder.mkdir(parents=True, exist_ok=True)
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, CONFIG["vocab_size"])}}
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, config["vocab_size"])}}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"})
     )
-    (folder / "config.json").write_text(json.dumps({**CONFIG, "dtype": dtype}))
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "bos_token_id": 1}))
-    _save_weights(folder / "model.safetensors", getattr(torch, dtype))
     return folder
 
 

@@ -8,15 +8,14 @@ import asyncio
 import json
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from ops.bench.cluster import Cluster, ClusterError
 from ops.bench.machine import OthersShare, cpu_seconds, describe
 from ops.bench.model import ensure_model
 from ops.bench.workload import WORKLOADS, Job
@@ -38,27 +37,18 @@ VLLM_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # its fastest: no process of its own for the engine
 }
 PEERS = (IN_PROCESS, "hf_sequential", "hf_static", "hf_continuous")
-START_TIMEOUT_S = 120.0
 
 
 class Ours:
     """A cluster of our own, started as a user would."""
 
     def __init__(self, model: Path, dtype: str, threads: int, extra: list[str]) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="sluice-bench-")
-        ready = Path(self._folder.name) / "ready.json"
-        flags = ["--grpc-port=0", f"--ready-file={ready}", f"--model={model}", f"--dtype={dtype}"]
-        flags += [f"--threads={threads}", "--max-num-seqs=16", "--max-model-len=1024", *extra]
-        command = [sys.executable, "-m", "services.cli.main", "up", *flags]
-        null = subprocess.DEVNULL
-        self.process = subprocess.Popen(command, cwd=ROOT, stdin=null, stdout=null, stderr=null)
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not ready.exists():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"the cluster did not start: {' '.join(command)}")
-            time.sleep(0.1)
-        said = json.loads(ready.read_text())
-        self.address, self.pids = said["router"], said["pids"]
+        flags = [f"--model={model}", f"--dtype={dtype}", f"--threads={threads}", "--max-num-seqs=16"]
+        try:
+            self._cluster = Cluster([*flags, "--max-model-len=1024", *extra])
+        except ClusterError as error:
+            raise SystemExit(str(error)) from None
+        self.address, self.pids = self._cluster.address, self._cluster.pids
 
     def run(self, workload: str, seed: int) -> dict[str, float]:
         before = {name: cpu_seconds(pid) for name, pid in self.pids.items()}
@@ -68,9 +58,7 @@ class Ours:
         return figures
 
     def close(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait(60)
-        self._folder.cleanup()
+        self._cluster.close()
 
 
 class Peer:

@@ -52,3 +52,14 @@ def _lengths(rng: random.Random, count: int, low: int, high: int, total: int) ->
         i = rng.randrange(count)
         lengths[i] = min(high, max(low, lengths[i] + max(-16, min(16, missing))))
     return lengths
+
+
+def long_tailed(vocab_size: int, *, count: int = 32, toy: bool = False) -> list[Job]:
+    """Prompts of 64–512, outputs mostly short and a few of them long: 32 and more, up to 512."""
+    rng = random.Random("tail")
+    low, high, shortest, mean, longest = (4, 16, 2, 3, 12) if toy else (64, 512, 32, 96, 512)
+    jobs = []
+    for _ in range(4 if toy else count):
+        prompt, output = rng.randint(low, high), min(longest, shortest + int(rng.expovariate(1 / mean)))
+        jobs.append(Job(tuple(rng.choices(range(FIRST_ID, vocab_size), k=prompt)), output))
+    return jobs

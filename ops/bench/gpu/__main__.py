@@ -1,6 +1,6 @@
 """Everything that only a GPU can tell, section by section.
 
-    python -m ops.bench.gpu [--sections ceilings correctness ipc kernels decode] [--out FILE] [--dry-run]
+    python -m ops.bench.gpu [--sections ceilings correctness ipc kernels decode engine peers] [--out FILE] [--dry-run]
 
 Writes one JSON after every section, so that a run that is cut short keeps what it has. `--dry-run` goes through every
 section on a CPU at toy sizes, the kernels interpreted; its figures mean nothing. Run it in the root of the repository.
@@ -18,19 +18,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SECTIONS = ("ceilings", "correctness", "ipc", "kernels", "decode")
+from ops.bench.gpu.options import add_options
+
+SECTIONS = ("ceilings", "correctness", "ipc", "kernels", "decode", "engine", "peers")
 BESIDE_CEILINGS = ("kernels", "decode")
+WITH_OPTIONS = ("engine", "peers")
 ROOT = Path(__file__).resolve().parents[3]
 DEFAULT_OUT = ROOT / "ops" / "bench" / "results" / "gpu.json"
 
 
-def run_section(name: str, device: Any, result: dict[str, Any]) -> dict[str, Any]:
+def run_section(name: str, device: Any, result: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """A section's figures, or what stopped it."""
     section = importlib.import_module(f"ops.bench.gpu.{name}")
     begin = time.perf_counter()
     measure: Callable[..., dict[str, Any]] = section.measure
+    more = [result["ceilings"]] if name in BESIDE_CEILINGS else [options] if name in WITH_OPTIONS else []
     try:
-        found = measure(device, result["ceilings"]) if name in BESIDE_CEILINGS else measure(device)
+        found = measure(device, *more)
     except Exception as error:  # the sections after it must still run
         found = {"error": f"{type(error).__name__}: {error}"[:1000]}
     return {**found, "section_s": round(time.perf_counter() - begin, 1)}
@@ -48,6 +52,7 @@ def main() -> int:
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--dry-run", action="store_true")
+    add_options(parser)
     options = parser.parse_args()
     if options.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
@@ -62,7 +67,7 @@ def main() -> int:
     }
     wanted = ["ceilings", *options.sections] if set(BESIDE_CEILINGS) & set(options.sections) else options.sections
     for name in dict.fromkeys(wanted):
-        result[name] = run_section(name, device, result)
+        result[name] = run_section(name, device, result, options)
         show(name, result[name])
         if out:
             out.parent.mkdir(parents=True, exist_ok=True)
