@@ -33,12 +33,13 @@ class _FirstToken:
         pass
 
 
-def sequential(model: Any, jobs: list[Job]) -> Figures:
-    """One after another. For a single job also the time to its first token and between its tokens."""
+def sequential(model: Any, jobs: list[Job], **generate: Any) -> Figures:
+    """One after another, `generate` being more for generate(). For a single job also the time to its first token and
+    between its tokens."""
     start = time.perf_counter()
     for job in jobs:
         streamer = _FirstToken()
-        _generate(model, torch.tensor([job.token_ids]), job.max_tokens, streamer=streamer)
+        _generate(model, torch.tensor([job.token_ids]), job.max_tokens, streamer=streamer, **generate)
     wall = time.perf_counter() - start
     figures = {"wall_s": wall}
     if len(jobs) == 1:
@@ -47,22 +48,25 @@ def sequential(model: Any, jobs: list[Job]) -> Figures:
     return figures
 
 
-def static(model: Any, jobs: list[Job]) -> Figures:
+def static(model: Any, jobs: list[Job], **generate: Any) -> Figures:
     """All at once, padded on the left, until the longest answer is done."""
     start = time.perf_counter()
     longest = max(len(job.token_ids) for job in jobs)
     rows = [[0] * (longest - len(job.token_ids)) + list(job.token_ids) for job in jobs]
     mask = [[0] * (longest - len(job.token_ids)) + [1] * len(job.token_ids) for job in jobs]
-    _generate(model, torch.tensor(rows), max(job.max_tokens for job in jobs), attention_mask=torch.tensor(mask))
+    longest_answer = max(job.max_tokens for job in jobs)
+    _generate(model, torch.tensor(rows), longest_answer, attention_mask=torch.tensor(mask), **generate)
     return {"wall_s": time.perf_counter() - start}
 
 
-def continuous(model: Any, jobs: list[Job]) -> Figures:
-    """transformers' own continuous batching; pool and budget set by hand, as a CPU needs."""
+def continuous(model: Any, jobs: list[Job], batching: Any = None) -> Figures:
+    """transformers' own continuous batching; where nothing else is told pool and budget are set by hand, as a CPU
+    needs."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
-    config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=128)
-    batching = ContinuousBatchingConfig(block_size=32, num_blocks=512, max_batch_tokens=512)
+    longest = max(job.max_tokens for job in jobs)
+    config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=longest)
+    batching = batching or ContinuousBatchingConfig(block_size=32, num_blocks=512, max_batch_tokens=512)
     start = time.perf_counter()
     with model.continuous_batching_context_manager(
         generation_config=config, continuous_batching_config=batching
@@ -102,9 +106,10 @@ def vllm(engine: Any, jobs: list[Job]) -> Figures:
 
 
 def _generate(model: Any, ids: torch.Tensor, max_tokens: int, **kwargs: Any) -> None:
-    kwargs.setdefault("attention_mask", torch.ones_like(ids))
+    mask = kwargs.pop("attention_mask", torch.ones_like(ids))
     out = model.generate(
-        ids,
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
         do_sample=False,
         max_new_tokens=max_tokens,
         min_new_tokens=max_tokens,

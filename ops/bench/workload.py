@@ -63,3 +63,9 @@ def long_tailed(vocab_size: int, *, count: int = 32, toy: bool = False) -> list[
         prompt, output = rng.randint(low, high), min(longest, shortest + int(rng.expovariate(1 / mean)))
         jobs.append(Job(tuple(rng.choices(range(FIRST_ID, vocab_size), k=prompt)), output))
     return jobs
+
+
+def equal_lengths(vocab_size: int, count: int, prompt: int, output: int) -> list[Job]:
+    """`count` jobs of one length in and one out."""
+    rng = random.Random(f"equal {count}")
+    return [Job(tuple(rng.choices(range(FIRST_ID, vocab_size), k=prompt)), output) for _ in range(count)]

@@ -29,6 +29,9 @@ def test_every_section_runs_dry(tmp_path):
     cases = {name: case for name, case in result["kernels"].items() if name != "section_s"}
     assert result["decode"].keys() >= {"decode 2 x 20", "prefill 24"}
     assert len(cases) >= 8 and all(case["ours_us"] > 0 for case in cases.values())
+    assert result["engine"]["llama-3.1-8b tail"]["output_tokens_per_s"] > 0
+    assert result["engine"]["llama-3.1-8b blocks_back"] is True
+    assert result["peers"].keys() >= {"eager batch 1", "compiled equal", "compiled tail", "continuous tail"}
 
 
 def test_without_a_gpu_it_says_what_to_do():

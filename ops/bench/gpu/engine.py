@@ -7,7 +7,6 @@ log; a cluster that no longer answers is given up with the cases that were left.
 
 import argparse
 import asyncio
-import gc
 import json
 import random
 import statistics
@@ -27,7 +26,7 @@ from ops.bench.gpu.device import Device
 from ops.bench.gpu.shapes import CASES_OF, config_of
 from ops.bench.machine import cpu_seconds
 from ops.bench.model import write_without_weights
-from ops.bench.workload import Job, long_tailed
+from ops.bench.workload import Job, equal_lengths, long_tailed
 from services.cli.client import Client
 
 Figures = dict[str, Any]
@@ -113,7 +112,7 @@ def tail(bench: Bench) -> Figures:
 def equal(bench: Bench) -> Figures:
     """16 × 512/128 at once, as the peers section gives them to transformers in one static batch."""
     prompt, outputs = bench.device.size(512, 24), bench.device.size(128, 6)
-    answers = bench.run([bench.job(f"equal {n}", prompt, outputs) for n in range(16)])
+    answers = bench.run(equal_lengths(bench.vocab_size, 16, prompt, outputs))
     return {"output_tokens_per_s": _rounded(answers.tokens / answers.wall_s), **_summary(answers)}
 
 
@@ -156,9 +155,7 @@ CASES: dict[str, Callable[[Bench], Figures]] = {
 def measure(device: Device, options: argparse.Namespace) -> Figures:
     """Every case of every shape, under `<shape> <case>`; beside the results lie the clusters' logs, and engine.json
     with every case that has ended."""
-    if not device.dry:
-        gc.collect()
-        torch.cuda.empty_cache()  # what sections before this one left is the worker's now
+    device.release()
     found: Figures = {}
     with Clients(1 if device.dry else 4) as clients, tempfile.TemporaryDirectory() as folder:
         beside = options.out.parent if options.out else Path(folder)

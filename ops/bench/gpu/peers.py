@@ -1,0 +1,152 @@
+"""transformers on the same card at Llama-3.1-8B's shape with random weights: eager and with a static cache and
+torch.compile, in static batches, and its continuous batching. Each case is a process of its own with a time limit,
+which prints every figure as it has it.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ops.bench.gpu.device import Device
+from ops.bench.gpu.options import PEER_CASES
+from ops.bench.gpu.shapes import config_of
+from ops.bench.peers import continuous, sequential, static
+from ops.bench.workload import Job, equal_lengths, long_tailed
+
+Figures = dict[str, Any]
+
+ROOT = Path(__file__).resolve().parents[3]
+SHAPE = "llama-3.1-8b"
+BATCH = 16
+CACHE_TOKENS = 1152
+"""Of the static cache, in every call: another length would be compiled again."""
+STATIC_CACHE = {"cache_implementation": "static", "max_cache_len": CACHE_TOKENS}
+
+
+def measure(device: Device, options: argparse.Namespace) -> Figures:
+    """Every case's figures, under `<case> <workload>`."""
+    device.release()
+    together = [options.peer_cases] if device.dry else [[case] for case in options.peer_cases]
+    found: Figures = {}
+    for cases in together:
+        found |= _run(cases, device, options.peer_s)
+    return found
+
+
+def _run(cases: Sequence[str], device: Device, limit_s: float) -> Figures:
+    """Of one process: the lines that it printed, also where it failed or its time was up."""
+    command = [sys.executable, "-m", "ops.bench.gpu.peers", *cases, *(["--dry-run"] if device.dry else [])]
+    environ = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=errors, env=environ, start_new_session=True)
+        try:
+            how = f"exit code {code}" if (code := process.wait(limit_s)) else ""
+        except subprocess.TimeoutExpired:
+            how = f"not done within {limit_s:.0f} s"
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # compilers are processes of their own
+        process.wait()
+        output.seek(0)
+        errors.seek(0)
+        found: Figures = {}
+        for line in output.read().splitlines():
+            if line.startswith('{"'):
+                found |= json.loads(line)
+        return found | ({f"{' '.join(cases)} all": {"error": how, "log": errors.read()[-3000:]}} if how else {})
+
+
+def eager(model: Any, dry: bool) -> Iterator[tuple[str, Figures]]:
+    """generate() as it is: one stream, then static batches."""
+    yield from _static_batches(model, dry)
+
+
+def compiled(model: Any, dry: bool) -> Iterator[tuple[str, Figures]]:
+    """The same with a static cache, which makes generate() compile its decode step on a GPU."""
+    yield from _static_batches(model, dry, **STATIC_CACHE)
+
+
+def _static_batches(model: Any, dry: bool, **generate: Any) -> Iterator[tuple[str, Figures]]:
+    vocab_size = model.config.vocab_size
+    one = equal_lengths(vocab_size, 1, *((24, 4) if dry else (1024, 128)))
+    equal = equal_lengths(vocab_size, BATCH, *((24, 4) if dry else (512, 128)))
+    tail = long_tailed(vocab_size, toy=dry)
+
+    def warm(jobs: list[Job]) -> None:
+        if model.__dict__.pop("_compiled_call", None) is not None:
+            torch.compiler.reset()  # a second batch size would otherwise be compiled for any, and be slower
+        for _ in range(1 if dry else 2):
+            static(model, [Job(job.token_ids, 4 if dry else 8) for job in jobs], **generate)
+
+    warm(one)
+    yield "batch 1", sequential(model, one, **generate)
+    warm(equal)
+    yield "equal", _rate(equal, [static(model, equal, **generate)])
+    batches = [tail[start : start + BATCH] for start in range(0, len(tail), BATCH)]
+    yield "tail", _rate(tail, [static(model, batch, **generate) for batch in batches])
+
+
+def in_continuous_batches(model: Any, dry: bool) -> Iterator[tuple[str, Figures]]:
+    """Its continuous batching; without flash-attention, which would have to be fetched, by SDPA."""
+    from transformers import ContinuousBatchingConfig
+
+    model.set_attn_implementation("paged|sdpa")
+    batching = None if dry else ContinuousBatchingConfig()
+    jobs = long_tailed(model.config.vocab_size, toy=dry)
+    yield "tail", _rate(jobs, [continuous(model, jobs, batching)])
+
+
+def _rate(jobs: Sequence[Job], runs: Sequence[Figures]) -> Figures:
+    """Tokens that were asked for, a second: what a padded batch computes beyond them counts for nothing."""
+    wall_s, tokens = sum(run["wall_s"] for run in runs), sum(job.max_tokens for job in jobs)
+    return {"wall_s": wall_s, "tokens": tokens, "batches": len(runs), "output_tokens_per_s": tokens / wall_s}
+
+
+CASES: dict[str, Callable[[Any, bool], Iterator[tuple[str, Figures]]]] = {
+    "eager": eager,
+    "compiled": compiled,
+    "continuous": in_continuous_batches,
+}
+
+
+def build(dry: bool) -> Any:
+    """The model, its weights drawn where they are needed."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    facts = config_of(SHAPE, dry=dry)
+    config = AutoConfig.for_model(facts.pop("model_type"), **facts)
+    with torch.device("cpu" if dry else "cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    return model.eval()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("cases", nargs="+", choices=PEER_CASES)
+    parser.add_argument("--dry-run", action="store_true")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    model = build(options.dry_run)
+    failed = 0
+    for case in options.cases:
+        try:
+            for name, figures in CASES[case](model, options.dry_run):
+                rounded = {key: round(value, 3) for key, value in figures.items()}
+                print(json.dumps({f"{case} {name}": rounded}), flush=True)
+        except Exception as error:  # the next case may still work
+            print(json.dumps({f"{case} failed": {"error": f"{type(error).__name__}: {error}"[:1500]}}), flush=True)
+            failed = 1
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
