@@ -17,7 +17,11 @@ TAIL_BYTES = 6000
 
 
 class ClusterError(Exception):
-    """The cluster did not start; the message ends with what it said last, where its log is kept."""
+    """The cluster did not start. `log`: what it said last, where its log is kept."""
+
+    def __init__(self, message: str, log: str) -> None:
+        super().__init__(message)
+        self.log = log
 
 
 class Cluster:
@@ -73,7 +77,7 @@ class Cluster:
             if ended or late:
                 self.close(timeout_s=5)
                 how = f"ended with code {self.process.returncode}" if ended else "was not ready in time"
-                raise ClusterError(f"the cluster {how}: {' '.join(self._command)}\n{self.log_tail()}".rstrip())
+                raise ClusterError(f"the cluster {how}: {' '.join(self._command)}", self.log_tail())
             time.sleep(0.1)
 
 

@@ -79,6 +79,8 @@ def continuous(model: Any, jobs: list[Job], batching: Any = None) -> Figures:
             if result is not None and result.is_finished():
                 assert len(result.generated_tokens) == jobs[int(result.request_id)].max_tokens, result.error
                 done += 1
+            elif result is None and not manager.is_running():
+                raise RuntimeError(f"its thread ended with {done} of {len(jobs)} requests done")
     return {"wall_s": time.perf_counter() - start}
 
 

@@ -65,7 +65,7 @@ def long_tailed(vocab_size: int, *, count: int = 32, toy: bool = False) -> list[
     return jobs
 
 
-def equal_lengths(vocab_size: int, count: int, prompt: int, output: int) -> list[Job]:
+def equal_lengths(vocab_size: int, count: int, prompt: int, output: int, *, seed: int = 0) -> list[Job]:
     """`count` jobs of one length in and one out."""
-    rng = random.Random(f"equal {count}")
+    rng = random.Random(f"equal {count} {seed}")
     return [Job(tuple(rng.choices(range(FIRST_ID, vocab_size), k=prompt)), output) for _ in range(count)]

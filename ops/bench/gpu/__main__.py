@@ -88,7 +88,11 @@ def problems(name: str, found: dict[str, Any]) -> list[str]:
 
 
 def _commit() -> str:
-    told = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    """Unknown where a copy has no history, or the machine no git."""
+    try:
+        told = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
     return told.stdout.strip() or "unknown"
 
 

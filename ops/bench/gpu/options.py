@@ -18,4 +18,4 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--engine-flags", nargs="+", default=[], help="more flags of `sluice up`, without their --")
     peers = parser.add_argument_group("section peers")
     peers.add_argument("--peer-cases", nargs="+", choices=PEER_CASES, default=list(PEER_CASES))
-    peers.add_argument("--peer-s", type=float, default=120.0, help="the limit of one case, its model's start included")
+    peers.add_argument("--peer-s", type=float, default=150.0, help="the limit of one case, its model's start included")

@@ -39,7 +39,9 @@ def measure(device: Device, options: argparse.Namespace) -> Figures:
     together = [options.peer_cases] if device.dry else [[case] for case in options.peer_cases]
     found: Figures = {}
     for cases in together:
-        found |= _run(cases, device, options.peer_s)
+        figures = _run(cases, device, options.peer_s)
+        print(json.dumps(figures), flush=True)
+        found |= figures
     return found
 
 
@@ -87,10 +89,13 @@ def _static_batches(model: Any, dry: bool, **generate: Any) -> Iterator[tuple[st
         for _ in range(1 if dry else 2):
             static(model, [Job(job.token_ids, 4 if dry else 8) for job in jobs], **generate)
 
-    warm(one)
-    yield "batch 1", sequential(model, one, **generate)
-    warm(equal)
-    yield "equal", _rate(equal, [static(model, equal, **generate)])
+    def best(run: Callable[..., Figures], jobs: list[Job]) -> Figures:
+        """Of three: a new cache may make the first one capture its graphs again."""
+        warm(jobs)
+        return min((run(model, jobs, **generate) for _ in range(1 if dry else 3)), key=lambda took: took["wall_s"])
+
+    yield "batch 1", best(sequential, one)
+    yield "equal", _rate(equal, [best(static, equal)])
     batches = [tail[start : start + BATCH] for start in range(0, len(tail), BATCH)]
     yield "tail", _rate(tail, [static(model, batch, **generate) for batch in batches])
 
