@@ -25,11 +25,12 @@ def make_runner(
     max_num_seqs: int = 16,
     max_model_len: int = 256,
     poison: bool = True,
+    device: str = "cpu",
     **fields,
 ) -> Runner:
     """A runner with its own pool, whose pages begin absurdly large, so that reading what was never written shows; but
     finite, as kernels.ops.attention asks of every slot."""
-    pool = allocate_pool(layout_of(decoder.spec, decoder.dtype, block_size), num_blocks)
+    pool = allocate_pool(layout_of(decoder.spec, decoder.dtype, block_size), num_blocks, device)
     if poison:
         pool.pages.fill_(POISON)
     vocab_size = decoder.spec.vocab_size

@@ -4,6 +4,7 @@
 the weights (without the embedding, which is only looked up) and the context's K and V, read once.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ def _decode(device: Device, decoder: Decoder, batch: int, context: int, ceilings
         "graph_us": round(graph_us, 1),
         "graph_tokens_per_s": round(batch * 1e6 / graph_us, 1),
         "of_floor": round(floor_us / graph_us, 3),
+        "kernels_us": _kernels(device, lambda: decoder.compute(prepared)),
     }
 
 
@@ -56,5 +58,24 @@ def _prefill(device: Device, decoder: Decoder, length: int) -> dict[str, Any]:
     layout = layout_of(decoder.spec, decoder.dtype, BLOCK)
     pool = allocate_pool(layout, layout.blocks_for(length), device.name).pages
     batch = build_batch([(length, length)], BLOCK, vocab_size=decoder.spec.vocab_size)
-    took_us = device.eager_us(lambda: decoder.forward(batch, pool))
-    return {"us": round(took_us, 1), "tokens_per_s": round(length * 1e6 / took_us, 1)}
+    took_us = device.eager_us(lambda: decoder.forward(batch, pool), repeats=5)
+    return {
+        "us": round(took_us, 1),
+        "tokens_per_s": round(length * 1e6 / took_us, 1),
+        "kernels_us": _kernels(device, lambda: decoder.forward(batch, pool)),
+    }
+
+
+def _kernels(device: Device, call: Callable[[], object]) -> dict[str, list[float]]:
+    """What one call spends where: microseconds and launches by the name of the kernel, the dearest first."""
+    if device.dry:
+        return {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        device.synchronize()
+    spent: dict[str, list[float]] = {}
+    for event in profile.events():
+        total = spent.setdefault(event.name[:60], [0.0, 0])
+        total[0], total[1] = total[0] + event.device_time_total, total[1] + 1
+    dearest = sorted(spent.items(), key=lambda item: -item[1][0])[:NUM_KERNELS]
+    return {name: [round(us, 1), count] for name, (us, count) in dearest}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.fused import activation, attention, experts, linear, noise, norm, rope, sampling
 from ops.bench.gpu.device import Device
@@ -247,6 +248,16 @@ def _flashinfer_decode(
     return lambda: wrapper.run(q, pool[:, 0])
 
 
+def _sdpa(backend: SDPBackend, query: Tensor, keys: Tensor, values: Tensor, **how: bool) -> Callable[[], object]:
+    """Causal attention by one of torch's bodies, or by any on a CPU."""
+
+    def call() -> Tensor:
+        with sdpa_kernel([backend] if query.is_cuda else [SDPBackend.MATH]):
+            return F.scaled_dot_product_attention(query, keys, values, is_causal=True, **how)
+
+    return call
+
+
 def _prefill(new: int, cached: int) -> Case:
     context = new + cached
 
@@ -261,9 +272,9 @@ def _prefill(new: int, cached: int) -> Case:
         if not cached:
             query = q.transpose(0, 1)[None].contiguous()
             keys, values = (device.randn(1, KV_HEADS, context, DIM) for _ in range(2))
-            calls["sdpa_unpaged"] = lambda: F.scaled_dot_product_attention(
-                query, keys, values, is_causal=True, enable_gqa=True
-            )
+            calls["flash_unpaged"] = _sdpa(SDPBackend.FLASH_ATTENTION, query, keys, values, enable_gqa=True)
+            wide = [each.repeat_interleave(HEADS // KV_HEADS, dim=1) for each in (keys, values)]
+            calls["cudnn_unpaged"] = _sdpa(SDPBackend.CUDNN_ATTENTION, query, *wide)
         return calls
 
     pairs = new * cached + new * (new + 1) / 2
