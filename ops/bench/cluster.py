@@ -58,8 +58,11 @@ class Cluster:
         return self.process.poll() is None
 
     def log_tail(self) -> str:
-        """The last of what it said."""
-        return self._log.read_text(errors="replace")[-TAIL_BYTES:] if self._log else ""
+        """The last of what it said, without what router and scheduler tell when all is well."""
+        if self._log is None:
+            return ""
+        lines = self._log.read_text(errors="replace").splitlines()
+        return "\n".join(line for line in lines if not _is_routine(line))[-TAIL_BYTES:]
 
     def close(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """Asks it to stop, and kills it where that takes longer; the services die with their supervisor."""
@@ -79,6 +82,10 @@ class Cluster:
                 how = f"ended with code {self.process.returncode}" if ended else "was not ready in time"
                 raise ClusterError(f"the cluster {how}: {' '.join(self._command)}", self.log_tail())
             time.sleep(0.1)
+
+
+def _is_routine(line: str) -> bool:
+    return line.startswith(("router", "scheduler")) and '"level": "info"' in line
 
 
 def _with_root(environ: Mapping[str, str]) -> dict[str, str]:

@@ -35,6 +35,8 @@ MAX_MODEL_LEN = 4608
 CONTEXT = 1024
 WARM_UP_JOBS = 12
 PROBE_LIMIT_S = 10.0
+RECOVERY_S = 60
+"""How long a cluster may stay silent after a case that failed."""
 FULL_FROM_BYTES = 100 * 10**9
 """Below so much memory a run that cannot hold all its KV at once is left to whoever asks for it."""
 
@@ -278,12 +280,15 @@ def scrape(address: str) -> dict[str, float]:
 
 
 def _answers(bench: Bench) -> bool:
-    """Whether the cluster still does."""
-    try:
-        bench.run([bench.job(f"probe {time.monotonic()}", 16, 2)], PROBE_LIMIT_S)
-    except Exception:
-        return False
-    return True
+    """Whether the cluster still does, or does again: a worker that died is started again."""
+    deadline = time.monotonic() + bench.device.size(RECOVERY_S, 10)
+    while bench.cluster.alive and time.monotonic() < deadline:
+        try:
+            bench.run([bench.job(f"probe {time.monotonic()}", 16, 2)], PROBE_LIMIT_S)
+            return True
+        except Exception:
+            time.sleep(1)
+    return False
 
 
 def _end(bench: Bench) -> Figures:
