@@ -17,6 +17,7 @@ from services.worker.memory.pool import allocate_pool
 from services.worker.models.decoder import Decoder, random_decoder
 
 BLOCK = 16
+NUM_KERNELS = 16
 
 
 def measure(device: Device, ceilings: dict[str, float]) -> dict[str, Any]:
