@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused.launch import launch
+from kernels.fused.launch import cdiv, launch, next_power_of_2
 
 KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu_squared")
 BLOCK = 2048
@@ -67,10 +67,10 @@ def _activate(x: Tensor, kind: str, width: int, *, gated: bool) -> Tensor:
         raise ValueError(f"the last dimension must be contiguous and not empty: {list(x.shape)} by {x.stride()}")
     rows = x.reshape(-1, x.shape[-1])
     out = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
-    block = BLOCK if width % BLOCK == 0 else min(triton.next_power_of_2(width), BLOCK // 2)
+    block = BLOCK if width % BLOCK == 0 else min(next_power_of_2(width), BLOCK // 2)
     launch(
         _activation_kernel,
-        (len(rows), triton.cdiv(width, block)),
+        (len(rows), cdiv(width, block)),
         {"x": rows, "out": out},
         {"width": width, "stride": rows.stride(0), "kind": kind, "gated": gated, "block": block},
         num_warps=max(block // (PER_THREAD * 32), 1),

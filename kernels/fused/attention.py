@@ -13,22 +13,34 @@ and V in tiles at absolute positions; a query's bits then depend on nothing else
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused.launch import launch
+from kernels.fused.launch import launch, next_power_of_2
 
 SPLIT = 256
 """Positions of a context that one program of a decode row reads."""
-TILE_ROWS = 128
-EXACT_TILE_ROWS = 64
-"""Rows (queries times heads of a group) of a prompt's tile."""
-DECODE_ROWS = 16
-"""The fewest rows that a tensor core multiplies."""
+
+
+class Tile(NamedTuple):
+    """How a program walks over a context: `rows` are queries times heads of a group, `columns` positions at a time."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+PROMPT = Tile(128, 64, 8, 4)
+EXACT_PROMPT = Tile(64, 64, 4, 4)
+WIDE_PROMPT, WIDE_EXACT_PROMPT = Tile(128, 32, 8, 3), Tile(64, 32, 8, 3)
+"""For heads of more than 128. One stage fetches block ids."""
+DECODE = Tile(16, 64, 4, 5)
+"""At least so many rows: the fewest that a tensor core multiplies."""
 MAX_DECODE_ROWS = 1024
 PROGRAMS = 1024
 """Programs of a decode launch: about eight on each of an H200's 132 multiprocessors."""
@@ -79,8 +91,10 @@ def plan_attention(
     decodes = [] if exact else [row for row, count in enumerate(counts) if count == 1]
     if len(decodes) > MAX_DECODE_ROWS:
         raise ValueError(f"{len(decodes)} decode rows in one step, at most {MAX_DECODE_ROWS}")
-    tile_queries = _tile_queries(num_heads // pool.shape[3], exact)
-    tiles = _tiles(counts, context_lens, tile_queries, () if exact else (1,))
+    group, rows = num_heads // pool.shape[3], _prompt_tile(head_dim, exact).rows
+    if group > rows:
+        raise ValueError(f"{group} query heads per KV head, at most {rows}")
+    tiles = _tiles(counts, context_lens, rows // group, () if exact else (1,))
     num_splits = decode_splits((context_lens[row] for row in decodes), window)
 
     def put(values: list[Any], *shape: int) -> Tensor:
@@ -203,26 +217,26 @@ def paged_attention(
 
 
 def _prefill(arguments: dict[str, Any], constants: dict[str, Any], plan: AttentionPlan) -> None:
-    rows = EXACT_TILE_ROWS if plan.exact else TILE_ROWS
-    wide = constants["dim_block"] > 128
+    tile = _prompt_tile(constants["head_dim"], plan.exact)
     launch(
         _prefill_kernel,
         (len(plan.tiles), constants["kv_heads"]),
         {**arguments, "tiles": plan.tiles},
         {
             **constants,
-            "tile_queries": _tile_queries(constants["group"], plan.exact),
-            "rows": rows,
-            "columns": 32 if wide else 64,
+            "tile_queries": tile.rows // constants["group"],
+            "rows": tile.rows,
+            "columns": tile.columns,
         },
-        num_warps=8 if wide or rows == TILE_ROWS else 4,
-        num_stages=3 if wide else 4,  # of which one fetches block ids
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        fp_fusion=True,
     )
 
 
 def _decode(arguments: dict[str, Any], constants: dict[str, Any], plan: AttentionPlan) -> None:
     partial = {"split_starts": plan.split_starts, "partials": plan.partials, "peaks": plan.peaks}
-    rows = max(DECODE_ROWS, triton.next_power_of_2(constants["group"]))
+    rows = max(DECODE.rows, next_power_of_2(constants["group"]))
     decoded = {
         **arguments,
         **partial,
@@ -235,9 +249,10 @@ def _decode(arguments: dict[str, Any], constants: dict[str, Any], plan: Attentio
         _decode_kernel,
         (min(work, PROGRAMS),),
         decoded,
-        {**constants, "rows": rows, "columns": 64, "split": SPLIT},
-        num_warps=4,
-        num_stages=5,
+        {**constants, "rows": rows, "columns": DECODE.columns, "split": SPLIT},
+        num_warps=DECODE.warps,
+        num_stages=DECODE.stages,
+        fp_fusion=True,
     )
     launch(
         _merge_kernel,
@@ -264,7 +279,7 @@ def _constants(q: Tensor, pool: Tensor, plan: AttentionPlan, soft_cap: float) ->
         "kv_heads": num_kv_heads,
         "group": q.shape[1] // num_kv_heads,
         "head_dim": head_dim,
-        "dim_block": max(16, triton.next_power_of_2(head_dim)),
+        "dim_block": max(16, next_power_of_2(head_dim)),
         "block_size": block_size,
         "page_stride": pool.stride(0),
         "kv_stride": pool.stride(2),
@@ -289,11 +304,10 @@ def _check(q: Tensor, pool: Tensor, layer_id: int, alibi_slopes: Tensor | None, 
             raise ValueError(f"{name} must be float32 [{q.shape[1]}], not {per_head.dtype} {list(per_head.shape)}")
 
 
-def _tile_queries(group: int, exact: bool) -> int:
-    rows = EXACT_TILE_ROWS if exact else TILE_ROWS
-    if group > rows:
-        raise ValueError(f"{group} query heads per KV head, at most {rows}")
-    return rows // group
+def _prompt_tile(head_dim: int, exact: bool) -> Tile:
+    if head_dim > 128:
+        return WIDE_EXACT_PROMPT if exact else WIDE_PROMPT
+    return EXACT_PROMPT if exact else PROMPT
 
 
 def _tiles(counts: list[int], context_lens: list[int], queries: int, skipped: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -347,7 +361,10 @@ def _attend_tile(
     positions = start + tl.arange(0, columns)
     dims = tl.arange(0, dim_block)
     present = (positions >= floor) & (positions < limit)
-    blocks = tl.load(table + positions // block_size, mask=present, other=0).to(tl.int64)
+    if masked:
+        blocks = tl.load(table + positions // block_size, mask=present, other=0).to(tl.int64)
+    else:
+        blocks = tl.load(table + positions // block_size).to(tl.int64)
     lines = blocks * page_stride + head * (block_size * head_dim) + (positions % block_size) * head_dim
     kept = present[:, None] & (dims < head_dim)[None, :]
     if masked or dim_block != head_dim:
@@ -355,10 +372,13 @@ def _attend_tile(
     else:
         keys = tl.load(pages + lines[:, None] + dims[None, :])
     scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+    factor = scale * LOG2_E  # what makes base-2 scores: applied beside the peak, in one rounding
     if capped:
         scores = (soft_cap * LOG2_E) * (1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 * LOG2_E * scale / soft_cap))))
-    else:
-        scores = scores * (scale * LOG2_E)
+        factor = 1.0
+    elif slopes is not None:
+        scores = scores * factor
+        factor = 1.0
     if slopes is not None:
         scores += (slopes * LOG2_E)[:, None] * (positions[None, :] - query_position[:, None]).to(tl.float32)
     if masked:
@@ -366,9 +386,9 @@ def _attend_tile(
         if window > 0:
             seen = seen & (positions[None, :] > query_position[:, None] - window)
         scores = tl.where(seen, scores, float("-inf"))
-    higher = tl.maximum(peak, tl.max(scores, axis=1))
+    higher = tl.maximum(peak, tl.max(scores, axis=1) * factor)
     safe = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet
-    weights = tl.exp2(scores - safe[:, None])
+    weights = tl.exp2(scores * factor - safe[:, None])
     shrink = tl.exp2(peak - safe)
     if masked or dim_block != head_dim:
         values = tl.load(pages + kv_stride + lines[:, None] + dims[None, :], mask=kept, other=0.0)

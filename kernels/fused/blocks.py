@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused.launch import launch
+from kernels.fused.launch import cdiv, launch, next_power_of_2
 
 PIECE_BYTES = 16 * 1024
 """Bytes of a program: eight loads of 16 bytes in each of 128 threads, all on their way before the first is stored."""
@@ -60,10 +60,10 @@ def _move(source: Tensor, source_ids: Tensor | None, target: Tensor, target_ids:
     source, target = _words(source, word), _words(target, word)
     ids = source_ids if source_ids is not None else target_ids
     num_pages = 0 if ids is None else len(ids)
-    block = min(PIECE_BYTES // word.itemsize, triton.next_power_of_2(max(source.shape[1], 1)))
+    block = min(PIECE_BYTES // word.itemsize, next_power_of_2(max(source.shape[1], 1)))
     launch(
         _move_pages_kernel,
-        (num_pages, triton.cdiv(source.shape[1], block)),
+        (num_pages, cdiv(source.shape[1], block)),
         {"source": source, "source_ids": source_ids, "target": target, "target_ids": target_ids},
         {
             "words": source.shape[1],

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused.launch import launch
+from kernels.fused.launch import cdiv, launch, next_power_of_2
 
 SORTED_AT_ONCE = 1024
 TILES_AT_ONCE = tl.constexpr(64)
@@ -198,15 +198,15 @@ def route(
         raise ValueError(f"scoring is softmax or sigmoid, not {scoring!r}")
     weights = torch.empty((num_tokens, top_k), dtype=torch.float32, device=logits.device)
     expert_ids = torch.empty((num_tokens, top_k), dtype=torch.int32, device=logits.device)
-    experts_block = triton.next_power_of_2(num_experts)
+    experts_block = next_power_of_2(num_experts)
     rows = max(ROUTED // experts_block, 1)
     launch(
         _route_kernel,
-        (triton.cdiv(num_tokens, rows),),
+        (cdiv(num_tokens, rows),),
         {"logits": logits, "weights": weights, "expert_ids": expert_ids, "num_tokens": num_tokens},
         {"stride": logits.stride(0), "num_experts": num_experts, "top_k": top_k, "softmax": scoring == "softmax"}
         | {"renormalize": renormalize, "rows": rows, "experts_block": experts_block}
-        | {"choices_block": triton.next_power_of_2(top_k)},
+        | {"choices_block": next_power_of_2(top_k)},
     )
     return weights, expert_ids
 
@@ -233,9 +233,9 @@ def experts(x: Tensor, packed: PackedExperts, weights: Tensor, expert_ids: Tenso
     out = torch.empty_like(x)
     launch(
         _combine_kernel,
-        (num_tokens, triton.cdiv(packed.hidden, COMBINED)),
+        (num_tokens, cdiv(packed.hidden, COMBINED)),
         {"given": given, "out": out},
-        {"hidden": packed.hidden, "top_k": top_k, "block": min(COMBINED, triton.next_power_of_2(packed.hidden))},
+        {"hidden": packed.hidden, "top_k": top_k, "block": min(COMBINED, next_power_of_2(packed.hidden))},
     )
     return out
 
@@ -268,7 +268,7 @@ def _sort(expert_ids: Tensor, num_experts: int, tile: Tile) -> _Work:
         {"expert_ids": expert_ids, "order": work.order, "num_tiles": work.num_tiles}
         | {"tile_experts": work.tile_experts, "tile_starts": work.tile_starts, "tile_ends": work.tile_ends}
         | {"num_assignments": num_assignments},
-        {"num_experts": num_experts, "experts_block": max(triton.next_power_of_2(num_experts), 32)}
+        {"num_experts": num_experts, "experts_block": max(next_power_of_2(num_experts), 32)}
         | {"tile_rows": tile.rows, "block": SORTED_AT_ONCE},
     )
     return work
@@ -281,7 +281,7 @@ def _multiply(
     columns = tile.columns if routing is None else 2 * tile.columns
     launch(
         _product_kernel,
-        (len(work.tile_experts), triton.cdiv(width, columns)),
+        (len(work.tile_experts), cdiv(width, columns)),
         {"x": x, "weight": weight, "routing": routing, "out": out, "order": work.order, "num_tiles": work.num_tiles}
         | {"tile_experts": work.tile_experts, "tile_starts": work.tile_starts, "tile_ends": work.tile_ends},
         {"depth": x.shape[1], "width": width, "top_k": top_k, "gated": routing is None}

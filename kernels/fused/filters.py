@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused.launch import launch
+from kernels.fused.launch import cdiv, launch, next_power_of_2
 
 CHUNK = 2048
 """Logits of a program."""
@@ -66,7 +66,7 @@ class Layout:
 
     @property
     def chunks(self) -> int:
-        return triton.cdiv(self.vocab_size, self.chunk)
+        return cdiv(self.vocab_size, self.chunk)
 
     @property
     def id_bits(self) -> int:
@@ -88,7 +88,7 @@ def layout_of(logits: Tensor) -> Layout:
         raise ValueError(f"a row of logits must be contiguous, strides are {logits.stride()}")
     sample, window = 0, 0.0
     if vocab_size > CAPACITY:
-        wanted = triton.next_power_of_2(triton.cdiv(vocab_size, LOGITS_PER_SAMPLED))
+        wanted = next_power_of_2(cdiv(vocab_size, LOGITS_PER_SAMPLED))
         sample = min(max(wanted, MIN_SAMPLE), MAX_SAMPLE)
         window = min(DEVIATIONS * sample**0.5 / 2, CAPACITY_USED / 2 * CAPACITY * sample / vocab_size)
     return Layout(vocab_size, logits.stride(0), CHUNK, sample, window)
@@ -465,7 +465,7 @@ def find_limits(
         (rows,),
         arguments | {"chunk_highest": chunk_highest, "chunk_mass": chunk_mass},
         constants
-        | {"chunks": layout.chunks, "chunks_block": triton.next_power_of_2(layout.chunks), "sample": layout.sample}
+        | {"chunks": layout.chunks, "chunks_block": next_power_of_2(layout.chunks), "sample": layout.sample}
         | {"segment": SEGMENT, "window": layout.window},
         num_warps=min(max(layout.sample // SAMPLED_PER_WARP, 4), 32),
     )

@@ -7,7 +7,7 @@ compiles after `seal` is counted as late: Triton itself tells of it, so that a l
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -38,6 +38,16 @@ TYPES = {
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
 
 
+def next_power_of_2(n: int) -> int:
+    """The least power of two from `n` on. Triton's own takes microseconds when it is called from the host."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def cdiv(n: int, size: int) -> int:
+    """How many pieces of `size` hold `n`."""
+    return -(-n // size)
+
+
 @dataclass(frozen=True, slots=True)
 class Form:
     """One compiled form of a kernel: all that its machine code depends on.
@@ -52,6 +62,12 @@ class Form:
     constants: tuple[tuple[str, Any], ...]
     num_warps: int
     num_stages: int
+    fp_fusion: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton is told beside the arguments."""
+        return _options(self.num_warps, self.num_stages, self.fp_fusion)
 
     @property
     def name(self) -> str:
@@ -70,20 +86,74 @@ def launch(
     *,
     num_warps: int = 4,
     num_stages: int = 1,
+    fp_fusion: bool = False,
 ) -> None:
     """Start `kernel` on `grid`, or only note its form inside `recorded`. An empty grid starts nothing.
 
-    `arguments` are tensors, None, ints and floats by parameter; `constants` the `tl.constexpr` ones.
+    `arguments` are tensors, None, ints and floats by parameter; `constants` the `tl.constexpr` ones. `fp_fusion` lets
+    the compiler make one rounding of a product and a sum, where it likes to: not for kernels of which two forms must
+    make the same bits.
     """
+    options = _options(num_warps, num_stages, fp_fusion)
     record = _record.get()
     if record is not None:
-        record(_form(kernel, arguments, constants, num_warps, num_stages))
+        record(_form(kernel, arguments, constants, num_warps, num_stages, fp_fusion))
         return
     observe = _observe.get()
     if observe is not None:
-        observe(_form(kernel, arguments, constants, num_warps, num_stages))
+        observe(_form(kernel, arguments, constants, num_warps, num_stages, fp_fusion))
     if all(grid):
-        kernel[grid](**arguments, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False)
+        _start(kernel, grid, arguments, constants, options)
+
+
+class _Loaded:
+    """A compiled form, and where each argument goes among its parameters."""
+
+    def __init__(self, kernel: Kernel, compiled: Any, names: Iterable[str], constants: Mapping[str, Any]) -> None:
+        self._compiled = compiled
+        self._parameters = [constants.get(name) for name in kernel.arg_names]
+        self._places = [kernel.arg_names.index(name) for name in names]
+
+    def start(self, grid: Grid, values: Iterable[Any]) -> None:
+        """`values` in the order of the arguments that it was made with, tensors as their addresses."""
+        parameters = self._parameters.copy()
+        for place, value in zip(self._places, values, strict=True):
+            parameters[place] = value
+        self._compiled[(*grid, 1, 1)[:3]](*parameters)
+
+
+_loaded: dict[tuple[Any, ...], _Loaded] = {}
+"""By all that the machine code depends on, and the device that holds it."""
+
+
+def _start(
+    kernel: Kernel,
+    grid: Grid,
+    arguments: Mapping[str, Any],
+    constants: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> None:
+    """What Triton found for these types, alignments and constants once is started at once the next time: its own
+    search takes some 40 microseconds, and it asks the driver about every pointer."""
+    device, kinds, values = -1, [], []
+    for value in arguments.values():
+        if isinstance(value, Tensor):
+            address = value.data_ptr()
+            kinds.append(value.dtype if address % ALIGNMENT == 0 else (value.dtype,))
+            values.append(address)
+            if device < 0:
+                device = value.get_device()
+        else:
+            kinds.append(None if value is None else _type_of(value))
+            values.append(value)
+    key = (id(kernel), device, *options.values(), *arguments, *kinds, *constants, *constants.values())
+    known = _loaded.get(key)
+    if known is not None:
+        known.start(grid, values)
+        return
+    compiled = kernel[grid](**arguments, **constants, **options)
+    if isinstance(kernel, triton.JITFunction):
+        _loaded[key] = _Loaded(kernel, compiled, arguments, constants)
 
 
 @contextmanager
@@ -142,8 +212,7 @@ def _stand_in(type_name: str, aligned: bool) -> Any:
 
 def warm(form: Form) -> None:
     """Compiles `form`, or takes it from Triton's cache on disk, and loads it: on the current CUDA device."""
-    options = {"num_warps": form.num_warps, "num_stages": form.num_stages, "enable_fp_fusion": False}
-    compiled = form.kernel.run(*stand_ins(form), grid=(1,), warmup=True, **options)
+    compiled = form.kernel.run(*stand_ins(form), grid=(1,), warmup=True, **form.options)
     if compiled is not None:
         compiled._init_handles()
 
@@ -182,8 +251,17 @@ late = LateCompilations()
 """This process's."""
 
 
+def _options(num_warps: int, num_stages: int, fp_fusion: bool) -> dict[str, Any]:
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
+
+
 def _form(
-    kernel: Kernel, arguments: Mapping[str, Any], constants: Mapping[str, Any], num_warps: int, num_stages: int
+    kernel: Kernel,
+    arguments: Mapping[str, Any],
+    constants: Mapping[str, Any],
+    num_warps: int,
+    num_stages: int,
+    fp_fusion: bool,
 ) -> Form:
     absent = {name: None for name, value in arguments.items() if value is None}
     present = {name: value for name, value in arguments.items() if value is not None}
@@ -195,13 +273,18 @@ def _form(
         (*constants.items(), *absent.items()),
         num_warps,
         num_stages,
+        fp_fusion,
     )
 
 
 def _type_of(value: Tensor | float) -> str:
     if isinstance(value, Tensor):
         return "*" + TYPES[value.dtype]
-    return "fp32" if isinstance(value, float) else "i32"
+    if isinstance(value, float):
+        return "fp32"
+    if not -(2**31) <= value < 2**31:
+        raise ValueError(f"{value} does not fit into the 32 bits that kernels are compiled for")
+    return "i32"
 
 
 def _is_aligned(tensor: Tensor) -> bool:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.fused.filters import CHUNK_WARPS, MASS_OF_BEST, check_vector, layout_of, load_logits, mass_of
-from kernels.fused.launch import launch
+from kernels.fused.launch import launch, next_power_of_2
 
 TAKEN = tl.constexpr(-(2**63))
 
@@ -109,7 +109,7 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Ten
         _logprobs_kernel,
         (rows,),
         arguments | found,
-        constants | {"chunks_block": triton.next_power_of_2(layout.chunks)},
+        constants | {"chunks_block": next_power_of_2(layout.chunks)},
         num_warps=1,
     )
     return logprobs, ranks, top_ids, top_logprobs

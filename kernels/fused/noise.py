@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused.launch import launch
+from kernels.fused.launch import cdiv, launch
 
 GOLDEN = tl.constexpr(0x9E3779B9)
 FIRST_KEY = tl.constexpr(0x243F6A88)
@@ -98,7 +98,7 @@ def noise_keys(seeds: Tensor, sample_indices: Tensor, positions: Tensor) -> Tens
     out = torch.empty((len(seeds), 2), dtype=torch.int64, device=seeds.device)
     arguments = {"seeds": seeds, "sample_indices": sample_indices, "positions": positions, "out": out}
     block = 128
-    grid = (triton.cdiv(len(seeds), block),)
+    grid = (cdiv(len(seeds), block),)
     launch(_noise_keys_kernel, grid, arguments | {"num_rows": len(seeds)}, {"block": block})
     return out
 
@@ -123,7 +123,7 @@ def _noise(keys: Tensor, token_ids: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty((len(keys), len(token_ids)), dtype=dtype, device=keys.device)
     launch(
         _noise_kernel,
-        (len(keys), triton.cdiv(len(token_ids), BLOCK)),
+        (len(keys), cdiv(len(token_ids), BLOCK)),
         {"keys": keys, "token_ids": token_ids, "out": out, "num_ids": len(token_ids)},
         {"gumbel": dtype == torch.float32, "block": BLOCK},
     )

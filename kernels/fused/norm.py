@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused.launch import launch
+from kernels.fused.launch import cdiv, launch, next_power_of_2
 
 SHORT = 256
 """Rows up to this width share a program: a warp then sums a whole row without shared memory."""
@@ -94,7 +94,7 @@ def _normalise(
     rows_per_program, block, num_warps = _tile(width)
     launch(
         _norm_kernel,
-        (triton.cdiv(num_rows, rows_per_program),),
+        (cdiv(num_rows, rows_per_program),),
         {
             "x": rows.tensor,
             "residual": added,
@@ -142,7 +142,7 @@ def _rows(x: Tensor) -> _Rows:
 
 def _tile(width: int) -> tuple[int, int, int]:
     """(rows of a program, columns, warps)."""
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     rows_per_program = TILE // block if block <= SHORT else 1
     return rows_per_program, block, min(max(rows_per_program * block // (PER_THREAD * 32), 1), MAX_WARPS)
 

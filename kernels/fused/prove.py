@@ -81,8 +81,7 @@ def _compile(form: Form, target: int) -> triton.compiler.CompiledKernel:
         constexprs={(names.index(name),): value for name, value in form.constants},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in form.aligned},
     )
-    options = {"num_warps": form.num_warps, "num_stages": form.num_stages, "enable_fp_fusion": False}
-    return triton.compile(source, target=GPUTarget("cuda", target, WARP_SIZE), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", target, WARP_SIZE), options=form.options)
 
 
 def _usage(cubin: bytes) -> tuple[int, int, int]:

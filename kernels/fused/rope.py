@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused.launch import launch
+from kernels.fused.launch import cdiv, launch, next_power_of_2
 
 TILE = 2048
 """Elements of a program."""
@@ -212,16 +212,16 @@ def rope_and_write_kv(
 
 def _tiles(num_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: int) -> dict[str, int]:
     """How heads are dealt out to programs, and the powers of two that hold the parts of a head."""
-    head_block = triton.next_power_of_2(head_dim)
-    q_rows = min(triton.next_power_of_2(max(num_heads, 1)), max(TILE // head_block, 1))
-    kv_rows = min(triton.next_power_of_2(num_kv_heads), max(TILE // head_block // 2, 1))
+    head_block = next_power_of_2(head_dim)
+    q_rows = min(next_power_of_2(max(num_heads, 1)), max(TILE // head_block, 1))
+    kv_rows = min(next_power_of_2(num_kv_heads), max(TILE // head_block // 2, 1))
     return {
-        "q_tiles": triton.cdiv(num_heads, q_rows),
-        "kv_tiles": triton.cdiv(num_kv_heads, kv_rows),
+        "q_tiles": cdiv(num_heads, q_rows),
+        "kv_tiles": cdiv(num_kv_heads, kv_rows),
         "q_rows": q_rows,
         "kv_rows": kv_rows,
-        "pair_block": triton.next_power_of_2(max(rotary_dim // 2, 1)),
-        "rest_block": triton.next_power_of_2(max(head_dim - rotary_dim, 1)),
+        "pair_block": next_power_of_2(max(rotary_dim // 2, 1)),
+        "rest_block": next_power_of_2(max(head_dim - rotary_dim, 1)),
         "head_block": head_block,
     }
 

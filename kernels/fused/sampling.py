@@ -34,7 +34,7 @@ from kernels.fused.filters import (
     scale,
     temperature_of,
 )
-from kernels.fused.launch import launch
+from kernels.fused.launch import cdiv, launch, next_power_of_2
 from kernels.fused.logprobs import token_logprobs
 from kernels.fused.noise import bits_of, check_keys, exact_gumbel, gumbel, keys_of, near_gumbel, noise_bits, noise_keys
 
@@ -252,7 +252,7 @@ def penalize(
     factors = {"repetition": repetition, "presence": presence, "frequency": frequency}
     launch(
         _penalize_kernel,
-        (triton.cdiv(len(rows), ENTRIES),),
+        (cdiv(len(rows), ENTRIES),),
         {"logits": logits, "rows": rows, "token_ids": token_ids, "output_counts": output_counts, **factors}
         | {"num_entries": len(rows)},
         {"stride": logits.stride(0), "block": ENTRIES},
@@ -272,7 +272,7 @@ def forbid(logits: Tensor, rows: Tensor, token_ids: Tensor) -> None:
 def _change(logits: Tensor, rows: Tensor, token_ids: Tensor, bias: Tensor | None) -> None:
     launch(
         _change_kernel,
-        (triton.cdiv(len(rows), ENTRIES),),
+        (cdiv(len(rows), ENTRIES),),
         {"logits": logits, "rows": rows, "token_ids": token_ids, "bias": bias, "num_entries": len(rows)},
         {"stride": logits.stride(0), "block": ENTRIES},
     )
@@ -328,7 +328,7 @@ def _choose(
         (len(logits),),
         {"logits": logits, "keys": keys, "temperature": temperature, **found}
         | {"nominees": chunks.nominees, "counts": chunks.counts, "token_ids": token_ids, "values": values},
-        {"stride": layout.stride, "chunks": layout.chunks, "chunks_block": triton.next_power_of_2(layout.chunks)}
+        {"stride": layout.stride, "chunks": layout.chunks, "chunks_block": next_power_of_2(layout.chunks)}
         | {"num_nominees": NOMINEES},
     )
     return token_ids, values

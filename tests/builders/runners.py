@@ -151,7 +151,7 @@ class LateCopies:
     overlaps = True
 
     def fetch(self, tensors):
-        return Arrival([tensor.clone() for tensor in tensors])
+        return Arrival([tensor.clone().cpu() for tensor in tensors])
 
 
 def make_asked(prompt: list[int], max_tokens: int, **fields) -> Asked:

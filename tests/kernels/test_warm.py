@@ -19,8 +19,8 @@ from kernels.fused import activation, declared, launch
 backend, asked = make_backend(GPUTarget("cuda", 90, 32)), []
 form_of = launch._form
 
-def noted(kernel, arguments, constants, num_warps, num_stages):
-    form = form_of(kernel, arguments, constants, num_warps, num_stages)
+def noted(kernel, arguments, constants, *options):
+    form = form_of(kernel, arguments, constants, *options)
     asked.append((form, {**arguments, **constants}))
     return form
 
@@ -32,7 +32,7 @@ with launch.recorded():  # a vector that begins in the middle of a line of 16 by
 keys = set()
 for form, arguments in asked:
     binder = create_function_from_signature(form.kernel.signature, form.kernel.params, backend)
-    options = {"num_warps": form.num_warps, "num_stages": form.num_stages, "enable_fp_fusion": False}
+    options = form.options
     launched = compute_cache_key({}, *binder(**arguments, **options, debug=False)[1:])
     warmed = compute_cache_key({}, *binder(*launch.stand_ins(form), **options, debug=False)[1:])
     assert launched == warmed, (form.name, launched, warmed)

@@ -54,9 +54,9 @@ def soak(runner, rng):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-window"])
-def test_a_soak_of_mixed_steps_asks_for_declared_forms_only(name, tmp_path):
-    decoder = load_decoder(open_checkpoint(make_twin(name, tmp_path)), torch.bfloat16)
-    runner = make_runner(decoder, max_num_seqs=6, copies=LateCopies())
+def test_a_soak_of_mixed_steps_asks_for_declared_forms_only(name, tmp_path, device):
+    decoder = load_decoder(open_checkpoint(make_twin(name, tmp_path)), torch.bfloat16, device)
+    runner = make_runner(decoder, max_num_seqs=6, copies=LateCopies(), device=device)
     layout = layout_of(decoder.spec, decoder.dtype, 8)
     declared = forms.forms(decoder.products(), **shape_of(decoder.spec, layout, 256))
     with observed() as asked:

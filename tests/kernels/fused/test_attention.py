@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels.fused import attention
+from kernels.fused.launch import recorded
 from kernels.reference import attention as spec
 from tests.kernels.closeness import assert_same
 from tests.kernels.pages import Cache, Chunk, Heads, draw
@@ -147,14 +148,15 @@ def test_nothing_to_attend():
 def test_what_does_not_fit_is_refused(change, message):
     heads = Heads()
     cache = Cache(heads, [draw(heads, 4, torch.float32, 0)])
-    plan = attention.plan_attention(
-        cache.pool,
-        [0, 1],
-        [1],
-        torch.zeros(1, 1, dtype=torch.int32),
-        torch.zeros(1, dtype=torch.int64),
-        num_heads=4,
-    )
+    with recorded():  # a GPU could not read these
+        plan = attention.plan_attention(
+            cache.pool,
+            [0, 1],
+            [1],
+            torch.zeros(1, 1, dtype=torch.int32),
+            torch.zeros(1, dtype=torch.int64),
+            num_heads=4,
+        )
     good = {"q": torch.zeros(1, 4, 16), "pool": cache.pool, "layer_id": 0, "plan": plan, "scale": 0.25}
     with pytest.raises(ValueError, match=message):
         attention.paged_attention(**{**good, **change})

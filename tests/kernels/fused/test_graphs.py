@@ -19,6 +19,8 @@ from tests.builders.plans import make_admit, make_plan
 from tests.builders.runners import LateCopies, answer_all, make_asked, make_runner
 from tests.models.twins import make_twin
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 class CalledAgain:
     """Calls what a graph would have recorded. `captured` counts functions, `replayed` calls."""
@@ -44,11 +46,11 @@ def fused(monkeypatch):
 @pytest.fixture(scope="module")
 def decoders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("twins")
-    return lambda name: load_decoder(open_checkpoint(make_twin(name, folder)), torch.bfloat16)
+    return lambda name: load_decoder(open_checkpoint(make_twin(name, folder)), torch.bfloat16, DEVICE)
 
 
 def graphed(decoder, **fields):
-    runner = make_runner(decoder, max_num_seqs=6, copies=LateCopies(), **fields)
+    runner = make_runner(decoder, max_num_seqs=6, copies=LateCopies(), device=DEVICE, **fields)
     capture = CalledAgain()
     runner.capture_graphs(decoder, capture)
     return runner, capture
@@ -90,7 +92,7 @@ def test_logits_of_a_replayed_step_are_those_of_an_eager_one(decoders, name, num
     plans = [prompts, make_plan(2, decodes), make_plan(3, decodes[::-1])]
     runner, capture = graphed(decoder)
     replayed = logits_of(runner, plans)
-    eager = logits_of(make_runner(decoder, max_num_seqs=6, copies=LateCopies()), plans)
+    eager = logits_of(make_runner(decoder, max_num_seqs=6, copies=LateCopies(), device=DEVICE), plans)
     assert capture.replayed == 2
     for mine, theirs in zip(replayed, eager, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2)
@@ -118,7 +120,7 @@ def test_answers_of_a_soak_with_graphs_are_those_without(decoders):
     settings = {"chunk": 20, "preempt": 0.05, "max_num_seqs": 6, "ahead": 1}
     runner, capture = graphed(decoder)
     with_graphs = answer_all(runner, [make_asked(p, 4) for p in asked], random.Random(1), **settings)
-    plain = make_runner(decoder, max_num_seqs=6, copies=LateCopies())
+    plain = make_runner(decoder, max_num_seqs=6, copies=LateCopies(), device=DEVICE)
     without = answer_all(plain, [make_asked(p, 4) for p in asked], random.Random(1), **settings)
     assert capture.replayed >= 3
     same = sum(a.tokens == b.tokens for a, b in zip(with_graphs, without, strict=True))
@@ -169,7 +171,7 @@ def test_the_rehearsal_before_the_pool_is_made_goes_through_the_largest_graph(de
             return 1
 
     config = WorkerConfig(max_num_seqs=3, max_num_batched_tokens=9, block_size=8)
-    runner = make_runner(decoder, num_blocks=1, max_num_seqs=3, max_model_len=16, copies=LateCopies())
+    runner = make_runner(decoder, num_blocks=1, max_num_seqs=3, max_model_len=16, copies=LateCopies(), device=DEVICE)
     steps = measure_steps(config, decoder, runner, Gauge(), max_model_len=16, with_graphs=True)
     assert len(peaks) == 2
     assert steps.graphs > steps.eager == 1
