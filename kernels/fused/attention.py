@@ -4,10 +4,11 @@ A page is `pool[block]`, [layer][K/V][head][slot][dim]. The query heads of one K
 of them per query are folded into the rows of a tile. Scores are kept in base 2; all sums are float32.
 
 Prompt chunks: one program per tile of queries and KV head walks over all it may see. Decode rows: the context is cut at
-multiples of SPLIT positions, whatever the batch; a fixed number of programs takes (row, split, KV head) in turn from a
-list that the device itself counts (`_count_splits_kernel`), so a CUDA graph can hold the launch; `_merge_kernel` adds
-the splits of a row in order. With `exact` decode rows are prompt chunks of one query: one kernel, one shape of tile, K
-and V in tiles at absolute positions; a query's bits then depend on nothing else in the step.
+multiples of SPLIT positions (of twice as many where it is long), whatever the batch; a fixed number of programs takes
+(row, split, KV head) in turn from a list that the device itself counts (`_count_splits_kernel`), so a CUDA graph can
+hold the launch; `_merge_kernel` adds the splits of a row in order. With `exact` decode rows are prompt chunks of one
+query: one kernel, one shape of tile, K and V in tiles at absolute positions; a query's bits then depend on nothing else
+in the step.
 """
 
 import itertools
@@ -22,8 +23,8 @@ from torch import Tensor
 
 from kernels.fused.launch import launch, next_power_of_2
 
-SPLIT = 256
-"""Positions of a context that one program of a decode row reads."""
+SPLIT, LONG_CONTEXT = 512, 16384
+"""Positions of a context that one program of a decode row reads; twice as many where the context is long."""
 
 
 class Tile(NamedTuple):
@@ -35,11 +36,13 @@ class Tile(NamedTuple):
     stages: int
 
 
-PROMPT = Tile(128, 64, 8, 4)
+PROMPT, LARGE_PROMPT = Tile(128, 128, 8, 3), Tile(256, 64, 8, 3)
 EXACT_PROMPT = Tile(64, 64, 4, 4)
 WIDE_PROMPT, WIDE_EXACT_PROMPT = Tile(128, 32, 8, 3), Tile(64, 32, 8, 3)
-"""For heads of more than 128. One stage fetches block ids."""
-DECODE = Tile(16, 64, 4, 5)
+"""For heads of more than 256 bytes. One stage fetches block ids."""
+LARGE_PROMPT_PROGRAMS = 256
+"""Large tiles are faster where there are enough of them: two for each multiprocessor of an H100."""
+DECODE = Tile(16, 64, 4, 4)
 """At least so many rows: the fewest that a tensor core multiplies."""
 MAX_DECODE_ROWS = 1024
 PROGRAMS = 1024
@@ -71,7 +74,10 @@ class AttentionPlan:
     partials: Tensor
     peaks: Tensor
     window: int | None
-    exact: bool
+    tile: Tile
+    """Of prompt chunks."""
+    padded: bool = False
+    """Some tokens belong to no row: their results are zeros."""
 
 
 def plan_attention(
@@ -91,10 +97,9 @@ def plan_attention(
     decodes = [] if exact else [row for row, count in enumerate(counts) if count == 1]
     if len(decodes) > MAX_DECODE_ROWS:
         raise ValueError(f"{len(decodes)} decode rows in one step, at most {MAX_DECODE_ROWS}")
-    group, rows = num_heads // pool.shape[3], _prompt_tile(head_dim, exact).rows
-    if group > rows:
-        raise ValueError(f"{group} query heads per KV head, at most {rows}")
-    tiles = _tiles(counts, context_lens, rows // group, () if exact else (1,))
+    skipped = () if exact else (1,)
+    tile = _prompt_tile(counts, skipped, pool, num_heads, exact)
+    tiles = _tiles(counts, context_lens, tile.rows // (num_heads // pool.shape[3]), skipped)
     num_splits = decode_splits((context_lens[row] for row in decodes), window)
 
     def put(values: list[Any], *shape: int) -> Tensor:
@@ -115,7 +120,7 @@ def plan_attention(
         partials=torch.empty(num_splits, num_heads, head_dim, dtype=torch.float32, device=device),
         peaks=torch.empty(num_splits, num_heads, 2, dtype=torch.float32, device=device),
         window=window,
-        exact=exact,
+        tile=tile,
     )
     if decodes:
         count_splits(plan)
@@ -133,36 +138,75 @@ def plan_decode(
     window: int | None = None,
 ) -> AttentionPlan:
     """See kernels.ops.attention. Every shape follows from the arguments' shapes, so a CUDA graph can hold it all."""
-    device, rows = pool.device, len(context_lens)
-    if rows > MAX_DECODE_ROWS:
-        raise ValueError(f"{rows} decode rows in one step, at most {MAX_DECODE_ROWS}")
-    if block_tables.shape[0] != rows or slots.shape != (rows,) or block_tables.stride(1) != 1:
-        raise ValueError(f"{rows} contexts, tables {list(block_tables.shape)}, slots {list(slots.shape)}")
-    if context_lens.dtype != torch.int32 or block_tables.dtype != torch.int32 or slots.dtype != torch.int64:
-        raise ValueError("contexts and tables must be int32, slots int64")
-    numbers = torch.arange(rows + 1, dtype=torch.int32, device=device)
+    rows = context_lens.shape[0]
+    if slots.shape != (rows,):
+        raise ValueError(f"{rows} contexts, slots {list(slots.shape)}")
+    numbers = torch.arange(rows + 1, dtype=torch.int32, device=pool.device)
+    tiles = torch.empty(0, 2, dtype=torch.int32, device=pool.device)
+    return plan_mixed(
+        pool, numbers, context_lens, block_tables, slots, tiles, numbers[:-1],
+        num_heads=num_heads, max_splits=max_splits, window=window,
+    )  # fmt: skip
+
+
+def plan_mixed(
+    pool: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    slots: Tensor,
+    tiles: Tensor,
+    decode_rows: Tensor,
+    *,
+    num_heads: int,
+    max_splits: int,
+    window: int | None = None,
+) -> AttentionPlan:
+    """See kernels.ops.attention. Every shape follows from the arguments' shapes, so a CUDA graph can hold it all."""
+    device, rows, num_decodes = pool.device, context_lens.shape[0], decode_rows.shape[0]
+    if num_decodes > MAX_DECODE_ROWS:
+        raise ValueError(f"{num_decodes} decode rows in one step, at most {MAX_DECODE_ROWS}")
+    if block_tables.shape[0] != rows or query_starts.shape != (rows + 1,) or block_tables.stride(1) != 1:
+        raise ValueError(f"{rows} contexts, tables {list(block_tables.shape)}, starts {list(query_starts.shape)}")
+    numbers = (query_starts, context_lens, block_tables, tiles, decode_rows)
+    if slots.dtype != torch.int64 or any(each.dtype != torch.int32 for each in numbers):
+        raise ValueError("contexts, tables and all numbers of rows must be int32, slots int64")
     plan = AttentionPlan(
-        query_starts=numbers,
+        query_starts=query_starts,
         context_lens=context_lens,
         block_tables=block_tables,
         slots=slots,
-        token_rows=numbers[:-1],
-        tiles=torch.empty(0, 2, dtype=torch.int32, device=device),
-        decode_rows=numbers[:-1],
-        split_starts=torch.empty(rows + 1, dtype=torch.int32, device=device),
+        token_rows=torch.arange(slots.shape[0], dtype=torch.int32, device=device),
+        tiles=tiles,
+        decode_rows=decode_rows,
+        split_starts=torch.empty(num_decodes + 1, dtype=torch.int32, device=device),
         split_owners=torch.empty(max_splits, dtype=torch.int32, device=device),
         partials=torch.empty(max_splits, num_heads, pool.shape[5], dtype=torch.float32, device=device),
         peaks=torch.empty(max_splits, num_heads, 2, dtype=torch.float32, device=device),
         window=window,
-        exact=False,
+        tile=_small_tile(pool),
+        padded=tiles.shape[0] > 0,
     )
     count_splits(plan)
     return plan
 
 
+def mixed_tiles(pool: Tensor, counts: list[int], context_lens: list[int], num_heads: int) -> list[tuple[int, int]]:
+    """See kernels.ops.attention."""
+    return _tiles(counts, context_lens, _small_tile(pool).rows // (num_heads // pool.shape[3]), (1,))
+
+
 def decode_splits(context_lens: Iterable[int], window: int | None) -> int:
     """See kernels.ops.attention."""
     return sum(_num_splits(context_len, window) for context_len in context_lens)
+
+
+def most_decode_splits(max_context: int, window: int | None) -> int:
+    """See kernels.ops.attention. A context that is just not long is cut finer than a longer one, and a window may begin
+    and end within a split."""
+    lengths = {min(length, max_context if window is None else window) for length in (max_context, LONG_CONTEXT)}
+    within = max(_num_splits(min(length, max_context), None) for length in lengths)
+    return within + (0 if window is None else 1)
 
 
 def count_splits(plan: AttentionPlan) -> None:
@@ -175,9 +219,9 @@ def count_splits(plan: AttentionPlan) -> None:
             "decode_rows": plan.decode_rows,
             "split_starts": plan.split_starts,
             "split_owners": plan.split_owners,
-            "num_rows": len(plan.decode_rows),
+            "num_rows": plan.decode_rows.shape[0],
         },
-        {"window": plan.window or 0, "split": SPLIT, "block": MAX_DECODE_ROWS},
+        {"window": plan.window or 0, "split": SPLIT, "long_context": LONG_CONTEXT, "block": MAX_DECODE_ROWS},
     )
 
 
@@ -194,7 +238,8 @@ def paged_attention(
 ) -> Tensor:
     """See kernels.ops.attention. `q` [tokens, num_heads, head_dim] may be a view into a merged projection."""
     _check(q, pool, layer_id, alibi_slopes, sinks)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    make = torch.zeros if plan.padded else torch.empty
+    out = make(q.shape, dtype=q.dtype, device=q.device)
     arguments = {
         "q": q,
         "pages": pool[:, layer_id],
@@ -209,18 +254,18 @@ def paged_attention(
         "soft_cap": soft_cap,
     }
     constants = _constants(q, pool, plan, soft_cap)
-    if len(plan.tiles):
+    if plan.tiles.shape[0]:
         _prefill(arguments, constants, plan)
-    if len(plan.decode_rows):
+    if plan.decode_rows.shape[0]:
         _decode(arguments, constants, plan)
     return out
 
 
 def _prefill(arguments: dict[str, Any], constants: dict[str, Any], plan: AttentionPlan) -> None:
-    tile = _prompt_tile(constants["head_dim"], plan.exact)
+    tile = plan.tile
     launch(
         _prefill_kernel,
-        (len(plan.tiles), constants["kv_heads"]),
+        (constants["kv_heads"], plan.tiles.shape[0]),  # those with most to read begin first, of all heads
         {**arguments, "tiles": plan.tiles},
         {
             **constants,
@@ -242,21 +287,21 @@ def _decode(arguments: dict[str, Any], constants: dict[str, Any], plan: Attentio
         **partial,
         "split_owners": plan.split_owners,
         "decode_rows": plan.decode_rows,
-        "num_rows": len(plan.decode_rows),
+        "num_rows": plan.decode_rows.shape[0],
     }
-    work = len(plan.partials) * constants["kv_heads"]
+    work = plan.partials.shape[0] * constants["kv_heads"]
     launch(
         _decode_kernel,
         (min(work, PROGRAMS),),
         decoded,
-        {**constants, "rows": rows, "columns": DECODE.columns, "split": SPLIT},
+        {**constants, "rows": rows, "columns": DECODE.columns, "split": SPLIT, "long_context": LONG_CONTEXT},
         num_warps=DECODE.warps,
         num_stages=DECODE.stages,
         fp_fusion=True,
     )
     launch(
         _merge_kernel,
-        (len(plan.decode_rows), arguments["q"].shape[1]),
+        (plan.decode_rows.shape[0], arguments["q"].shape[1]),
         {
             **partial,
             "out": arguments["out"],
@@ -304,10 +349,24 @@ def _check(q: Tensor, pool: Tensor, layer_id: int, alibi_slopes: Tensor | None, 
             raise ValueError(f"{name} must be float32 [{q.shape[1]}], not {per_head.dtype} {list(per_head.shape)}")
 
 
-def _prompt_tile(head_dim: int, exact: bool) -> Tile:
-    if head_dim > 128:
-        return WIDE_EXACT_PROMPT if exact else WIDE_PROMPT
-    return EXACT_PROMPT if exact else PROMPT
+def _prompt_tile(counts: list[int], skipped: tuple[int, ...], pool: Tensor, num_heads: int, exact: bool) -> Tile:
+    """The tile of a step's prompt chunks of `counts` tokens; of an exact step always the same. Raises ValueError."""
+    num_kv_heads = pool.shape[3]
+    group, tile = num_heads // num_kv_heads, _small_tile(pool)
+    if exact:
+        tile = EXACT_PROMPT if tile is PROMPT else WIDE_EXACT_PROMPT
+    elif tile is PROMPT and group <= LARGE_PROMPT.rows:
+        queries = LARGE_PROMPT.rows // group
+        num_large = sum(-(-count // queries) for count in counts if count not in skipped)
+        if num_large * num_kv_heads >= LARGE_PROMPT_PROGRAMS:
+            tile = LARGE_PROMPT
+    if group > tile.rows:
+        raise ValueError(f"{group} query heads per KV head, at most {tile.rows}")
+    return tile
+
+
+def _small_tile(pool: Tensor) -> Tile:
+    return PROMPT if pool.shape[5] * pool.element_size() <= 256 else WIDE_PROMPT
 
 
 def _tiles(counts: list[int], context_lens: list[int], queries: int, skipped: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -320,21 +379,23 @@ def _tiles(counts: list[int], context_lens: list[int], queries: int, skipped: tu
 
 def _num_splits(context_len: int, window: int | None) -> int:
     first = 0 if window is None else max(0, context_len - window)
-    return -(-context_len // SPLIT) - first // SPLIT
+    split = SPLIT if context_len <= LONG_CONTEXT else 2 * SPLIT
+    return -(-context_len // split) - first // split
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _count_splits_kernel(
     context_lens, decode_rows, split_starts, split_owners, num_rows,
-    window: tl.constexpr, split: tl.constexpr, block: tl.constexpr,
+    window: tl.constexpr, split: tl.constexpr, long_context: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     index = tl.arange(0, block)
     inside = index < num_rows
     rows = tl.load(decode_rows + index, mask=inside, other=0)
     context = tl.load(context_lens + rows, mask=inside, other=0)
-    splits = (context + split - 1) // split
+    size = tl.where(context <= long_context, split, 2 * split)
+    splits = (context + size - 1) // size
     if window > 0:
-        splits -= tl.maximum(context - window, 0) // split
+        splits -= tl.maximum(context - window, 0) // size
     tl.store(split_starts, 0)
     ends = tl.cumsum(splits, axis=0)
     tl.store(split_starts + 1 + index, ends, mask=inside)
@@ -417,9 +478,9 @@ def _prefill_kernel(
     block_size: tl.constexpr, page_stride: tl.constexpr, kv_stride: tl.constexpr, q_stride: tl.constexpr,
     window: tl.constexpr, capped: tl.constexpr, tile_queries: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
-    kv_head = tl.program_id(1)
-    row = tl.load(tiles + 2 * tl.program_id(0))
-    first_query = tl.load(tiles + 2 * tl.program_id(0) + 1)
+    kv_head = tl.program_id(0)
+    row = tl.load(tiles + 2 * tl.program_id(1))
+    first_query = tl.load(tiles + 2 * tl.program_id(1) + 1)
     start = tl.load(query_starts + row)
     num_queries = tl.load(query_starts + row + 1) - start
     context = tl.load(context_lens + row)
@@ -473,6 +534,7 @@ def _decode_kernel(
     kv_heads: tl.constexpr, group: tl.constexpr, head_dim: tl.constexpr, dim_block: tl.constexpr,
     block_size: tl.constexpr, page_stride: tl.constexpr, kv_stride: tl.constexpr, q_stride: tl.constexpr,
     window: tl.constexpr, capped: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, split: tl.constexpr,
+    long_context: tl.constexpr,
 ):  # fmt: skip
     folded = tl.arange(0, rows)
     dims = tl.arange(0, dim_block)
@@ -491,12 +553,13 @@ def _decode_kernel(
             slopes = tl.load(alibi_slopes + head, mask=valid, other=0.0)
         position = context - 1 + tl.zeros([rows], tl.int32)
         table = block_tables + row.to(tl.int64) * table_stride
-        begin = (split_id - tl.load(split_starts + index)) * split
+        size = tl.where(context <= long_context, split, 2 * split)
+        begin = (split_id - tl.load(split_starts + index)) * size
         floor = 0
         if window > 0:
             floor = tl.maximum(context - window, 0)
-            begin += floor // split * split
-        limit = tl.minimum(begin + split, context)
+            begin += floor // size * size
+        limit = tl.minimum(begin + size, context)
         total = tl.zeros([rows, dim_block], tl.float32)
         peak = tl.full([rows], float("-inf"), tl.float32)
         weight = tl.zeros([rows], tl.float32)

@@ -208,16 +208,18 @@ def _attentions(shape: ModelShape) -> None:
             plan = attention.plan_attention(
                 pool, [0, 3, 4], [3, 9], tables, slots, num_heads=shape.num_heads, window=window, exact=exact
             )
-            attention.paged_attention(
-                heads[:, : shape.num_heads],
-                pool,
-                1,
-                plan,
-                shape.head_dim**-0.5,
-                soft_cap=shape.soft_cap,
-                alibi_slopes=per_head if shape.alibi else None,
-                sinks=per_head if shape.sinks else None,
-            )
+            tiles = (plan.tile, attention.LARGE_PROMPT) if plan.tile == attention.PROMPT else (plan.tile,)
+            for tile in tiles:
+                attention.paged_attention(
+                    heads[:, : shape.num_heads],
+                    pool,
+                    1,
+                    replace(plan, tile=tile),
+                    shape.head_dim**-0.5,
+                    soft_cap=shape.soft_cap,
+                    alibi_slopes=per_head if shape.alibi else None,
+                    sinks=per_head if shape.sinks else None,
+                )
 
 
 def _sampling(shape: ModelShape) -> None:

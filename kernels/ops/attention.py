@@ -80,11 +80,52 @@ def plan_decode(
     )
 
 
+def plan_mixed(
+    pool: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    slots: Tensor,
+    tiles: Tensor,
+    decode_rows: Tensor,
+    *,
+    num_heads: int,
+    max_splits: int,
+    window: int | None = None,
+) -> AttentionPlan:
+    """The same for a step of prompt chunks and decode rows. Kernels of a GPU only.
+
+    `query_starts` int32 [rows + 1] and `context_lens` int32 [rows] as in `plan_attention`; `tiles` int32 [n, 2] are the
+    `mixed_tiles` of its rows of several tokens, `decode_rows` int32 [m] its rows of one. The last row is padding, which
+    begins at a token that nobody reads and has context 0: tiles and decode rows beyond the step's own name it.
+    """
+    from kernels.fused import attention as fused
+
+    return fused.plan_mixed(
+        pool, query_starts, context_lens, block_tables, slots, tiles, decode_rows,
+        num_heads=num_heads, max_splits=max_splits, window=window,
+    )  # fmt: skip
+
+
+def mixed_tiles(pool: Tensor, counts: list[int], context_lens: list[int], num_heads: int) -> list[tuple[int, int]]:
+    """(row, first query) of each piece of work that the rows of several tokens are cut into."""
+    from kernels.fused import attention as fused
+
+    return fused.mixed_tiles(pool, counts, context_lens, num_heads)
+
+
 def decode_splits(context_lens: Iterable[int], window: int | None) -> int:
     """Into how many pieces of work the decode rows of such contexts are cut."""
     from kernels.fused import attention as fused
 
     return fused.decode_splits(context_lens, window)
+
+
+def most_decode_splits(max_context: int, window: int | None) -> int:
+    """The most that one row of up to `max_context` tokens is cut into."""
+    from kernels.fused import attention as fused
+
+    return fused.most_decode_splits(max_context, window)
 
 
 def rotate_and_write(

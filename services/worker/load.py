@@ -101,7 +101,7 @@ def _prepare_on_gpu(config: WorkerConfig, decoder: Decoder, layout: BlockLayout)
     size = size_pool(config, layout, spec.max_positions, gauge.memory().free, room=room)
     runner = build_runner(config, decoder, layout, size, "cuda")
     if uses_graphs(config, decoder.dtype, "cuda"):
-        capture_graphs(runner, decoder)
+        capture_graphs(runner, decoder, config.max_num_batched_tokens)
     _warm_up(runner, layout, size)
     forms.seal()
     return runner, size

@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 
 from services.worker.execute.graphs import Replay, buckets_upto
+from services.worker.execute.mixed_graphs import mixed_buckets
 from services.worker.execute.runner import Runner
 from services.worker.memory.budget import GRAPH_BYTES, Gauge
 from services.worker.models.decoder import Decoder
@@ -54,10 +55,11 @@ def measure_steps(
     decode = _decode(lengths, block_size)
 
     def replay() -> None:
-        runner.capture_graphs(decoder, Called())
+        runner.capture_graphs(decoder, Called(), max_num_tokens=config.max_num_batched_tokens)
         runner.run(decode)
 
-    return StepMemory(eager=eager, graphs=gauge.peak_of(replay) + GRAPH_BYTES * len(buckets_upto(config.max_num_seqs)))
+    num_graphs = len(buckets_upto(config.max_num_seqs)) + len(mixed_buckets(config.max_num_batched_tokens))
+    return StepMemory(eager=eager, graphs=gauge.peak_of(replay) + GRAPH_BYTES * num_graphs)
 
 
 def _run(runner: Runner, plan: StepPlan) -> None:

@@ -52,7 +52,7 @@ def uses_graphs(config: WorkerConfig, dtype: torch.dtype, device: str) -> bool:
     return device == "cuda" and not (config.enforce_eager or config.deterministic or dtype == torch.float32)
 
 
-def capture_graphs(runner: Runner, decoder: Decoder) -> None:
+def capture_graphs(runner: Runner, decoder: Decoder, max_num_tokens: int) -> None:
     began = time.monotonic()
-    runner.capture_graphs(decoder, CudaCapture(decoder.device))
+    runner.capture_graphs(decoder, CudaCapture(decoder.device), max_num_tokens=max_num_tokens)
     log.info("graphs_ready", seconds=round(time.monotonic() - began, 1))

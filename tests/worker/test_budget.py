@@ -88,11 +88,11 @@ def test_graphs_are_counted_beside_the_steps_that_no_graph_holds(decoder, monkey
     captured = []
     config = WorkerConfig(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=64)
     runner = build_runner(config, decoder, layout_of(decoder.spec, decoder.dtype, 16), Size(1, 64))
-    monkeypatch.setattr(runner, "capture_graphs", lambda *arguments: captured.append(arguments))
+    monkeypatch.setattr(runner, "capture_graphs", lambda *arguments, **sizes: captured.append((*arguments, sizes)))
     steps = measure_steps(config, decoder, runner, FakeGauge(), max_model_len=64, with_graphs=True)
     assert len(captured) == 1
-    assert steps.graphs == 2 * GIB + 3 * GRAPH_BYTES
-    assert steps.total == 4 * GIB + 3 * GRAPH_BYTES
+    assert steps.graphs == 2 * GIB + 5 * GRAPH_BYTES
+    assert steps.total == 4 * GIB + 5 * GRAPH_BYTES
 
 
 def test_a_gpus_pool_takes_all_the_room_that_was_measured(decoder):

@@ -2,8 +2,8 @@
 
 A graph is a fixed list of launches on fixed addresses. So there is one for each number of rows in `buckets_upto`, all
 on the same buffers, captured before the worker takes plans; a step fills the buffers, pads its rows to the next bucket
-and replays. What a graph cannot hold (prompts, exact steps, contexts that need more room for attention's work than the
-buffers have) runs eagerly: `take` says no.
+and replays. What a graph cannot hold (exact steps, contexts that need more room for attention's work than the buffers
+have) runs eagerly: `take` says no. Steps with prompt tokens are the business of mixed_graphs.py.
 """
 
 from collections.abc import Callable
@@ -14,10 +14,10 @@ import structlog
 import torch
 from torch import Tensor
 
-from kernels.ops.attention import decode_splits
+from kernels.ops.attention import decode_splits, most_decode_splits
 from services.worker.execute.inputs import DecodeInputs
 from services.worker.memory.copies import fill_from, to_device
-from services.worker.models.decoder import DecodeRows
+from services.worker.models.decoder import DecodeRows, MixedRows
 from services.worker.models.spec import ModelSpec
 
 log = structlog.get_logger("graphs")
@@ -66,6 +66,36 @@ class DecodeForward(Protocol):
 
     def decode(self, rows: DecodeRows, pool: Tensor, out: Tensor) -> None: ...
 
+    def compute_mixed(self, rows: MixedRows, pool: Tensor, out: Tensor) -> None: ...
+
+
+class SplitRoom:
+    """How many splits of contexts a graph sets memory aside for."""
+
+    def __init__(self, spec: ModelSpec, max_model_len: int) -> None:
+        self._max_model_len = max_model_len
+        self._affordable = MAX_PARTIAL_BYTES // (4 * spec.num_heads * (spec.head_dim + 2))
+        self._windows = tuple(dict.fromkeys(spec.windows))
+
+    def splits(self, rows: int) -> dict[int | None, int]:
+        """By window: for the longest contexts in all rows, or as many as is affordable; at least one row's."""
+        return {window: self._splits(rows, window) for window in self._windows}
+
+    def _splits(self, rows: int, window: int | None) -> int:
+        longest = self._longest(window)
+        return max(longest, min(rows * longest, self._affordable))
+
+    def _longest(self, window: int | None) -> int:
+        return most_decode_splits(self._max_model_len, window)
+
+    def has_room(self, rows: int, contexts: np.ndarray) -> bool:
+        """Whether decode rows of such contexts fit into a graph of `rows`."""
+        for window in self._windows:
+            room = self._splits(rows, window)
+            if room < rows * self._longest(window) and decode_splits(contexts.tolist(), window) > room:
+                return False
+        return True
+
 
 def buckets_upto(max_num_seqs: int) -> list[int]:
     """1, 2, 4, 8, 16, 24, 32, …, and `max_num_seqs` itself; wider apart beyond 256 rows."""
@@ -97,8 +127,13 @@ class Graphs:
         self._numbers = torch.zeros(4, room, dtype=torch.int64, device=device)
         self._tables = torch.zeros(max_num_seqs, -(-columns // 4) * 4, dtype=torch.int32, device=device)
         self._logits = torch.zeros(max_num_seqs, decoder.spec.vocab_size, dtype=torch.float32, device=device)
-        self._windows = tuple(dict.fromkeys(decoder.spec.windows))
+        self._room = SplitRoom(decoder.spec, max_model_len)
         self._replays: dict[int, Replay] = {}
+
+    @property
+    def logits(self) -> Tensor:
+        """Where they go, float32 [max_num_seqs, vocab_size]: good for whatever does not run at the same time."""
+        return self._logits
 
     @torch.inference_mode()
     def capture_all(self) -> None:
@@ -120,44 +155,23 @@ class Graphs:
                 slots=slots,
                 context_lens=contexts.to(torch.int32),
                 block_tables=self._tables[:rows],
-                max_splits={window: self._max_splits(rows, window) for window in self._windows},
+                max_splits=self._room.splits(rows),
             ),
             self._pages,
             self._logits[:rows],
         )
 
-    def _max_splits(self, rows: int, window: int | None) -> int:
-        """For the longest contexts in all rows, or as many as memory is set aside for; at least one row's."""
-        spec = self._decoder.spec
-        affordable = MAX_PARTIAL_BYTES // (4 * spec.num_heads * (spec.head_dim + 2))
-        longest = self._longest(window)
-        return max(longest, min(rows * longest, affordable))
-
-    def _longest(self, window: int | None) -> int:
-        """The most splits of one row; a window may begin and end within one."""
-        return decode_splits((self._max_model_len,), window) + (0 if window is None else 1)
-
     def take(self, inputs: DecodeInputs) -> Tensor | None:
         """float32 logits [n, vocab] of the step, good until the next one; None for a step that no graph can hold."""
         num_rows = inputs.numbers.shape[1]
         rows = next((bucket for bucket in self._buckets if bucket >= num_rows), None)
-        if rows is None or rows not in self._replays or not self._has_room(rows, inputs):
+        if rows is None or rows not in self._replays or not self._room.has_room(rows, inputs.numbers[3]):
             return None
         fill_from(self._numbers, self._padded(inputs.numbers))
         tables = to_device(inputs.block_tables, self._pages.device)
         self._tables[:num_rows, : tables.shape[1]].copy_(tables)
         self._replays[rows]()
         return self._logits[:num_rows]
-
-    def _has_room(self, rows: int, inputs: DecodeInputs) -> bool:
-        contexts: list[int] | None = None
-        for window in self._windows:
-            room = self._max_splits(rows, window)
-            if room < rows * self._longest(window):
-                contexts = contexts or inputs.numbers[3].tolist()
-                if decode_splits(contexts, window) > room:
-                    return False
-        return True
 
     def _padded(self, numbers: np.ndarray) -> np.ndarray:
         """Whole buffers' worth: behind the rows token and position 0, a slot below 0 and a context of 0."""

@@ -28,8 +28,23 @@ class Inputs:
     feeds: bool = False
 
 
-def gather(slots: Slots, plan: StepPlan, describes_prompt: Array, *, exact: bool, device: torch.device) -> Inputs:
-    """Reads the rows of `plan`, which has at least one; the batch lies on `device`. `describes_prompt` bool [rows]."""
+@dataclass(slots=True, frozen=True)
+class Gathered:
+    """The same as arrays: `numbers` int64 [3, tokens], token ids, positions and slots of K and V; `starts` int64
+    [rows + 1], `contexts` int64 [rows]; `block_tables` int32 [rows, columns in use]; `logit_rows` int64."""
+
+    numbers: Array
+    starts: Array
+    contexts: Array
+    block_tables: Array
+    logit_rows: Array
+    sampled_at: Array
+    prompt_rows: tuple[tuple[int, int, int], ...]
+    feeds: bool
+
+
+def gather_arrays(slots: Slots, plan: StepPlan, describes_prompt: Array) -> Gathered:
+    """Reads the rows of `plan`, which has at least one. `describes_prompt` bool [rows]."""
     counts, computed = plan.counts, slots.computed[plan.slots]
     starts = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=starts[1:])
@@ -44,17 +59,32 @@ def gather(slots: Slots, plan: StepPlan, describes_prompt: Array, *, exact: bool
     feeds = bool(unread.any())
     if feeds:
         token_ids[starts[:-1][unread]] = -1 - plan.slots[unread]
+    return Gathered(
+        np.stack((token_ids, positions, blocks * slots.block_size + positions % slots.block_size)),
+        starts,
+        contexts,
+        slots.block_table[plan.slots, :num_columns],
+        logit_rows,
+        sampled_at,
+        prompt_rows,
+        feeds,
+    )
+
+
+def inputs_of(gathered: Gathered, *, exact: bool, device: torch.device) -> Inputs:
+    """The batch lies on `device`."""
+    token_ids, positions, slots = gathered.numbers
     batch = StepBatch(
         token_ids=to_device(token_ids, device),
         positions=to_device(positions, device),
-        slots=to_device(blocks * slots.block_size + positions % slots.block_size, device),
-        query_starts=starts.tolist(),
-        context_lens=contexts.tolist(),
-        block_tables=to_device(slots.block_table[plan.slots, :num_columns], device),
-        logit_rows=to_device(logit_rows, device),
+        slots=to_device(slots, device),
+        query_starts=gathered.starts.tolist(),
+        context_lens=gathered.contexts.tolist(),
+        block_tables=to_device(gathered.block_tables, device),
+        logit_rows=to_device(gathered.logit_rows, device),
         exact=exact,
     )
-    return Inputs(batch, sampled_at, prompt_rows, feeds)
+    return Inputs(batch, gathered.sampled_at, gathered.prompt_rows, gathered.feeds)
 
 
 def is_decode(plan: StepPlan) -> bool:

@@ -15,7 +15,8 @@ from torch import Tensor
 from kernels.ops.forms import num_late_compilations
 from services.worker.execute.failures import explain
 from services.worker.execute.graphs import Capture, DecodeForward, Graphs
-from services.worker.execute.inputs import Inputs, gather, gather_decode, is_decode
+from services.worker.execute.inputs import Gathered, Inputs, gather_arrays, gather_decode, inputs_of, is_decode
+from services.worker.execute.mixed_graphs import MixedGraphs
 from services.worker.execute.slots import Placed, Slots
 from services.worker.memory.copies import Arrival, Copies, HostCopies, to_device
 from services.worker.models.decoder import StepBatch
@@ -76,6 +77,7 @@ class Runner:
         self._last_tokens = torch.zeros(slots.max_num_seqs, dtype=torch.int64, device=pages.device)
         self._begun: deque[BegunStep] = deque()
         self._graphs: Graphs | None = None
+        self._mixed_graphs: MixedGraphs | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -135,19 +137,33 @@ class Runner:
         assert pending.output is not None
         return pending.output
 
-    def capture_graphs(self, decoder: DecodeForward, capture: Capture) -> None:
-        """From here on pure decode steps that are not exact are replayed from graphs. `decoder` is the runner's own."""
+    def capture_graphs(self, decoder: DecodeForward, capture: Capture, *, max_num_tokens: int = 0) -> None:
+        """From here on pure decode steps that are not exact are replayed from graphs, and small ones with prompt tokens
+        where steps may have up to `max_num_tokens`. `decoder` is the runner's own."""
+        slots = self._slots
         graphs = Graphs(
             decoder,
             self._pages,
             self._last_tokens,
             capture,
-            max_num_seqs=self._slots.max_num_seqs,
-            max_model_len=self._slots.max_model_len,
-            block_size=self._slots.block_size,
+            max_num_seqs=slots.max_num_seqs,
+            max_model_len=slots.max_model_len,
+            block_size=slots.block_size,
         )
         graphs.capture_all()
-        self._graphs = graphs
+        mixed = MixedGraphs(
+            decoder,
+            self._pages,
+            self._last_tokens,
+            graphs.logits,
+            capture,
+            max_num_seqs=slots.max_num_seqs,
+            max_num_tokens=max_num_tokens,
+            max_model_len=slots.max_model_len,
+            block_size=slots.block_size,
+        )
+        mixed.capture_all()
+        self._graphs, self._mixed_graphs = graphs, mixed
 
     def _launch(self, plan: StepPlan) -> BegunStep:
         exact = plan.exact or self._deterministic
@@ -169,8 +185,17 @@ class Runner:
 
     def _forward(self, plan: StepPlan, exact: bool) -> tuple[Tensor, tuple[DescribedPrompt, ...]]:
         """The logits of the sampling rows, and what describes prompts."""
-        describes_prompt = self._sampler.wants_prompt_logprobs(plan.slots)
-        inputs = gather(self._slots, plan, describes_prompt, exact=exact, device=self._pages.device)
+        gathered = gather_arrays(self._slots, plan, self._sampler.wants_prompt_logprobs(plan.slots))
+        logits = None if exact or self._mixed_graphs is None else self._mixed_graphs.take(gathered)
+        if logits is not None:
+            return logits, ()
+        return self._launch_forward(plan, gathered, exact)
+
+    def _launch_forward(
+        self, plan: StepPlan, gathered: Gathered, exact: bool
+    ) -> tuple[Tensor, tuple[DescribedPrompt, ...]]:
+        """The same, kernel by kernel."""
+        inputs = inputs_of(gathered, exact=exact, device=self._pages.device)
         batch = self._feed(inputs.batch) if inputs.feeds else inputs.batch
         logits = self._decoder.forward(batch, self._pages)
         described = self._describe_prompts(plan, inputs, logits)

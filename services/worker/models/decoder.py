@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import choice
-from kernels.ops.attention import plan_attention, plan_decode
+from kernels.ops.attention import plan_attention, plan_decode, plan_mixed
 from kernels.ops.forms import Products
 from services.worker.layers.attention import Attention, AttentionStep
 from services.worker.layers.linear import GatedLinear, Linear
@@ -64,6 +64,30 @@ class DecodeRows:
     slots: Tensor
     context_lens: Tensor
     block_tables: Tensor
+    max_splits: dict[int | None, int]
+
+
+@dataclass(frozen=True, slots=True)
+class MixedRows:
+    """The same of a step of T tokens in R rows, some of them chunks of prompts.
+
+    token_ids, positions, slots   [T] int64 as in DecodeRows
+    query_starts                  [R + 1] int32; context_lens [R] int32; block_tables [R, max_blocks] int32
+    tiles, decode_rows            int32 [n, 2] and [m], see kernels.ops.attention.plan_mixed
+    logit_rows                    [S] int64: which tokens want logits
+
+    The last row is padding, and the last token belongs to no row.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    query_starts: Tensor
+    context_lens: Tensor
+    block_tables: Tensor
+    tiles: Tensor
+    decode_rows: Tensor
+    logit_rows: Tensor
     max_splits: dict[int | None, int]
 
 
@@ -189,6 +213,28 @@ class Decoder:
         }
         step = AttentionStep(pool, plans, cos, sin, exact=False)
         out.copy_(self._logits(PreparedStep(step, rows.token_ids, None)))
+
+    @torch.inference_mode()
+    def compute_mixed(self, rows: MixedRows, pool: Tensor, out: Tensor) -> None:
+        """The same of a step with prompt tokens: the logits of `logit_rows` to `out` [S, vocab_size]."""
+        cos, sin = self._rope.gather(rows.positions, 0)
+        plans = {
+            window: plan_mixed(
+                pool,
+                rows.query_starts,
+                rows.context_lens,
+                rows.block_tables,
+                rows.slots,
+                rows.tiles,
+                rows.decode_rows,
+                num_heads=self.spec.num_heads,
+                max_splits=rows.max_splits[window],
+                window=window,
+            )
+            for window in dict.fromkeys(self.spec.windows)
+        }
+        step = AttentionStep(pool, plans, cos, sin, exact=False)
+        out.copy_(self._logits(PreparedStep(step, rows.token_ids, rows.logit_rows)))
 
     def _plan(self, batch: StepBatch, pool: Tensor, exact: bool) -> AttentionStep:
         starts, contexts = list(batch.query_starts), list(batch.context_lens)

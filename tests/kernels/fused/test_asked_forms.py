@@ -60,7 +60,7 @@ def test_a_soak_of_mixed_steps_asks_for_declared_forms_only(name, tmp_path, devi
     layout = layout_of(decoder.spec, decoder.dtype, 8)
     declared = forms.forms(decoder.products(), **shape_of(decoder.spec, layout, 256))
     with observed() as asked:
-        runner.capture_graphs(decoder, CalledAgain())
+        runner.capture_graphs(decoder, CalledAgain(), max_num_tokens=16)
         soak(runner, random.Random(0))
     strangers = set(asked) - set(declared)
     assert not strangers, [(form.name, nearest(form, declared)) for form in strangers]

@@ -102,6 +102,23 @@ def test_each_way_of_scoring_alone(scoring, device):
     compare(Heads(), torch.float32, device, **scoring)
 
 
+@pytest.mark.parametrize("window", [None, 90])
+def test_long_contexts_are_cut_into_longer_parts(window, device, monkeypatch):
+    monkeypatch.setattr(attention, "SPLIT", 64)
+    monkeypatch.setattr(attention, "LONG_CONTEXT", 200)
+    assert [attention.decode_splits([context], window) for context in (200, 530)] == (
+        [4, 5] if window is None else [3, 2]
+    )
+    compare(Heads(), torch.float32, device, window=window)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_tiles_where_a_step_has_enough_of_them(dtype, device, monkeypatch):
+    monkeypatch.setattr(attention, "LARGE_PROMPT_PROGRAMS", 1)
+    compare(Heads(), dtype, device)
+    compare(Heads(), dtype, device, window=21)
+
+
 def test_exact_bits_depend_on_neither_chunks_nor_neighbours(device):
     heads, lengths = Heads(), [70, 300, 9]
     sequences = [draw(heads, length, torch.bfloat16, seed) for seed, length in enumerate(lengths)]

@@ -7,7 +7,7 @@ import torch
 
 from kernels.fused import attention
 from kernels.ops import choice
-from services.worker.execute import graphs
+from services.worker.execute import graphs, mixed_graphs
 from services.worker.execute.graphs import buckets_upto
 from services.worker.execute.inputs import DecodeInputs
 from services.worker.models.decoder import load_decoder
@@ -49,10 +49,10 @@ def decoders(tmp_path_factory):
     return lambda name: load_decoder(open_checkpoint(make_twin(name, folder)), torch.bfloat16, DEVICE)
 
 
-def graphed(decoder, **fields):
+def graphed(decoder, *, max_num_tokens=0, **fields):
     runner = make_runner(decoder, max_num_seqs=6, copies=LateCopies(), device=DEVICE, **fields)
     capture = CalledAgain()
-    runner.capture_graphs(decoder, capture)
+    runner.capture_graphs(decoder, capture, max_num_tokens=max_num_tokens)
     return runner, capture
 
 
@@ -100,6 +100,48 @@ def test_logits_of_a_replayed_step_are_those_of_an_eager_one(decoders, name, num
             assert torch.equal(mine, theirs), "as many rows take the same kernels"
 
 
+MIXED = {
+    "one prompt": [(5, 15, True, (0, 1))],
+    "a chunk without its end": [(5, 9, False, (0, 1)), (4, 3, True, (2,))],
+    "two prompts": [(5, 6, True, (0,)), (4, 9, True, (1, 2))],
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-window"])
+@pytest.mark.parametrize("case", MIXED)
+def test_logits_of_a_replayed_step_with_prompt_tokens_are_those_of_an_eager_one(decoders, name, case, monkeypatch):
+    """Then the next tokens of all rows beside a new prompt, while the first step is still unread."""
+    monkeypatch.setattr(mixed_graphs, "BUCKETS", (8, 16, 32))
+    decoder, rng = decoders(name), random.Random(len(case))
+    rows = MIXED[case]
+    prompts = {
+        slot: [rng.randint(2, 380) for _ in range(15 if not samples else count)] for slot, count, samples, _ in rows
+    }
+    first = make_plan(1, rows, [make_admit(slot, prompt) for slot, prompt in prompts.items()])
+    after = [(slot, 1, samples, ()) for slot, _, samples, _ in rows]
+    second = make_plan(2, [*after, (0, 5, True, (6,))], [make_admit(0, [7, 8, 9, 10, 11])])
+    runner, capture = graphed(decoder, max_num_tokens=16)
+    replayed = logits_of(runner, [first, second])
+    assert capture.replayed == 2
+    eager = logits_of(make_runner(decoder, max_num_seqs=6, copies=LateCopies(), device=DEVICE), [first, second])
+    for mine, theirs in zip(replayed, eager, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_steps_with_more_rows_tokens_or_wishes_than_a_graph_holds_run_eagerly(decoders):
+    decoder = decoders("llama")
+    runner, capture = graphed(decoder, max_num_tokens=16)
+    for plan in (
+        make_plan(1, [(5, 16, True, (0, 1))], [make_admit(5, list(range(16)))]),
+        make_plan(2, [(4, 3, True, (2,))], [make_admit(4, [1, 2, 3], prompt_logprobs=1)]),
+        make_plan(3, [(3, 3, True, (3,))], [make_admit(3, [1, 2, 3])], exact=True),
+    ):
+        runner.run(plan)
+    assert capture.replayed == 0
+    runner.run(make_plan(4, [(2, 15, True, (4, 5))], [make_admit(2, list(range(15)))]))
+    assert capture.replayed == 1
+
+
 def test_padding_rows_write_no_page_and_disturb_no_row(decoders):
     decoder, rng = decoders("llama"), random.Random(0)
     prompts, decodes = admitted(rng, [7, 20, 12])
@@ -118,7 +160,7 @@ def test_answers_of_a_soak_with_graphs_are_those_without(decoders):
     decoder = decoders("llama")
     asked = [[random.Random(i).randint(2, 380) for _ in range(1 + 4 * i)] for i in range(4)]
     settings = {"chunk": 20, "preempt": 0.05, "max_num_seqs": 6, "ahead": 1}
-    runner, capture = graphed(decoder)
+    runner, capture = graphed(decoder, max_num_tokens=16)
     with_graphs = answer_all(runner, [make_asked(p, 4) for p in asked], random.Random(1), **settings)
     plain = make_runner(decoder, max_num_seqs=6, copies=LateCopies(), device=DEVICE)
     without = answer_all(plain, [make_asked(p, 4) for p in asked], random.Random(1), **settings)

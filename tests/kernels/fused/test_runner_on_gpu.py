@@ -37,7 +37,7 @@ def decoders():
 def runner_of(decoder, *, graphs=False, **fields):
     runner = make_runner(decoder, copies=CudaCopies(DEVICE), device="cuda", **ROOM, **fields)
     if graphs:
-        runner.capture_graphs(decoder, CudaCapture(DEVICE))
+        runner.capture_graphs(decoder, CudaCapture(DEVICE), max_num_tokens=512)
     return runner
 
 
