@@ -1,15 +1,23 @@
 """What the machine itself can do; every other figure is read beside these."""
 
 import torch
+import triton
+import triton.language as tl
 
 from ops.bench.gpu.device import Device
 
+READERS, READ_BLOCK = 1056, 4096
+"""Programs, eight for each multiprocessor of an H100, and how many elements each takes at a time."""
+
 
 def measure(device: Device) -> dict[str, float]:
-    """Copy and read bandwidth in GB/s, cuBLAS in TFLOP/s on random data, microseconds per captured kernel."""
+    """Copy and read bandwidth in GB/s and the better of both, cuBLAS in TFLOP/s on random data, microseconds per
+    captured kernel."""
+    copied, read = _copy(device), _read(device)
     return {
-        "copy_gb_per_s": _copy(device),
-        "read_gb_per_s": _read(device),
+        "copy_gb_per_s": copied,
+        "read_gb_per_s": read,
+        "memory_gb_per_s": max(copied, read),
         "matmul_bf16_tflop_per_s": _matmul(device),
         "captured_kernel_us": _captured(device),
         "launched_kernel_us": _launched(device),
@@ -23,9 +31,24 @@ def _copy(device: Device) -> float:
     return 2 * source.nbytes / device.median_us([lambda: target.copy_(source)]) / 1e3
 
 
+@triton.jit
+def _read_kernel(source, out, size, block: tl.constexpr) -> None:  # noqa: ANN001
+    total = tl.zeros([block], tl.float32)
+    for start in range(tl.program_id(0) * block, size, tl.num_programs(0) * block):
+        total += tl.load(source + start + tl.arange(0, block)).to(tl.float32)
+    tl.store(out + tl.program_id(0), tl.sum(total, axis=0))
+
+
 def _read(device: Device) -> float:
-    source = device.randn(device.size(2**31, 2**10))
-    return source.nbytes / device.median_us([lambda: torch.amax(source)]) / 1e3
+    """2 GiB, by a kernel that does nothing else."""
+    source = device.randn(device.size(2**30, 2 * READ_BLOCK))
+    readers = device.size(READERS, 2)
+    out = torch.empty(readers, dtype=torch.float32, device=source.device)
+
+    def call() -> None:
+        _read_kernel[(readers,)](source, out, source.numel(), READ_BLOCK, num_warps=8)
+
+    return source.nbytes / device.median_us([call]) / 1e3
 
 
 def _matmul(device: Device) -> float:

@@ -42,7 +42,7 @@ def _decode(device: Device, decoder: Decoder, batch: int, context: int, ceilings
     pool.normal_()
     prepared = decoder.prepare(build_batch([(1, context)] * batch, BLOCK, vocab_size=decoder.spec.vocab_size), pool)
     weight_bytes = (decoder.spec.num_parameters - decoder.spec.vocab_size * decoder.spec.hidden_size) * 2
-    floor_us = (weight_bytes + batch * context * layout.bytes_per_token) / ceilings["copy_gb_per_s"] / 1e3
+    floor_us = (weight_bytes + batch * context * layout.bytes_per_token) / ceilings["memory_gb_per_s"] / 1e3
     eager_us = device.eager_us(lambda: decoder.compute(prepared))
     graph_us = device.median_us([lambda: decoder.compute(prepared)])
     return {

@@ -1,6 +1,6 @@
 """Each kernel beside its floor and the best that this machine has otherwise; shapes are Llama-3.1-8B's.
 
-A floor is the larger of bytes over the measured copy bandwidth and operations over the measured matrix rate. A peer
+A floor is the larger of bytes over the measured memory bandwidth and operations over the measured matrix rate. A peer
 that this machine lacks, or that cannot do a case, is left out by name.
 """
 
@@ -54,7 +54,7 @@ def measure(device: Device, ceilings: dict[str, float]) -> dict[str, Any]:
 
 def _measure(device: Device, case: Case, ceilings: dict[str, float]) -> dict[str, Any]:
     floor_us = max(
-        case.num_bytes / ceilings["copy_gb_per_s"] / 1e3, case.num_flops / ceilings["matmul_bf16_tflop_per_s"] / 1e6
+        case.num_bytes / ceilings["memory_gb_per_s"] / 1e3, case.num_flops / ceilings["matmul_bf16_tflop_per_s"] / 1e6
     )
     sets = [case.make(device) for _ in range(device.num_sets(int(case.num_bytes)))]
     result: dict[str, Any] = {"floor_us": round(floor_us, 2)}
