@@ -18,29 +18,49 @@ KEPT = {"SLUICE_TEST_TIER", "SLUICE_TORCH_INDEX"}
 for name in [name for name in os.environ if name.startswith("SLUICE_") and name not in KEPT]:
     del os.environ[name]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A thread that spins while it waits for another takes the core from who would end its waiting: tests run two at a time.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 StartShared = Callable[..., RunningCluster]
 StartOwn = Callable[..., AbstractContextManager[RunningCluster]]
 StartService = Callable[..., RunningService]
 
 CLUSTERS = pytest.StashKey[list[RunningCluster]]()
+CLUSTERS_KEPT = 4
+"""Of the shared ones; no test asks for more. Three hundred megabytes each, and idle ones wake up all the time."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[CLUSTERS] = []
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Who runs what where `ops/scripts/test` uses two cores."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from tests.sharing import BySharing
+
+    return BySharing(config, log)
+
+
 @pytest.fixture(scope="session")
 def shared_clusters(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[StartShared]:
-    """One running cluster per configuration for the whole session. Prefer `cluster`."""
-    by_flags: dict[str, RunningCluster] = {}
+    """One running cluster per configuration, the last CLUSTERS_KEPT that were asked for. Prefer `cluster`."""
+    by_flags: dict[str, RunningCluster] = {}  # the one asked for last is last
+    alive = pytestconfig.stash[CLUSTERS]
 
     def get(**flags: Any) -> RunningCluster:
         key = repr(sorted(flags.items()))
-        found = by_flags.get(key)
+        found = by_flags.pop(key, None)
         if found is None or found.process.poll() is not None:
-            found = by_flags[key] = RunningCluster(tmp_path_factory.mktemp("cluster"), flags)
-            pytestconfig.stash[CLUSTERS].append(found)
+            if len(by_flags) == CLUSTERS_KEPT:
+                oldest = by_flags.pop(next(iter(by_flags)))
+                alive.remove(oldest)
+                assert oldest.stop() == 0, oldest.tail()
+            found = RunningCluster(tmp_path_factory.mktemp("cluster"), flags)
+            alive.append(found)
+        by_flags[key] = found
         return found
 
     yield get
