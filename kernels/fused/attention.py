@@ -11,6 +11,7 @@ query: one kernel, one shape of tile, K and V in tiles at absolute positions; a 
 in the step.
 """
 
+import functools
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -37,16 +38,20 @@ class Tile(NamedTuple):
 
 
 PROMPT, LARGE_PROMPT = Tile(128, 128, 8, 3), Tile(256, 64, 8, 3)
+"""From compute capability 9.0 on; the large one spills some registers, and is the fastest of all even so."""
+OLD_PROMPT = Tile(128, 64, 8, 4)
 EXACT_PROMPT = Tile(64, 64, 4, 4)
 WIDE_PROMPT, WIDE_EXACT_PROMPT = Tile(128, 32, 8, 3), Tile(64, 32, 8, 3)
 """For heads of more than 256 bytes. One stage fetches block ids."""
 LARGE_PROMPT_PROGRAMS = 256
 """Large tiles are faster where there are enough of them: two for each multiprocessor of an H100."""
-DECODE = Tile(16, 64, 4, 4)
+DECODE = Tile(16, 32, 4, 6)
 """At least so many rows: the fewest that a tensor core multiplies."""
 MAX_DECODE_ROWS = 1024
-PROGRAMS = 1024
-"""Programs of a decode launch: about eight on each of an H200's 132 multiprocessors."""
+PROGRAMS = 2112
+"""Programs of a decode launch: sixteen for each of an H200's 132 multiprocessors."""
+ASSUMED_CAPABILITY = 90
+"""Where tensors lie on no GPU, and forms are only declared."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -354,7 +359,7 @@ def _prompt_tile(counts: list[int], skipped: tuple[int, ...], pool: Tensor, num_
     num_kv_heads = pool.shape[3]
     group, tile = num_heads // num_kv_heads, _small_tile(pool)
     if exact:
-        tile = EXACT_PROMPT if tile is PROMPT else WIDE_EXACT_PROMPT
+        tile = WIDE_EXACT_PROMPT if tile is WIDE_PROMPT else EXACT_PROMPT
     elif tile is PROMPT and group <= LARGE_PROMPT.rows:
         queries = LARGE_PROMPT.rows // group
         num_large = sum(-(-count // queries) for count in counts if count not in skipped)
@@ -366,7 +371,19 @@ def _prompt_tile(counts: list[int], skipped: tuple[int, ...], pool: Tensor, num_
 
 
 def _small_tile(pool: Tensor) -> Tile:
-    return PROMPT if pool.shape[5] * pool.element_size() <= 256 else WIDE_PROMPT
+    if pool.shape[5] * pool.element_size() > 256:
+        return WIDE_PROMPT
+    return PROMPT if _capability(pool.device) >= 90 else OLD_PROMPT
+
+
+def _capability(device: torch.device) -> int:
+    return _capability_of(device.index or 0) if device.type == "cuda" else ASSUMED_CAPABILITY
+
+
+@functools.cache
+def _capability_of(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
 
 
 def _tiles(counts: list[int], context_lens: list[int], queries: int, skipped: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -208,7 +208,7 @@ def _attentions(shape: ModelShape) -> None:
             plan = attention.plan_attention(
                 pool, [0, 3, 4], [3, 9], tables, slots, num_heads=shape.num_heads, window=window, exact=exact
             )
-            tiles = (plan.tile, attention.LARGE_PROMPT) if plan.tile == attention.PROMPT else (plan.tile,)
+            tiles = (plan.tile, attention.LARGE_PROMPT) if plan.tile is attention.PROMPT else (plan.tile,)
             for tile in tiles:
                 attention.paged_attention(
                     heads[:, : shape.num_heads],

@@ -408,7 +408,7 @@ def prepare(
 def here(device: torch.device) -> Device:
     """A CUDA device as tables know it."""
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    return Device(name, capability, triton.__version__, torch.__version__)
+    return Device(name, capability, triton.__version__, str(torch.__version__))
 
 
 def _table_of(device: torch.device) -> Table | None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,7 @@ def test_what_counts_as_a_problem(report, problem):
 
     assert Report("m", "k", 90, {}, 4, 1).problem == ""
     assert problem in Report("m", "k", 90, {}, 4, 1, **report).problem
+    large = Report("m", "_prefill_kernel", 90, {"rows": "256"}, 8, 3, spilled_bytes=192)
+    assert large.problem == ""
+    assert "spills" in replace(large, spilled_bytes=200).problem
+    assert "spills" in replace(large, constants={"rows": "128"}).problem
