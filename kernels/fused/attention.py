@@ -39,10 +39,10 @@ class Tile(NamedTuple):
 
 PROMPT, LARGE_PROMPT = Tile(128, 128, 8, 3), Tile(256, 64, 8, 3)
 """From compute capability 9.0 on; the large one spills some registers, and is the fastest of all even so."""
-OLD_PROMPT = Tile(128, 64, 8, 4)
 EXACT_PROMPT = Tile(64, 64, 4, 4)
 WIDE_PROMPT, WIDE_EXACT_PROMPT = Tile(128, 32, 8, 3), Tile(64, 32, 8, 3)
-"""For heads of more than 256 bytes. One stage fetches block ids."""
+OLD_PROMPT, OLD_EXACT_PROMPT, OLD_WIDE_PROMPT = Tile(128, 32, 8, 4), Tile(64, 32, 4, 3), Tile(64, 32, 8, 3)
+"""Wide: heads of more than 256 bytes. Old: before compute capability 9.0. One stage fetches block ids."""
 LARGE_PROMPT_PROGRAMS = 256
 """Large tiles are faster where there are enough of them: two for each multiprocessor of an H100."""
 DECODE = Tile(16, 32, 4, 6)
@@ -357,10 +357,8 @@ def _check(q: Tensor, pool: Tensor, layer_id: int, alibi_slopes: Tensor | None, 
 def _prompt_tile(counts: list[int], skipped: tuple[int, ...], pool: Tensor, num_heads: int, exact: bool) -> Tile:
     """The tile of a step's prompt chunks of `counts` tokens; of an exact step always the same. Raises ValueError."""
     num_kv_heads = pool.shape[3]
-    group, tile = num_heads // num_kv_heads, _small_tile(pool)
-    if exact:
-        tile = WIDE_EXACT_PROMPT if tile is WIDE_PROMPT else EXACT_PROMPT
-    elif tile is PROMPT and group <= LARGE_PROMPT.rows:
+    group, tile = num_heads // num_kv_heads, _small_tile(pool, exact)
+    if tile is PROMPT and group <= LARGE_PROMPT.rows:
         queries = LARGE_PROMPT.rows // group
         num_large = sum(-(-count // queries) for count in counts if count not in skipped)
         if num_large * num_kv_heads >= LARGE_PROMPT_PROGRAMS:
@@ -370,10 +368,13 @@ def _prompt_tile(counts: list[int], skipped: tuple[int, ...], pool: Tensor, num_
     return tile
 
 
-def _small_tile(pool: Tensor) -> Tile:
-    if pool.shape[5] * pool.element_size() > 256:
-        return WIDE_PROMPT
-    return PROMPT if _capability(pool.device) >= 90 else OLD_PROMPT
+def _small_tile(pool: Tensor, exact: bool = False) -> Tile:
+    wide, old = pool.shape[5] * pool.element_size() > 256, _capability(pool.device) < 90
+    if exact:
+        return WIDE_EXACT_PROMPT if wide else OLD_EXACT_PROMPT if old else EXACT_PROMPT
+    if wide:
+        return OLD_WIDE_PROMPT if old else WIDE_PROMPT
+    return OLD_PROMPT if old else PROMPT
 
 
 def _capability(device: torch.device) -> int:

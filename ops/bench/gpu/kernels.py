@@ -134,10 +134,18 @@ def _elementwise(tokens: int) -> Iterator[Case]:
 
 
 def _product(name: str, rows: int, out_features: int, in_features: int) -> Case:
-    """By the choice of the table of this device if there is one, else by the stated defaults."""
+    """As a step computes it, by the choice of the table of this device if there is one, else by the stated defaults:
+    O and down add the residual, gate-up applies the gate, which cuBLAS does not."""
 
     def make(device: Device) -> dict[str, Callable[[], object]]:
         x, weight = device.randn(rows, in_features), device.randn(out_features, in_features, scale=0.02)
+        if name in ("O", "down"):
+            residual, added = device.randn(rows, out_features), linear.pack_linear(weight)
+            return {
+                "ours": lambda: linear.linear_add(x, added, residual),
+                "exact": lambda: linear.linear_add(x, added, residual, exact=True),
+                "cublas": lambda: torch.addmm(residual, x, weight.t()),
+            }
         gated = name == "gate-up"
         compute: Callable[..., Tensor] = linear.gated_linear if gated else linear.linear
         packed: Any = linear.pack_gated(weight) if gated else linear.pack_linear(weight)
