@@ -21,7 +21,7 @@ HELP = {
     "chat_template": "A file with a Jinja chat template to use instead of the checkpoint's.",
     "check_invariants": "Check the core's invariants after every step, not only on idle.",
     "deterministic": "Bit-identical answers whatever the batch, in every dtype (float32 on a CPU always is).",
-    "device": "Where to compute.",
+    "device": "Where to compute; auto: an NVIDIA GPU where there is one, else the CPU.",
     "dtype": "Of weights and KV; auto: what the device is fast at.",
     "enable_prefix_caching": "Reuse the KV blocks of prompts that begin alike.",
     "enforce_eager": "Launch every kernel of a step from the host: no CUDA graphs.",

@@ -158,15 +158,18 @@ def _describe(
 
 
 def choose_device(asked: str) -> str:
-    """`auto` is the CPU until the kernels for a GPU have been seen to run on one. Raises WorkerError."""
-    if asked != "cuda":
+    """`auto` is a GPU where torch sees one and triton is installed. Raises WorkerError."""
+    has_triton = importlib.util.find_spec("triton") is not None
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() and has_triton else "cpu"
+    if asked == "cpu":
         return "cpu"
     if not torch.cuda.is_available():
         raise WorkerError(
             f"--device cuda: torch {torch.__version__} sees no NVIDIA GPU here; see `nvidia-smi`, install the ordinary "
             "build of torch (sh ops/scripts/setup does on a GPU machine), or leave out --device"
         )
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton:
         raise WorkerError("--device cuda needs triton: sh ops/scripts/setup installs it on a machine with a GPU")
     return "cuda"
 

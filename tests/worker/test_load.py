@@ -85,7 +85,8 @@ def test_what_a_cpu_cannot_do_is_refused_by_name():
 def test_on_a_gpu_a_16_bit_checkpoint_is_taken_as_it_is(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert choose_device("cuda") == "cuda"
+    assert choose_device("cuda") == choose_device("auto") == "cuda"
+    assert choose_device("cpu") == "cpu"
     kept = {
         kept_in: choose_dtype("auto", kept_in, frozenset(), "cuda") for kept_in in ("float16", "bfloat16", "float32")
     }
@@ -94,6 +95,7 @@ def test_on_a_gpu_a_16_bit_checkpoint_is_taken_as_it_is(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(WorkerError, match="needs triton"):
         choose_device("cuda")
+    assert choose_device("auto") == "cpu"
     assert 1 <= count_cores() <= (os.cpu_count() or 1)
 
 
