@@ -98,6 +98,7 @@ def identify(loaded: Loaded, instance: str, address: str) -> WorkerIdentity:
 
 def _describe(metrics: WorkerMetrics, config: WorkerConfig, loaded: Loaded) -> None:
     metrics.describe(
+        loaded.runner,
         loaded.costs,
         loaded.max_num_seqs,
         block_size=loaded.block_size,

@@ -167,6 +167,9 @@ ESTIMATED_FLOPS = _counter("estimated_flops_total", "Operations that the finishe
 ESTIMATED_READ_BYTES = _counter(
     "estimated_read_bytes_total", "Bytes of weights and KV that the finished steps read at least, by the model's shape."
 )
+LATE_COMPILATIONS = _counter(
+    "late_compilations_total", "Kernels of a GPU that were compiled in live traffic, each while a step waited for it."
+)
 
 EXPORTED: dict[str, tuple[Metric, ...]] = {
     "router": (
@@ -206,5 +209,5 @@ EXPORTED: dict[str, tuple[Metric, ...]] = {
         KV_INVARIANT_VIOLATIONS,
         HEARTBEAT_AGE,
     ),
-    "worker": (CACHE_CONFIG_INFO, ESTIMATED_FLOPS, ESTIMATED_READ_BYTES, LOOP_LAG),
+    "worker": (CACHE_CONFIG_INFO, ESTIMATED_FLOPS, ESTIMATED_READ_BYTES, LATE_COMPILATIONS, LOOP_LAG),
 }

@@ -57,6 +57,7 @@ COUNTERS = {
     "spans_dropped_total": (),
     "estimated_flops_total": (),
     "estimated_read_bytes_total": (),
+    "late_compilations_total": (),
 }
 NOT_YET = {"spec_decode_num_draft_tokens_total", "spec_decode_num_accepted_tokens_total"}
 """They wait for speculation."""

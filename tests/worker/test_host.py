@@ -203,7 +203,8 @@ def test_the_pretend_worker_is_a_process_that_needs_no_torch():
 def test_a_worker_says_what_its_cache_is_and_what_its_steps_cost():
     async def scenario():
         async with serve_registry(FakeRegistry()) as registry:
-            hosted = Hosted(config_for(registry), lambda progress: pretend_loaded(PretendRunner()))
+            runner = PretendRunner()
+            hosted = Hosted(config_for(registry), lambda progress: pretend_loaded(runner))
             await asyncio.wait_for(hosted.ready.wait(), 5)
             facts = hosted.events[-1][1]
             before = await asyncio.to_thread(scrape, facts["metrics"])
@@ -213,6 +214,7 @@ def test_a_worker_says_what_its_cache_is_and_what_its_steps_cost():
                 await call.read()
                 await call.write(plan_message(make_plan(1, [(0, 2, True, (0,))], [make_admit(0, [5, 6])])))
                 assert (await call.read()).result.error == ""
+                runner.num_late_compilations = 2
                 after = await asyncio.to_thread(scrape, facts["metrics"])
             assert after.kinds == {metric.name: metric.kind for metric in EXPORTED["worker"]}
             assert after.labels("cache_config_info", "num_gpu_blocks") == {"256": 1}
@@ -220,6 +222,7 @@ def test_a_worker_says_what_its_cache_is_and_what_its_steps_cost():
             assert before("estimated_flops_total") == before("estimated_read_bytes_total") == 0
             assert after("estimated_flops_total") == 2 * 1000 + 100 + 3
             assert after("estimated_read_bytes_total") == 4000 + 400 + 2 * 40 + 2 * 4
+            assert (before("late_compilations_total"), after("late_compilations_total")) == (0, 2)
             assert await hosted.stop() == 0
 
     run(scenario())
