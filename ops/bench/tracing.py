@@ -2,10 +2,11 @@
 
     python -m ops.bench.tracing [--pairs 10]        writes ops/bench/results/tracing.json
 
-Two clusters of the bundled model stand side by side, one that samples and exports every trace to a collector (which is
-another process, and not counted), one that samples none; they answer the same requests in turn, so that a neighbour
-disturbs both alike. A third kind of pair exports to a collector that is dead. On a shared machine pairs differ by more
-than tracing costs, so `alone` also times its work by itself: building a trace, and encoding it as the exporter does.
+One cluster of the bundled model answers the same requests in turn with and without: their callers say by `traceparent`
+whether they are sampled, as the default sampler honours it. So both ways run in the same processes, and a neighbour
+disturbs both alike; the collector is another process and not counted. A second cluster exports to a collector that is
+dead. `alone` times the work by itself: building a trace, which is done for every request (`sluice trace` shows the
+last ones), and encoding it as the exporter does, which is done for sampled ones.
 """
 
 import argparse
@@ -43,6 +44,7 @@ BUNDLED = ROOT / "ops" / "demo_model" / "model"
 STREAMS = 16
 TOKENS = 128
 START_TIMEOUT_S = 120.0
+SAMPLER = "parentbased_always_on"
 DEAD = "http://127.0.0.1:9"
 COLLECTOR = """
 from concurrent import futures
@@ -73,16 +75,16 @@ def collector() -> Iterator[str]:
 
 
 @contextmanager
-def cluster(endpoint: str, sampler: str) -> Iterator[dict[str, Any]]:
+def cluster(endpoint: str) -> Iterator[dict[str, Any]]:
     """What the ready file of a cluster says: the router's address and every service's pid."""
     with tempfile.TemporaryDirectory(prefix="sluice-tracing-") as folder:
         ready = Path(folder) / "ready.json"
         flags = ["--grpc-port=0", f"--ready-file={ready}", "--threads=1", f"--max-num-seqs={STREAMS}"]
-        flags += [f"--otlp-traces-endpoint={endpoint}"] if endpoint else []
+        flags.append(f"--otlp-traces-endpoint={endpoint}")
         null = subprocess.DEVNULL
         process = subprocess.Popen(
             [sys.executable, "-m", "services.cli.main", "up", *flags],
-            cwd=ROOT, stdin=null, stdout=null, stderr=null, env={**os.environ, "OTEL_TRACES_SAMPLER": sampler},
+            cwd=ROOT, stdin=null, stdout=null, stderr=null, env={**os.environ, "OTEL_TRACES_SAMPLER": SAMPLER},
         )  # fmt: skip
         try:
             deadline = time.monotonic() + START_TIMEOUT_S
@@ -96,12 +98,13 @@ def cluster(endpoint: str, sampler: str) -> Iterator[dict[str, Any]]:
             process.wait(60)
 
 
-async def _ask(address: str, seed: int) -> None:
+async def _ask(address: str, seed: int, sampled: bool) -> None:
     """STREAMS requests of TOKENS tokens at once."""
 
     async def one(client: Client, index: int) -> None:
         request = Request(prompt=f"def f{seed}_{index}(", max_tokens=TOKENS, seed=index, ignore_eos=True)
-        async for event in client.generate(request, timeout_s=120):
+        caller = f"00-{seed + 1:032x}-{index + 1:016x}-0{int(sampled)}"
+        async for event in client.generate(request, timeout_s=120, metadata=(("traceparent", caller),)):
             if isinstance(event, Finished):
                 assert event.reason == "length", event
 
@@ -109,12 +112,12 @@ async def _ask(address: str, seed: int) -> None:
         await asyncio.gather(*(one(client, index) for index in range(STREAMS)))
 
 
-def run(ready: dict[str, Any], seed: int, rounds: int) -> dict[str, float]:
+def run(ready: dict[str, Any], sampled: bool, seed: int, rounds: int) -> dict[str, float]:
     """CPU milliseconds of router and scheduler per output token, and the wall time."""
     pids = [ready["pids"]["router"], ready["pids"]["scheduler"]]
     before, began = sum(map(exact_cpu_seconds, pids)), time.perf_counter()
     for round_ in range(rounds):
-        asyncio.run(_ask(ready["router"], seed * 1000 + round_))
+        asyncio.run(_ask(ready["router"], seed * 1000 + round_, sampled))
     wall_s = time.perf_counter() - began
     tokens = STREAMS * TOKENS * rounds
     return {
@@ -163,33 +166,30 @@ def _example() -> tuple[Life, GenerateOptions]:
 
 def measure(pairs: int, rounds: int) -> dict[str, Any]:
     with ExitStack() as stack:
-        live = stack.enter_context(collector())
-        ways = {
-            "off": stack.enter_context(cluster("", "always_off")),
-            "on": stack.enter_context(cluster(live, "always_on")),
-            "dead_collector": stack.enter_context(cluster(DEAD, "always_on")),
-        }
-        for ready in ways.values():
-            run(ready, 999, 1)
+        live = stack.enter_context(cluster(stack.enter_context(collector())))
+        dead = stack.enter_context(cluster(DEAD))
+        ways = {"off": (live, False), "on": (live, True), "dead_off": (dead, False), "dead_on": (dead, True)}
+        for ready, sampled in ways.values():
+            run(ready, sampled, 999, 1)
         rows: list[dict[str, Any]] = []
         for pair in range(pairs):
             order = list(ways) if pair % 2 else list(ways)[::-1]
             with OthersShare([os.getpid()]) as others:
-                row = {way: run(ways[way], pair, rounds) for way in order}
+                row = {way: run(*ways[way], pair, rounds) for way in order}
             rows.append({**row, "others": others.share})
             print(json.dumps(rows[-1]), flush=True)
     return {"rows": rows, "summary": summarize(rows)}
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians, and each way's ratio to `off` pair by pair: its median and its quartiles."""
+    """Medians, and the ratio of sampled to unsampled pair by pair: its median and its quartiles."""
     summary: dict[str, Any] = {}
-    for way in ("off", "on", "dead_collector"):
-        costs = [row[way]["cpu_ms_per_token"] for row in rows]
-        ratios = sorted(row[way]["cpu_ms_per_token"] / row["off"]["cpu_ms_per_token"] for row in rows)
-        speeds = [row[way]["tokens_per_s"] / row["off"]["tokens_per_s"] for row in rows]
-        summary[way] = {
-            "cpu_ms_per_token": statistics.median(costs),
+    for on, off in (("on", "off"), ("dead_on", "dead_off")):
+        ratios = sorted(row[on]["cpu_ms_per_token"] / row[off]["cpu_ms_per_token"] for row in rows)
+        speeds = [row[on]["tokens_per_s"] / row[off]["tokens_per_s"] for row in rows]
+        summary[on] = {
+            "cpu_ms_per_token": statistics.median(row[on]["cpu_ms_per_token"] for row in rows),
+            "cpu_ms_per_token_off": statistics.median(row[off]["cpu_ms_per_token"] for row in rows),
             "over_off": statistics.median(ratios),
             "over_off_quartiles": [ratios[len(ratios) // 4], ratios[len(ratios) * 3 // 4]],
             "tokens_per_s_over_off": statistics.median(speeds),

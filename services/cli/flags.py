@@ -34,6 +34,7 @@ HELP = {
     "lease_ttl_ms": "A worker that does not renew its lease for so long is given up.",
     "link_stall_timeout_ms": "A router that reads nothing for so long is disconnected.",
     "load_format": "auto: the checkpoint's weights; dummy: random ones by config.json alone, to measure with.",
+    "log_content": "Prompts and answers go into the router's log, which they otherwise never do.",
     "log_format": "Of the log on standard error; auto: console on a terminal.",
     "long_prefill_token_threshold": "The most prompt tokens of one request in one step; 0: the whole budget.",
     "max_model_len": "The longest sequence, prompt and answer together; 0: the model's own limit.",

@@ -94,6 +94,7 @@ class Router:
             metrics=self.metrics,
             instance=instance,
             now=monotonic_ns,
+            log_content=self._config.log_content,
         )
         inference = RouterInference(
             model=self._model,

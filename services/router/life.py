@@ -3,10 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
+
+import msgspec
 
 from services.router.answer import Answer
 from services.router.fleet.values import Durations, Placed, Segment
-from services.router.request import GenerateOptions, Timing
+from services.router.request import Delta, GenerateOptions, Prompt, Timing
 from shared.clock import NS_PER_MS, NS_PER_S
 from shared.telemetry import names
 from shared.telemetry.context import TraceContext
@@ -35,6 +38,20 @@ class Pace:
 
 
 @dataclass(slots=True)
+class Transcript:
+    """What was asked and what the client was handed, where an operator wants it in the log (`--log-content`)."""
+
+    prompt: Prompt
+    answers: dict[int, str] = field(default_factory=dict)
+
+    def add(self, delta: Delta) -> None:
+        self.answers[delta.index] = self.answers.get(delta.index, "") + delta.text
+
+    def facts(self) -> dict[str, Any]:
+        return {"prompt": msgspec.to_builtins(self.prompt), "answers": list(self.answers.values())}
+
+
+@dataclass(slots=True)
 class Life:
     """One request, in nanoseconds of the router's clock (0: not reached); its answer once there is one."""
 
@@ -50,6 +67,7 @@ class Life:
     placed: Placed | None = None
     answer: Answer | None = None
     pace: Pace = field(default_factory=Pace)
+    transcript: Transcript | None = None
 
     def timing(self, answer: Answer, now_ns: int) -> Timing:
         """The account of an answer that is terminal."""

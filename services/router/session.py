@@ -23,7 +23,7 @@ import structlog
 from services.router.admission import Admission, Place
 from services.router.answer import REFUSAL_OF, Answer
 from services.router.fleet import Fleet, Submission
-from services.router.life import Life
+from services.router.life import Life, Transcript
 from services.router.metrics import RouterMetrics
 from services.router.model import ServedModel
 from services.router.prepare import SALT, Prepared, prepare
@@ -63,6 +63,7 @@ class Session:
         instance: str,
         now: NowNs,
         wall: NowNs = time.time_ns,
+        log_content: bool = False,
     ) -> None:
         self._model = model
         self._fleet = fleet
@@ -74,6 +75,7 @@ class Session:
         self._instance = instance
         self._now = now
         self._wall = wall
+        self._log_content = log_content
         self._accounts: set[asyncio.Task[None]] = set()
         """Of requests whose client is gone: nobody but the log waits for what the scheduler says of them."""
 
@@ -83,6 +85,7 @@ class Session:
         Close it (`aclosing`) when the client goes: that is what tells the scheduler.
         """
         life, end = Life(self._now(), _operation(prompt), self._traces.begin(options.caller)), "left"
+        life.transcript = Transcript(prompt) if self._log_content else None
         try:
             with self._admission.admit(options.request_id) as place:
                 async with aclosing(self._live(prompt, options, place, life)) as events:
@@ -90,6 +93,8 @@ class Session:
                         given_ns = self._now()
                         if isinstance(event, Delta):
                             self._metrics.on_delta(life.pace, event, given_ns)
+                            if life.transcript is not None:
+                                life.transcript.add(event)
                         yield event
                         life.blocked_ns += self._now() - given_ns
             end = "answered"
@@ -230,7 +235,7 @@ class Session:
             self._log(options, life, end, now_ns)
 
     def _log(self, options: GenerateOptions, life: Life, end: str, now_ns: int) -> None:
-        """One wide event. Neither prompt nor answer."""
+        """One wide event. Neither prompt nor answer, unless the operator wants both."""
         answer = life.answer
         facts: dict[str, Any] = {"trace_id": life.context.trace_id.hex(), "total_ms": _ms(now_ns - life.arrived)}
         if answer is not None:
@@ -238,6 +243,8 @@ class Session:
         if answer is not None and answer.terminal:
             timing = msgspec.structs.asdict(life.timing(answer, now_ns))
             facts |= {name[:-3] + "_ms": _ms(value) for name, value in timing.items() if name.endswith("_ns") and value}
+        if life.transcript is not None:
+            facts |= life.transcript.facts()
         log.info("request", request_id=options.request_id, end=end, n=options.n, **facts)
 
 

@@ -1,6 +1,7 @@
 """protobuf ⇄ the core's values: the scheduler's only conversions."""
 
 import re
+import struct
 import sys
 from array import array
 from collections.abc import Iterable, Iterator
@@ -132,11 +133,16 @@ def tokens_messages(event: Tokens) -> Iterator[scheduling_pb2.TokensEvent]:
     return (yield message)
 
 
+PLAIN_TOKEN = struct.Struct("<QII")
+"""Key, index, token id."""
+
+
 class Frame:
     """What a router has yet to be told: grows event by event until its writer takes it."""
 
     def __init__(self) -> None:
         self._message = scheduling_pb2.SchedulerFrame()
+        self._plain: list[bytes] = []
 
     def tell_event(self, event: Event) -> None:
         match event:
@@ -155,13 +161,10 @@ class Frame:
                 self._message.released.append(_released_message(event))
 
     def _tell_tokens(self, event: Tokens) -> None:
-        """A step has one for each of its rows: field by field takes half the time of a call with keywords."""
-        message = self._message.tokens.add()
-        message.key = event.key[1]  # type: ignore[index]
-        if event.index:
-            message.index = event.index
-        token_ids = event.token_ids
-        message.token_ids = token_ids[0].to_bytes(4, "little") if len(token_ids) == 1 else pack_u32(token_ids)
+        """A step has one for each of its rows: packing takes a tenth of the time of a message for each."""
+        key, index = event.key[1], event.index  # type: ignore[index]
+        for token_id in event.token_ids:
+            self._plain.append(PLAIN_TOKEN.pack(key, index, token_id))
 
     def tell_state(self, state: SchedulerState) -> None:
         self._message.state.CopyFrom(state)
@@ -182,6 +185,7 @@ class Frame:
         """The frame in one message or, over SPLIT_BYTES, in several of at most about that size, in order: a sample's
         tokens come before its end, and its end before its request's release."""
         whole = self._message
+        whole.plain_tokens = b"".join(self._plain)
         if whole.ByteSize() <= SPLIT_BYTES:
             yield whole
             return
@@ -192,7 +196,14 @@ class Frame:
             if size > SPLIT_BYTES:
                 yield part
                 part, size = scheduling_pb2.SchedulerFrame(), 0
+        per_part = SPLIT_BYTES // PLAIN_TOKEN.size
+        for start in range(0, len(self._plain) - per_part, per_part):
+            part.plain_tokens = b"".join(self._plain[start : start + per_part])
+            yield part
+            part = scheduling_pb2.SchedulerFrame()
+        rest = len(self._plain) % per_part or min(len(self._plain), per_part)
         whole.ClearField("tokens")
+        whole.plain_tokens = b"".join(self._plain[len(self._plain) - rest :])
         part.MergeFrom(whole)
         yield part
 

@@ -40,6 +40,8 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     otlp_traces_endpoint: str = ""
     """Where traces go; empty: where OTEL_EXPORTER_OTLP_ENDPOINT says, or nowhere."""
     internal_token: str = ""
+    log_content: bool = False
+    """Prompts and answers go into the log, which they otherwise never do."""
     log_format: Literal["auto", "json", "console"] = "auto"
 
 

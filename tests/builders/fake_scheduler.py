@@ -45,8 +45,12 @@ class FakeRequest:
         return self.submit.request_id
 
     def tokens(self, token_ids: Sequence[int], index: int = 0, **fields: Any) -> None:
-        event = pb.TokensEvent(key=self.key, index=index, token_ids=pack(token_ids), **fields)
-        self.send(pb.SchedulerFrame(tokens=[event]))
+        """As a scheduler tells them: packed, unless logprobs come along."""
+        if fields:
+            event = pb.TokensEvent(key=self.key, index=index, token_ids=pack(token_ids), **fields)
+            return self.send(pb.SchedulerFrame(tokens=[event]))
+        plain = b"".join(struct.pack("<QII", self.key, index, token_id) for token_id in token_ids)
+        self.send(pb.SchedulerFrame(plain_tokens=plain))
 
     def end(self, reason: str = "length", index: int = 0, stop_token_id: int = -1) -> None:
         self.ended.add(index)

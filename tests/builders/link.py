@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import struct
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,6 +114,8 @@ class LinkClient:
             ids = [int.from_bytes(event.token_ids[i : i + 4], "little") for i in range(0, len(event.token_ids), 4)]
             heard.tokens.setdefault(event.index, []).extend(ids)
             heard.prompt_logprobs += len(event.prompt_logprobs)
+        for key, index, token_id in struct.iter_unpack("<QII", frame.plain_tokens):
+            self.heard.setdefault(key, Heard()).tokens.setdefault(index, []).append(token_id)
         for end in frame.ends:
             self.heard.setdefault(end.key, Heard()).ends[end.index] = end
         for released in frame.released:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 
 import pytest
 
@@ -25,6 +26,18 @@ def requests() -> list[Request]:
         Request(messages=(Message("user", said),), template_kwargs_json=f'{{"broken {CANARY}'),
         Request(prompt=said, max_tokens=8, request_id="named", logprobs=2, prompt_logprobs=1),
     ]
+
+
+def test_a_flag_lets_prompts_and_answers_into_the_routers_log(own_cluster) -> None:
+    async def ask(address: str) -> str:
+        async with Client(address) as client:
+            return (await collect(client, Request(prompt=f"def {CANARY}(", max_tokens=8, request_id="told"))).texts[0]
+
+    with own_cluster(log_content=True) as cluster:
+        answer = asyncio.run(ask(cluster.address))
+    told = [json.loads(line[line.index("{") :]) for line in cluster.log_file.read_text().splitlines() if CANARY in line]
+    assert [(line["event"], line["request_id"], line["answers"]) for line in told] == [("request", "told", [answer])]
+    assert CANARY in told[0]["prompt"]["text"]
 
 
 def test_a_canary_in_a_prompt_is_found_nowhere(own_cluster) -> None:

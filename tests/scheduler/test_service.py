@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from services.scheduler.core.events import SampleEnded, Tokens
-from services.scheduler.wire import Frame
+from services.scheduler.wire import PLAIN_TOKEN, Frame
 from shared import PROTOCOL_VERSION
 from shared.clock import NS_PER_S
 from shared.outcome import FinishReason
@@ -17,7 +17,7 @@ from shared.rpc.sluice.v1 import execution_pb2 as epb
 from shared.rpc.sluice.v1 import execution_pb2_grpc as erpc
 from shared.rpc.sluice.v1 import scheduling_pb2 as spb
 from shared.rpc.sluice.v1 import scheduling_pb2_grpc as srpc
-from shared.sampling import Sampling
+from shared.sampling import Sampling, TokenLogprobs
 from tests.builders.link import linked, running_scheduler, running_worker, submit_message
 from tests.builders.pretend_worker import pretend_token
 
@@ -467,11 +467,25 @@ async def _guarded_scheduler():
 
 
 def test_frames_over_a_megabyte_are_split_in_order():
-    frame = Frame()
+    """Those with logprobs first, then the plain ones, then the ends."""
+    frame, top = Frame(), TokenLogprobs(-1.0, 1, tuple(range(200)), (0.5,) * 200)
     for key in range(40):
-        frame.tell_event(Tokens((1, key), 0, tuple(range(15_000))))
+        frame.tell_event(Tokens((1, key), 0, tuple(range(key, key + 5_000))))
+        frame.tell_event(Tokens((1, 100 + key), 0, tuple(range(20)), logprobs=(top,) * 20))
     frame.tell_event(SampleEnded((1, 39), 0, FinishReason.LENGTH))
     parts = list(frame.messages())
-    assert len(parts) > 2 and all(part.ByteSize() < 2 * 2**20 for part in parts)
-    assert [event.key for part in parts for event in part.tokens] == list(range(40))
+    assert len(parts) > 4 and all(part.ByteSize() < 2 * 2**20 for part in parts)
+    assert [event.key for part in parts for event in part.tokens] == list(range(100, 140))
+    plain = [record for part in parts for record in PLAIN_TOKEN.iter_unpack(part.plain_tokens)]
+    assert plain == [(key, 0, token) for key in range(40) for token in range(key, key + 5_000)]
+    kinds = [kind for part in parts for kind in ("tokens", "plain_tokens", "ends") if getattr(part, kind)]
+    assert kinds == sorted(kinds, key=("tokens", "plain_tokens", "ends").index)
     assert [len(part.ends) for part in parts] == [0] * (len(parts) - 1) + [1]
+
+
+@pytest.mark.parametrize("count", [0, 1, 65_535, 65_536, 65_537])
+def test_no_plain_token_is_lost_where_a_frame_is_split(count):
+    frame = Frame()
+    frame.tell_event(Tokens((1, 7), 3, tuple(range(count))))
+    plain = [record for part in frame.messages() for record in PLAIN_TOKEN.iter_unpack(part.plain_tokens)]
+    assert plain == [(7, 3, token) for token in range(count)]

@@ -91,6 +91,10 @@ def pack_frames(submits: list[pb.Submit], aborts: dict[tuple[int, int], AbortCau
         yield frame
 
 
+PLAIN_TOKEN = struct.Struct("<QII")
+"""Key, index and token id of one of a frame's `plain_tokens`."""
+
+
 def unpack_ids(packed: bytes) -> tuple[int, ...]:
     return struct.unpack(f"<{len(packed) // 4}I", packed)
 

@@ -8,6 +8,7 @@ import grpc
 import structlog
 
 from services.router.fleet.frames import (
+    PLAIN_TOKEN,
     hello_frame,
     load_of,
     logprobs_of,
@@ -244,6 +245,8 @@ class Link:
         self._view.warm.update(unpack_short(frame.blocks_stored))
         for tokens in frame.tokens:
             self._take_tokens(tokens)
+        for key, index, token_id in PLAIN_TOKEN.iter_unpack(frame.plain_tokens):
+            self._take_plain(key, index, token_id)
         for end in frame.ends:
             self._take_end(end)
         for released in frame.released:
@@ -272,6 +275,15 @@ class Link:
             )
         except Exception as error:
             self._fail(event.key, error)
+
+    def _take_plain(self, key: int, index: int, token_id: int) -> None:
+        entry = self._entries.get(key)
+        if entry is None or entry.sink is None or index >= entry.n:
+            return
+        try:
+            entry.sink.on_tokens(index, (token_id,), (), ())
+        except Exception as error:
+            self._fail(key, error)
 
     def _take_end(self, event: pb.SampleEnd) -> None:
         entry = self._entries.get(event.key)

@@ -118,7 +118,7 @@ class LinkAbort(_message.Message):
     def __init__(self, key: _Optional[int] = ..., index: _Optional[int] = ..., cause: _Optional[_Union[AbortCause, str]] = ...) -> None: ...
 
 class SchedulerFrame(_message.Message):
-    __slots__ = ("state", "tokens", "ends", "released", "loads", "blocks_stored", "blocks_removed")
+    __slots__ = ("state", "tokens", "ends", "released", "loads", "blocks_stored", "blocks_removed", "plain_tokens")
     STATE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     ENDS_FIELD_NUMBER: _ClassVar[int]
@@ -126,6 +126,7 @@ class SchedulerFrame(_message.Message):
     LOADS_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_STORED_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_REMOVED_FIELD_NUMBER: _ClassVar[int]
+    PLAIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     state: SchedulerState
     tokens: _containers.RepeatedCompositeFieldContainer[TokensEvent]
     ends: _containers.RepeatedCompositeFieldContainer[SampleEnd]
@@ -133,7 +134,8 @@ class SchedulerFrame(_message.Message):
     loads: LinkLoads
     blocks_stored: bytes
     blocks_removed: bytes
-    def __init__(self, state: _Optional[_Union[SchedulerState, _Mapping]] = ..., tokens: _Optional[_Iterable[_Union[TokensEvent, _Mapping]]] = ..., ends: _Optional[_Iterable[_Union[SampleEnd, _Mapping]]] = ..., released: _Optional[_Iterable[_Union[Released, _Mapping]]] = ..., loads: _Optional[_Union[LinkLoads, _Mapping]] = ..., blocks_stored: _Optional[bytes] = ..., blocks_removed: _Optional[bytes] = ...) -> None: ...
+    plain_tokens: bytes
+    def __init__(self, state: _Optional[_Union[SchedulerState, _Mapping]] = ..., tokens: _Optional[_Iterable[_Union[TokensEvent, _Mapping]]] = ..., ends: _Optional[_Iterable[_Union[SampleEnd, _Mapping]]] = ..., released: _Optional[_Iterable[_Union[Released, _Mapping]]] = ..., loads: _Optional[_Union[LinkLoads, _Mapping]] = ..., blocks_stored: _Optional[bytes] = ..., blocks_removed: _Optional[bytes] = ..., plain_tokens: _Optional[bytes] = ...) -> None: ...
 
 class SchedulerState(_message.Message):
     __slots__ = ("protocol_version", "scheduler", "ready", "draining", "model_fingerprint", "dtype", "block_size", "max_model_len", "vocab_size")
