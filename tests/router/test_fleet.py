@@ -7,6 +7,7 @@ import pytest
 import structlog
 
 from services.router.fleet.addresses import check_addresses, resolve
+from shared import PROTOCOL_VERSION
 from shared.config import ConfigError
 from shared.prefix import chain, root_hash, short
 from shared.rpc.sluice.v1 import control_pb2, scheduling_pb2
@@ -178,7 +179,7 @@ def test_another_model_s_scheduler_is_not_used():
 
     def state(fingerprint):
         return State(
-            protocol_version=1,
+            protocol_version=PROTOCOL_VERSION,
             scheduler="s",
             ready=True,
             draining=False,
