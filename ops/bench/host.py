@@ -92,7 +92,7 @@ class Link:
                 self.ready.set()
             if frame.released:
                 raise RuntimeError(f"a request was let go of: {frame.released[0]}")
-            if frame.tokens:
+            if frame.plain_tokens:
                 self.frames += 1
                 self._changed.set()
 

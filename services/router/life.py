@@ -101,13 +101,13 @@ class Life:
         whole = span(names.GENERATE, 0, total_ns, -1)
         whole.attributes, whole.error = self._whole(options, end, total_ns), failure
         phases = [span(name, begin, over) for name, begin, over in self._phases(total_ns)]
-        if failure:
-            phases[-1].error = failure
         spans = [whole, *phases]
         if self.placed is not None and len(phases) > 2:
             phases[2].attributes = _of_route(self.placed)
         if self.placed is not None and self.answer is not None and len(spans) > SCHEDULED:
             spans += _inside(spans[SCHEDULED], self.answer, self.placed.scheduler)
+        if failure:
+            self._blame(spans, failure)
         context = self.context
         return Trace(
             request_id=options.request_id,
@@ -119,6 +119,13 @@ class Life:
             arrived_ns=wall_ns - total_ns,
             spans=spans,
         )
+
+    def _blame(self, spans: list[Span], failure: str) -> None:
+        """Marks the phase that failed: the last one, unless the scheduler's account ended badly before it."""
+        if self.answer is not None and self.answer.terminal and self.answer.refusal is not None:
+            spans[SCHEDULED].error = spans[-1].error = failure
+        else:
+            spans[max(at for at, span in enumerate(spans) if span.parent <= WHOLE)].error = failure
 
     def _phases(self, total_ns: int) -> list[tuple[str, int, int]]:
         """Each that was reached, with its beginning and its end; the last one ends with the request."""

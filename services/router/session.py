@@ -43,6 +43,8 @@ DRAIN_ACK_TIMEOUT_S = 0.1
 """And one that the drain ended: a second signal leaves its client little time to be told."""
 DEADLINE_SLACK_NS = 20 * NS_PER_MS
 """A client that goes so shortly before its deadline went because of it: its clock started before ours."""
+BLOCKED_FROM_NS = 20 * NS_PER_MS
+"""A write that takes so long waited for its client; a shorter one is what a write costs beside others."""
 INLINE_TOKENS = 2048
 """A token prompt up to this size is prepared on the loop: hopping to a thread would cost more."""
 
@@ -96,7 +98,8 @@ class Session:
                             if life.transcript is not None:
                                 life.transcript.add(event)
                         yield event
-                        life.blocked_ns += self._now() - given_ns
+                        took_ns = self._now() - given_ns
+                        life.blocked_ns += took_ns if took_ns > BLOCKED_FROM_NS else 0
             end = "answered"
         except RefusedError as error:
             end = error.refusal.name
@@ -237,11 +240,22 @@ class Session:
     def _log(self, options: GenerateOptions, life: Life, end: str, now_ns: int) -> None:
         """One wide event. Neither prompt nor answer, unless the operator wants both."""
         answer = life.answer
-        facts: dict[str, Any] = {"trace_id": life.context.trace_id.hex(), "total_ms": _ms(now_ns - life.arrived)}
+        facts: dict[str, Any] = {
+            "trace_id": life.context.trace_id.hex(),
+            "operation": life.operation,
+            "model": options.model,
+            "max_tokens": options.stopping.max_tokens,
+            "priority": options.priority,
+            "total_ms": _ms(now_ns - life.arrived),
+            "blocked_ms": _ms(life.blocked_ns),
+        }
+        if life.placed is not None:
+            facts["scheduler"] = life.placed.target
         if answer is not None:
             facts |= msgspec.structs.asdict(answer.usage) | {"finish_reasons": answer.finish_reasons}
         if answer is not None and answer.terminal:
             timing = msgspec.structs.asdict(life.timing(answer, now_ns))
+            facts["preemptions"] = timing["preemptions"]
             facts |= {name[:-3] + "_ms": _ms(value) for name, value in timing.items() if name.endswith("_ns") and value}
         if life.transcript is not None:
             facts |= life.transcript.facts()

@@ -134,9 +134,9 @@ async def _serving(config: WorkerConfig, instance: str) -> AsyncIterator[_Door]:
     servicer.add_to(server)
     health = Health(server, (SERVICE_NAME,))
     port = bind(server, config.host, config.port)
-    metrics = WorkerMetrics()
-    http = HttpDoor(config.host, config.metrics_port, metrics.exposition, flag="--metrics-port")
     exporter = _exporter(config)
+    metrics = WorkerMetrics(lambda: exporter.dropped_spans if exporter else 0)
+    http = HttpDoor(config.host, config.metrics_port, metrics.exposition, flag="--metrics-port")
     steps = StepTraces(config.slow_step_ms, exporter.add, instance=instance) if exporter else None
 
     def on_result(plan: StepPlan, result: StepResult) -> None:

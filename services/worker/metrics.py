@@ -1,5 +1,7 @@
 """What a worker exports: its cache's settings, and what its steps cost. How long they run the scheduler says."""
 
+from collections.abc import Callable
+
 from services.worker.plan import StepPlan, StepResult, StepRunner
 from services.worker.work import StepCosts, WorkMeter
 from shared.telemetry import metrics
@@ -10,7 +12,7 @@ from shared.telemetry.lag import LoopLag
 class WorkerMetrics:
     """From the process's start; the cache and the costs are known once the model is loaded."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_dropped_spans: Callable[[], int] = lambda: 0) -> None:
         self.lag = LoopLag()
         self._cache: dict[tuple[str, ...], int] = {}
         self._work: WorkMeter | None = None
@@ -22,6 +24,7 @@ class WorkerMetrics:
                 metrics.ESTIMATED_FLOPS.name: lambda: self._work.flops if self._work else 0,
                 metrics.ESTIMATED_READ_BYTES.name: lambda: self._work.read_bytes if self._work else 0,
                 metrics.LATE_COMPILATIONS.name: lambda: self._runner.num_late_compilations if self._runner else 0,
+                metrics.SPANS_DROPPED.name: num_dropped_spans,
                 metrics.LOOP_LAG.name: lambda: self.lag.histogram,
             },
         )

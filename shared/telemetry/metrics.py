@@ -209,5 +209,12 @@ EXPORTED: dict[str, tuple[Metric, ...]] = {
         KV_INVARIANT_VIOLATIONS,
         HEARTBEAT_AGE,
     ),
-    "worker": (CACHE_CONFIG_INFO, ESTIMATED_FLOPS, ESTIMATED_READ_BYTES, LATE_COMPILATIONS, LOOP_LAG),
+    "worker": (
+        CACHE_CONFIG_INFO,
+        ESTIMATED_FLOPS,
+        ESTIMATED_READ_BYTES,
+        LATE_COMPILATIONS,
+        SPANS_DROPPED,
+        LOOP_LAG,
+    ),
 }

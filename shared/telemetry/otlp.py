@@ -6,6 +6,7 @@ OpenTelemetry's SDK is left out: a span with ten attributes took 18 to 69 µs th
 under the interpreter lock that the router's streams need (ops/decisions/traces.md).
 """
 
+import http.client
 import random
 import threading
 import urllib.error
@@ -17,7 +18,11 @@ from urllib.parse import urlsplit
 
 import grpc
 import structlog
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from google.protobuf.message import DecodeError
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import TraceServiceStub
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue
 from opentelemetry.proto.trace.v1 import trace_pb2
@@ -31,6 +36,8 @@ log = structlog.get_logger("otlp")
 
 SAMPLED, PARENT_KNOWN, PARENT_REMOTE = 0x001, 0x100, 0x200
 """Bits of a span's flags: W3C's sampled, and whether its parent is known to lie in another process."""
+SCHEDULER = "scheduler"
+MAX_ANSWER_BYTES = 64 * 1024
 RETRIES = 4
 FIRST_RETRY_S = 0.5
 RETRYABLE_GRPC = frozenset(
@@ -55,10 +62,14 @@ class SendError(Exception):
         self.may_retry = may_retry
 
 
+Send = Callable[[ExportTraceServiceRequest], ExportTraceServiceResponse]
+"""Raises SendError."""
+
+
 class Exporter:
     """Sends what `add` was given. `send` stands in for the collector in tests."""
 
-    def __init__(self, config: ExportConfig, send: Callable[[ExportTraceServiceRequest], None] | None = None) -> None:
+    def __init__(self, config: ExportConfig, send: Send | None = None) -> None:
         self.dropped_spans = 0
         """Never sent: the queue was full, or the collector did not take them."""
         self.sent_spans = 0
@@ -81,10 +92,12 @@ class Exporter:
             self._wake.set()
 
     def close(self, timeout_s: float) -> None:
-        """Sends what is queued as far as the time allows."""
+        """Sends what is queued as far as the time allows, and counts what is left."""
         self._stopping.set()
         self._wake.set()
         self._thread.join(timeout_s)
+        while self._queue:
+            self.dropped_spans += len(self._queue.popleft().spans)
 
     def _work(self) -> None:
         while not self._stopping.is_set():
@@ -97,31 +110,39 @@ class Exporter:
         while self._queue:
             batch = [self._queue.popleft() for _ in range(min(len(self._queue), self._config.max_batch))]
             num_spans = sum(len(trace.spans) for trace in batch)
-            if self._deliver(batch):
-                self.sent_spans += num_spans
-            else:
-                self.dropped_spans += num_spans
+            try:
+                num_refused = self._deliver(batch)
+            except SendError as error:
+                num_refused = num_spans
+                self._note_failure(str(error))
+            except Exception as error:  # whatever it was, the thread lives on; its text may hold a header's secret
+                num_refused = num_spans
+                self._note_failure(type(error).__name__)
+            self.dropped_spans += num_refused
+            self.sent_spans += num_spans - num_refused
 
-    def _deliver(self, batch: list[Trace]) -> bool:
+    def _deliver(self, batch: list[Trace]) -> int:
+        """How many spans the collector refused. Raises SendError where it took nothing."""
         request, delay_s = encode(batch, self._config), FIRST_RETRY_S
         for attempt in range(RETRIES + 1):
             try:
-                self._send(request)
+                refused = self._send(request).partial_success
+                break
             except SendError as error:
                 if attempt == RETRIES or not error.may_retry or self._stopping.is_set():
-                    self._note_failure(error)
-                    return False
+                    raise
                 self._stopping.wait(delay_s * random.uniform(0.8, 1.2))
                 delay_s *= 2
-            else:
-                self._failing = False
-                return True
-        return False
+        if refused.rejected_spans:
+            self._note_failure(f"{refused.rejected_spans} spans refused: {refused.error_message}"[:200])
+        else:
+            self._failing = False
+        return int(refused.rejected_spans)
 
-    def _note_failure(self, error: SendError) -> None:
+    def _note_failure(self, reason: str) -> None:
         """Once until it works again."""
         if not self._failing:
-            log.warning("traces_dropped", endpoint=self._config.endpoint, reason=str(error))
+            log.warning("traces_dropped", endpoint=self._config.endpoint, reason=reason)
         self._failing = True
 
 
@@ -143,9 +164,10 @@ def encode(traces: Iterable[Trace], config: ExportConfig) -> ExportTraceServiceR
 def _scope(
     request: ExportTraceServiceRequest, service: str, instance: str, config: ExportConfig
 ) -> trace_pb2.ScopeSpans:
+    own = service != SCHEDULER  # whose spans another service exports: our environment does not describe it
     facts = {
-        **config.resource,
-        "service.name": config.service_name or SERVICES[service],
+        **(config.resource if own else {}),
+        "service.name": (own and config.service_name) or SERVICES[service],
         "service.instance.id": instance,
         "service.version": __version__,
     }
@@ -201,11 +223,11 @@ def _set(made: AnyValue, value: Attribute) -> None:
 # The two ways to send.
 
 
-def _sender(config: ExportConfig) -> Callable[[ExportTraceServiceRequest], None]:
+def _sender(config: ExportConfig) -> Send:
     return _grpc_sender(config) if config.protocol == "grpc" else _http_sender(config)
 
 
-def _grpc_sender(config: ExportConfig) -> Callable[[ExportTraceServiceRequest], None]:
+def _grpc_sender(config: ExportConfig) -> Send:
     address = urlsplit(config.endpoint if "://" in config.endpoint else f"http://{config.endpoint}")
     if address.scheme == "https":
         channel = grpc.secure_channel(address.netloc, grpc.ssl_channel_credentials())
@@ -214,9 +236,10 @@ def _grpc_sender(config: ExportConfig) -> Callable[[ExportTraceServiceRequest], 
     stub = TraceServiceStub(channel)
     metadata = tuple((key.lower(), value) for key, value in config.headers.items())
 
-    def send(request: ExportTraceServiceRequest) -> None:
+    def send(request: ExportTraceServiceRequest) -> ExportTraceServiceResponse:
         try:
-            stub.Export(request, timeout=config.timeout_s, metadata=metadata)
+            answer: ExportTraceServiceResponse = stub.Export(request, timeout=config.timeout_s, metadata=metadata)
+            return answer
         except grpc.RpcError as error:
             code = error.code()
             raise SendError(f"{code.name}: {error.details()}"[:200], may_retry=code in RETRYABLE_GRPC) from None
@@ -224,17 +247,19 @@ def _grpc_sender(config: ExportConfig) -> Callable[[ExportTraceServiceRequest], 
     return send
 
 
-def _http_sender(config: ExportConfig) -> Callable[[ExportTraceServiceRequest], None]:
+def _http_sender(config: ExportConfig) -> Send:
     headers = {**config.headers, "Content-Type": "application/x-protobuf"}
 
-    def send(request: ExportTraceServiceRequest) -> None:
+    def send(request: ExportTraceServiceRequest) -> ExportTraceServiceResponse:
         posted = urllib.request.Request(config.endpoint, request.SerializeToString(), headers, method="POST")
         try:
-            with urllib.request.urlopen(posted, timeout=config.timeout_s):
-                pass
+            with urllib.request.urlopen(posted, timeout=config.timeout_s) as answer:
+                return ExportTraceServiceResponse.FromString(answer.read(MAX_ANSWER_BYTES))
         except urllib.error.HTTPError as error:
             raise SendError(f"HTTP {error.code}", may_retry=error.code in RETRYABLE_HTTP) from None
         except OSError as error:
             raise SendError(str(error)[:200], may_retry=True) from None
+        except (http.client.HTTPException, DecodeError) as error:
+            raise SendError(f"it does not answer as OTLP over HTTP ({type(error).__name__})", may_retry=False) from None
 
     return send

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 
+from shared import PROTOCOL_VERSION
 from shared.net.server import bind, create_server
 from shared.rpc.sluice.v1 import scheduling_pb2 as pb
 from shared.rpc.sluice.v1.scheduling_pb2_grpc import SchedulingServicer, add_SchedulingServicer_to_server
@@ -87,7 +88,7 @@ class FakeScheduler(SchedulingServicer):
         self.ack_delay_s = ack_delay_s
         self.state = pb.SchedulerState(
             **{
-                "protocol_version": 1,
+                "protocol_version": PROTOCOL_VERSION,
                 "scheduler": "scheduler-fake",
                 "ready": True,
                 "dtype": "float32",

@@ -153,7 +153,7 @@ def test_a_scheduler_without_a_worker_or_draining_gets_nothing(tiny_model):
 @pytest.mark.parametrize(
     ("state", "reason"),
     [
-        ({"protocol_version": 2}, "protocol version 2"),
+        ({"protocol_version": 99}, "protocol version 99"),
         ({"vocab_size": 401}, "401 tokens"),
         ({"block_size": 0}, "block size"),
         ({"max_model_len": 0}, "maximum length"),

@@ -91,6 +91,7 @@ def test_the_scheduler_exports_its_metrics_and_no_other():
         assert said.labels("kv_blocks", "state") == {"free": 0, "cached": 0, "referenced": 0}
         assert said.labels("heartbeat_age_seconds", "worker") == {}
         assert set(said.labels("num_requests_waiting_by_reason", "reason")) == {
+            "step",
             "budget",
             "blocks",
             "max_num_seqs",

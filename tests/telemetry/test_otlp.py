@@ -1,17 +1,25 @@
 """Traces on their way to a collector: what is sent, and what a collector that does not take them costs."""
 
+import contextlib
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+import structlog
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTracePartialSuccess,
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
 
 from shared.config.otel import ExportConfig
 from shared.telemetry.otlp import Exporter, SendError, encode
 from shared.telemetry.spans import Span, Trace
 from tests.builders.collector import Collector
 
+TAKEN = ExportTraceServiceResponse()
 TRACE_ID, PARENT_ID = b"t" * 16, b"p" * 8
 
 
@@ -63,7 +71,7 @@ def test_spans_are_encoded_under_the_process_that_they_belong_to():
     resources = {name: {a.key: a.value.string_value for a in found[name][0].attributes} for name in found}
     assert resources["generate"]["service.name"] == "sluice-router"
     assert resources["queue"]["service.name"] == "sluice-scheduler"
-    assert resources["queue"]["zone"] == "a"
+    assert (resources["generate"].get("zone"), resources["queue"].get("zone")) == ("a", None), "the router's own"
     kinds = {
         attribute.key: attribute.value.WhichOneof("value").removesuffix("_value") for attribute in whole.attributes
     }
@@ -120,7 +128,7 @@ def test_a_dead_collector_costs_its_traces_and_no_time():
 
 def test_a_slow_collector_blocks_nobody():
     going = threading.Event()
-    exporter = Exporter(config("x", max_queued=4), send=lambda request: going.wait())
+    exporter = Exporter(config("x", max_queued=4), send=lambda request: going.wait() and TAKEN)
     began = time.perf_counter()
     for _ in range(200):
         exporter.add(trace())
@@ -140,6 +148,7 @@ def test_only_what_may_be_tried_again_is(may_retry, calls, monkeypatch):
         seen.append(request)
         if len(seen) == 1:
             raise SendError("busy", may_retry=may_retry)
+        return TAKEN
 
     exporter = Exporter(config("x"), send=send)
     exporter.add(trace())
@@ -149,3 +158,55 @@ def test_only_what_may_be_tried_again_is(may_retry, calls, monkeypatch):
     exporter.close(5)
     assert len(seen) == calls
     assert exporter.sent_spans == (3 if may_retry else 0)
+
+
+def outcome(exporter: Exporter, *, traces: int) -> tuple[int, int]:
+    """What of so many traces was sent and dropped, each in a batch of its own, and that the thread lived on."""
+    for sent in range(1, traces + 1):
+        exporter.add(trace())
+        exporter._wake.set()
+        deadline = time.monotonic() + 5
+        while exporter.sent_spans + exporter.dropped_spans < 3 * sent and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert exporter._thread.is_alive()
+    exporter.close(5)
+    return exporter.sent_spans, exporter.dropped_spans
+
+
+def test_spans_that_a_collector_refuses_within_a_good_answer_are_counted():
+    refusing = ExportTraceServiceResponse(
+        partial_success=ExportTracePartialSuccess(rejected_spans=2, error_message="too old")
+    )
+    answers = [TAKEN, refusing, TAKEN]
+    with structlog.testing.capture_logs() as logs:
+        assert outcome(Exporter(config("x"), send=lambda request: answers.pop()), traces=3) == (7, 2)
+    assert [entry["reason"] for entry in logs] == ["2 spans refused: too old"]
+
+
+def test_a_collector_that_speaks_something_else_costs_its_traces_and_not_the_thread():
+    """The gRPC port of a collector, asked by HTTP."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def babble():
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                connection.recv(65536)
+                connection.sendall(b"\x00\x00\x12\x04\x00\x00 not HTTP\r\n\r\n")
+                connection.close()
+
+    threading.Thread(target=babble, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/traces"
+    with structlog.testing.capture_logs() as logs:
+        assert outcome(Exporter(config(endpoint, protocol="http/protobuf")), traces=2) == (0, 6)
+    listener.close()
+    assert [entry["event"] for entry in logs] == ["traces_dropped"]
+    assert "does not answer as OTLP over HTTP" in logs[0]["reason"]
+
+
+def test_a_header_that_cannot_be_sent_is_not_told_to_the_log():
+    headers = {"authorization": "Bearer sec\nret"}
+    with structlog.testing.capture_logs() as logs:
+        exporter = Exporter(config("http://127.0.0.1:1/v1/traces", protocol="http/protobuf", headers=headers))
+        assert outcome(exporter, traces=2) == (0, 6)
+    assert [entry["reason"] for entry in logs] == ["ValueError"]

@@ -9,7 +9,7 @@ from services.worker.plan import StepResult
 from services.worker.work import StepCosts, WorkMeter
 from shared.telemetry.metrics import CACHE_CONFIG_INFO
 from tests.builders.plans import make_admit, make_plan
-from tests.builders.pretend_worker import COSTS
+from tests.builders.pretend_worker import COSTS, PretendRunner
 from tests.builders.scrape import Scrape, parse
 
 PAIRS = StepCosts(
@@ -88,7 +88,7 @@ def test_a_models_costs_follow_from_its_shape():
 def test_a_step_that_failed_counts_for_nothing():
     metrics = WorkerMetrics()
     facts = dict.fromkeys(CACHE_CONFIG_INFO.labels, "x")
-    metrics.describe(COSTS, **facts | {"max_num_seqs": 4})
+    metrics.describe(PretendRunner(), COSTS, **facts | {"max_num_seqs": 4})
     metrics.on_result(PROMPT, StepResult(step=1, error="boom"))
     failed = told(metrics)
     metrics.on_result(PROMPT, StepResult(step=1))

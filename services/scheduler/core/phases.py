@@ -20,8 +20,10 @@ class Phase(enum.IntEnum):
 
 @enum.unique
 class WaitReason(enum.Enum):
-    """Why a request waits. The first three are the queue's, for everybody in it; the others a request's own."""
+    """Why a request waits. The first four are the queue's, for everybody in it; the others a request's own. `step` is
+    the least: nothing but the steps in flight was in the way."""
 
+    STEP = "step"
     BUDGET = "budget"
     BLOCKS = "blocks"
     MAX_NUM_SEQS = "max_num_seqs"
@@ -35,7 +37,7 @@ class WaitClock:
     group finished. A request takes a reading when it enters a phase and another when it leaves, so that a step costs
     nothing per request."""
 
-    reason: WaitReason = WaitReason.BUDGET
+    reason: WaitReason = WaitReason.STEP
     since_ns: int = 0
     passed_ns: dict[WaitReason, int] = field(default_factory=dict)
     steps: int = 0

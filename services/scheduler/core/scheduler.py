@@ -211,7 +211,7 @@ class Scheduler:
 
     def _admit_waiting(self, group: WorkerGroup, step: Step, now_ns: int) -> None:
         """Takes samples from the queue, in order, until the first that does not fit; notes why it did not."""
-        reason = WaitReason.BUDGET
+        reason = WaitReason.STEP
         while (sample := group.waiting.first or self._steal(group, now_ns)) is not None:
             blocked = self._try_admit(group, sample, step, now_ns)
             if blocked is not None:
@@ -225,7 +225,9 @@ class Scheduler:
     def _try_admit(self, group: WorkerGroup, sample: Sample, step: Step, now_ns: int) -> WaitReason | None:
         if not group.free_slots:
             return WaitReason.MAX_NUM_SEQS
-        if step.prefill_budget <= 0 or sample.unknown or not step.has_room_for(sample):
+        if sample.unknown:
+            return WaitReason.STEP
+        if step.prefill_budget <= 0 or not step.has_room_for(sample):
             return WaitReason.BUDGET
         hits = group.match(sample)
         pool, block_size = group.pool, group.spec.block_size

@@ -472,7 +472,7 @@ def waits(policy: str) -> tuple[dict[str, int], dict[str, int]]:
 def test_a_request_behind_one_that_overtook_it_waits_for_its_priority():
     b, c = waits("priority")
     # Until the next step, then for the slot, then behind c until c has it, then for c to leave it.
-    assert b == {"budget": NS_PER_MS, "max_num_seqs": 16 * NS_PER_MS, "priority": 14 * NS_PER_MS}
+    assert b == {"step": NS_PER_MS, "max_num_seqs": 16 * NS_PER_MS, "priority": 14 * NS_PER_MS}
     assert c == {"max_num_seqs": 16 * NS_PER_MS}
 
 
