@@ -162,6 +162,8 @@ def choose_device(asked: str) -> str:
     has_triton = importlib.util.find_spec("triton") is not None
     if asked == "auto":
         asked = "cuda" if torch.cuda.is_available() and has_triton else "cpu"
+        if torch.cuda.is_available() and not has_triton:
+            log.warning("gpu_left_aside", because="triton is not installed: sh ops/scripts/setup installs it")
     if asked == "cpu":
         return "cpu"
     if not torch.cuda.is_available():

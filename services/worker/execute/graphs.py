@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops.attention import decode_splits, most_decode_splits
-from services.worker.execute.inputs import DecodeInputs
+from services.worker.execute.inputs import DecodeInputs, fed
 from services.worker.memory.copies import fill_from, to_device
 from services.worker.models.decoder import DecodeRows, MixedRows
 from services.worker.models.spec import ModelSpec
@@ -147,10 +147,9 @@ class Graphs:
     def _decode(self, rows: int) -> None:
         """The step as it is captured, on the first `rows` rows of the buffers."""
         token_ids, positions, slots, contexts = (line[:rows] for line in self._numbers)
-        fed = self._last_tokens.index_select(0, (-1 - token_ids).clamp_min(0))
         self._decoder.decode(
             DecodeRows(
-                token_ids=torch.where(token_ids < 0, fed, token_ids),
+                token_ids=fed(token_ids, self._last_tokens),
                 positions=positions,
                 slots=slots,
                 context_lens=contexts.to(torch.int32),

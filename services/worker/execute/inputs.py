@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from services.worker.execute.slots import Slots
 from services.worker.memory.copies import to_device
@@ -85,6 +86,12 @@ def inputs_of(gathered: Gathered, *, exact: bool, device: torch.device) -> Input
         exact=exact,
     )
     return Inputs(batch, gathered.sampled_at, gathered.prompt_rows, gathered.feeds)
+
+
+def fed(token_ids: Tensor, last_tokens: Tensor) -> Tensor:
+    """`token_ids` with the tokens that are still on the device: -1 - slot stands for a slot's last one."""
+    last = last_tokens.index_select(0, (-1 - token_ids).clamp_min(0))
+    return torch.where(token_ids < 0, last, token_ids)
 
 
 def is_decode(plan: StepPlan) -> bool:

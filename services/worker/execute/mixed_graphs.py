@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.ops.attention import mixed_tiles
 from services.worker.execute.graphs import Capture, DecodeForward, Replay, SplitRoom
-from services.worker.execute.inputs import Gathered
+from services.worker.execute.inputs import Gathered, fed
 from services.worker.memory.copies import fill_from, to_device
 from services.worker.models.decoder import MixedRows
 
@@ -136,10 +136,9 @@ class MixedGraphs:
         rows = self._num_rows(bucket)
         token_ids, positions, slots = (line[:bucket] for line in self._numbers)
         starts_at, contexts_at, decodes_at, tiles_at, _ = self._parts.tolist()
-        fed = self._last_tokens.index_select(0, (-1 - token_ids).clamp_min(0))
         self._decoder.compute_mixed(
             MixedRows(
-                token_ids=torch.where(token_ids < 0, fed, token_ids),
+                token_ids=fed(token_ids, self._last_tokens),
                 positions=positions,
                 slots=slots,
                 query_starts=self._rows[starts_at : starts_at + rows + 2],

@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.ops.forms import num_late_compilations
 from services.worker.execute.failures import explain
 from services.worker.execute.graphs import Capture, DecodeForward, Graphs
-from services.worker.execute.inputs import Gathered, Inputs, gather_arrays, gather_decode, inputs_of, is_decode
+from services.worker.execute.inputs import Gathered, Inputs, fed, gather_arrays, gather_decode, inputs_of, is_decode
 from services.worker.execute.mixed_graphs import MixedGraphs
 from services.worker.execute.slots import Placed, Slots
 from services.worker.memory.copies import Arrival, Copies, HostCopies, to_device
@@ -196,18 +196,14 @@ class Runner:
     ) -> tuple[Tensor, tuple[DescribedPrompt, ...]]:
         """The same, kernel by kernel."""
         inputs = inputs_of(gathered, exact=exact, device=self._pages.device)
-        batch = self._feed(inputs.batch) if inputs.feeds else inputs.batch
+        batch = inputs.batch
+        if inputs.feeds:
+            batch = replace(batch, token_ids=fed(batch.token_ids, self._last_tokens))
         logits = self._decoder.forward(batch, self._pages)
         described = self._describe_prompts(plan, inputs, logits)
         if len(logits) != len(inputs.sampled_at):
             logits = logits[to_device(inputs.sampled_at, logits.device)]
         return logits, described
-
-    def _feed(self, batch: StepBatch) -> StepBatch:
-        """Puts in the tokens that are still on the device: -1 - slot stands for a slot's last one."""
-        token_ids = batch.token_ids
-        fed = self._last_tokens.index_select(0, (-1 - token_ids).clamp_min(0))
-        return replace(batch, token_ids=torch.where(token_ids < 0, fed, token_ids))
 
     def _sample(self, plan: StepPlan, logits: Tensor) -> Sampled | None:
         slots = plan.slots[plan.samples]
