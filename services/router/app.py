@@ -38,6 +38,8 @@ LAST_TRACES_S = 2.0
 """What sending the last traces may take."""
 GOODBYE_S = 2.0
 """What aborted streams may take to write their ends."""
+LAST_ANSWERS_S = 0.5
+"""What answers already given, Drain's own among them, may take to leave."""
 
 
 async def serve(config: RouterConfig, *, on_event: OnEvent | None = None) -> int:
@@ -124,7 +126,7 @@ class Router:
                 await self._until_stopped()
                 return await self._drain()
         finally:
-            await self._server.stop(0)
+            await self._server.stop(LAST_ANSWERS_S)
             self._lag.stop()
             if self._http is not None:
                 self._http.close()
