@@ -153,7 +153,7 @@ def _example() -> tuple[Life, GenerateOptions]:
         Segment(phase="prefill", ns=20_000_000, steps=1, rows=16, device_ns=19_000_000),
         Segment(phase="decode", ns=800_000_000, steps=127, rows=2_032, device_ns=700_000_000),
     )
-    durations = Durations(total_ns=821_000_000, prefill_steps=1, decode_steps=127, segments=segments)
+    durations = Durations(total_ns=821_000_000, segments=segments)
     tokenizer = load_tokenizer(BUNDLED)
     answer = Answer(options, (1, 2, 3), tokenizer.texts, None, 2**20, lambda: 890_000_000)
     answer.on_end(0, FinishReason.LENGTH, -1)
