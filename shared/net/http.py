@@ -119,8 +119,8 @@ def _application(registry: CollectorRegistry, healthy: Callable[[], bool] | None
 def exposition(registry: CollectorRegistry) -> tuple[str, bytes]:
     """Content type and body of /metrics, in the text format that every Prometheus reads, whatever it asks for.
 
-    Asked for OpenMetrics as Prometheus 2 does, prometheus-client 0.26 writes `sluice_` for `sluice:`, and no query finds
-    it.
+    Asked for OpenMetrics as Prometheus 2 does, prometheus-client 0.26 writes `sluice_` for `sluice:`, which no query
+    finds.
     """
     return CONTENT_TYPE_PLAIN_0_0_4, generate_latest(registry)
 
