@@ -88,8 +88,12 @@ def check_depth(field: str, value: Any) -> None:
         raise invalid(field, f"nests deeper than {MAX_JSON_DEPTH} levels")
 
 
+def is_request_id(text: str) -> bool:
+    return len(text) <= MAX_REQUEST_ID_CHARS and REQUEST_ID.fullmatch(text) is not None
+
+
 def check_request_id(request_id: str) -> None:
-    if len(request_id) > MAX_REQUEST_ID_CHARS or not REQUEST_ID.fullmatch(request_id):
+    if not is_request_id(request_id):
         raise invalid("request_id", f"1 to {MAX_REQUEST_ID_CHARS} letters, digits and . _ : / + = @ - are allowed")
 
 

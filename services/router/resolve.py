@@ -39,6 +39,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     deterministic: bool = False
     include_timing: bool = False
+    skip_special_tokens: bool = True
 
 
 def token_prompt(token_ids: Sequence[int], model: ServedModel, max_model_len: int) -> TokenPrompt:
@@ -57,6 +58,7 @@ def resolve(
     *,
     request_id: str,
     name: str = "",
+    door: str = "grpc",
     deadline_ns: int | None = None,
     caller: Caller | None = None,
 ) -> GenerateOptions:
@@ -78,6 +80,8 @@ def resolve(
         priority=asked.priority,
         deterministic=asked.deterministic,
         include_timing=asked.include_timing,
+        skip_special_tokens=asked.skip_special_tokens,
+        door=door,
         deadline_ns=deadline_ns,
         caller=caller,
     )
