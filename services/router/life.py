@@ -154,6 +154,7 @@ def _asked(options: GenerateOptions, operation: str) -> dict[str, Attribute]:
     sampling = options.sampling
     attributes: dict[str, Attribute] = {
         names.OPERATION: operation,
+        names.DOOR: options.door,
         names.REQUEST_MODEL: options.model,
         names.RESPONSE_ID: options.request_id,
         names.REQUEST_ID: options.request_id,

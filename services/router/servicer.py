@@ -74,9 +74,8 @@ class RouterInference(InferenceServicer):
         deadline_ns = remaining_ns(context)
         request_id = wire.request_id_of(request, _header(context, REQUEST_ID_HEADER))
         context.set_trailing_metadata(((REQUEST_ID_HEADER, request_id),))  # for a refusal, which has no headers
-        if request.model and request.model not in self._model.names:
-            known = ", ".join(self._model.names)
-            raise refuse("model_not_found", f"there is no model {request.model[:128]!r} here; served: {known}")
+        if request.model:
+            self._model.check_name(request.model)
         length = self._fleet.max_model_len or self._model.max_model_len
         prompt = wire.prompt_of(request, self._model, max_bytes=self._max_request_bytes, max_model_len=length)
         caller = trace_context.parse(_header(context, trace_context.PARENT), _header(context, trace_context.STATE))

@@ -243,6 +243,7 @@ class Session:
         facts: dict[str, Any] = {
             "trace_id": life.context.trace_id.hex(),
             "operation": life.operation,
+            "door": options.door,
             "model": options.model,
             "max_tokens": options.stopping.max_tokens,
             "priority": options.priority,
@@ -297,6 +298,7 @@ def _accepted(answer: Answer, options: GenerateOptions) -> Accepted:
         request_id=options.request_id,
         prompt_tokens=answer.usage.prompt_tokens,
         seed=options.sampling.seed,
+        prompt_ids=answer.prompt_ids,
         prompt_logprobs=answer.prompt_logprobs or (),
     )
 

@@ -34,6 +34,7 @@ LATENCY_DECODE = "gen_ai.latency.time_in_model_decode"
 
 # Ours.
 REQUEST_ID = "sluice.request.id"
+DOOR = "sluice.request.door"
 NUM_SAMPLES = "sluice.request.n"
 PRIORITY = "sluice.request.priority"
 DETERMINISTIC = "sluice.request.deterministic"

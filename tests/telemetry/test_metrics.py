@@ -142,27 +142,17 @@ def test_a_loop_that_is_held_up_is_late() -> None:
     assert histogram.total >= INTERVAL_S / 4
 
 
-def door(port: int = 0, *, healthy: bool | None = None) -> HttpDoor:
+def door(port: int = 0) -> HttpDoor:
     exposition = Exposition([metrics.PROMPT_TOKENS], {"prompt_tokens_total": lambda: 7})
-    return HttpDoor(
-        "127.0.0.1", port, exposition, flag="--metrics-port", healthy=None if healthy is None else lambda: healthy
-    )
+    return HttpDoor("127.0.0.1", port, exposition, flag="--metrics-port")
 
 
 @pytest.mark.parametrize(
-    ("path", "healthy", "status"),
-    [
-        ("/metrics", None, 200),
-        ("/health", True, 200),
-        ("/health", False, 503),
-        ("/health", None, 404),
-        ("/", None, 404),
-        ("/metrics/../etc/passwd", None, 404),
-    ],
+    ("path", "status"), [("/metrics", 200), ("/health", 404), ("/", 404), ("/metrics/../etc/passwd", 404)]
 )
-def test_the_http_door_answers_what_it_has(path: str, healthy: bool | None, status: int) -> None:
+def test_the_http_door_answers_what_it_has(path: str, status: int) -> None:
     async def run() -> tuple[int, str]:
-        opened = door(healthy=healthy)
+        opened = door()
         try:
             return await asyncio.to_thread(fetch, opened.address, path)
         finally:
