@@ -6,6 +6,7 @@ from contextlib import aclosing
 from typing import TypeAlias
 
 import grpc
+import msgspec
 
 from services.router import wire
 from services.router.admission import Admission
@@ -158,16 +159,7 @@ class RouterControl(ControlServicer):
 
     async def GetLoad(self, request: control_pb2.GetLoadRequest, context: Context) -> control_pb2.GetLoadResponse:
         groups = [
-            control_pb2.GroupLoad(
-                scheduler=scheduler,
-                group=load.group,
-                requests_running=load.requests_running,
-                requests_waiting=load.requests_waiting,
-                kv_blocks_total=load.kv_blocks_total,
-                kv_blocks_free=load.kv_blocks_free,
-                kv_blocks_cached=load.kv_blocks_cached,
-                kv_blocks_referenced=load.kv_blocks_referenced,
-            )
+            control_pb2.GroupLoad(scheduler=scheduler, **msgspec.structs.asdict(load))
             for scheduler, load in self._fleet.loads()
         ]
         return control_pb2.GetLoadResponse(groups=groups, requests_in_flight=len(self._admission))
