@@ -271,9 +271,7 @@ class Client:
 
     async def load(self, *, timeout_s: float = 10.0) -> Load:
         response = await self._call(self._control.GetLoad, control_pb2.GetLoadRequest(), timeout_s)
-        groups = tuple(
-            msgspec.convert(group, GroupLoad, from_attributes=True) for group in response.groups
-        )
+        groups = tuple(msgspec.convert(group, GroupLoad, from_attributes=True) for group in response.groups)
         return Load(groups, response.requests_in_flight)
 
     async def traces(self, limit: int, request_id: str = "", *, timeout_s: float = 10.0) -> tuple[Trace, ...]:
