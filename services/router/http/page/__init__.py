@@ -1,6 +1,6 @@
 """The page at `/`: a conversation with the model, what each answer took, and the state of the cluster."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from importlib.resources import files
 
 import msgspec
@@ -24,6 +24,9 @@ HEADERS = {
 }
 
 
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
 def routes(model: ServedModel, fleet: Fleet, admission: Admission) -> list[Route]:
     """The page's files, and `/cluster`, which it reads every second."""
     made = [Route("/", _file("index.html"), methods=["GET"])]
@@ -31,7 +34,7 @@ def routes(model: ServedModel, fleet: Fleet, admission: Admission) -> list[Route
     return [*made, Route("/cluster", _cluster(model, fleet, admission), methods=["GET"])]
 
 
-def _file(name: str) -> Callable[[Request], Response]:
+def _file(name: str) -> Endpoint:
     body = files(__package__).joinpath(name).read_bytes()
 
     async def send(request: Request) -> Response:
@@ -40,7 +43,7 @@ def _file(name: str) -> Callable[[Request], Response]:
     return send
 
 
-def _cluster(model: ServedModel, fleet: Fleet, admission: Admission) -> Callable[[Request], Response]:
+def _cluster(model: ServedModel, fleet: Fleet, admission: Admission) -> Endpoint:
     """What the router knows of itself and of every worker group."""
 
     async def tell(request: Request) -> Response:
