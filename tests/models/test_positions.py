@@ -9,12 +9,12 @@ from services.worker.layers.positions import RopeTable, attention_factor, invers
 from services.worker.models.registry import translate
 from tests.models.twins import BASE, TWINS
 
-ROPES = {name: twin.settings for name, twin in TWINS.items() if "rope_parameters" in twin.settings}
+ROPES = {name: twin.settings for name, twin in TWINS.items() if "rope_type" in twin.settings.get("rope_parameters", {})}
 
 
 def family_and_config(name):
     config = getattr(transformers, f"{TWINS[name].config}Config")(**(BASE | ROPES[name]))
-    config.architectures = [f"{TWINS[name].config}ForCausalLM"]
+    config.architectures = [TWINS[name].architecture]
     return translate(config.to_dict()), config
 
 
@@ -28,9 +28,10 @@ def test_frequencies_equal_those_of_transformers_at_the_same_length(name, positi
         expected, factor = 1.0 / 5e5 ** (torch.arange(0, 16, 2) / 16), 1.0
     else:
         expected, factor = ROPE_INIT_FUNCTIONS[kind](config, seq_len=position + 1)
-    actual = inverse_frequencies(spec.rope, spec.head_dim, torch.tensor([position]))[0]
+    rope = spec.positions.ropes[0]
+    actual = inverse_frequencies(rope, spec.positions.dim, torch.tensor([position]))[0]
     torch.testing.assert_close(actual, expected, rtol=2e-6, atol=0)
-    assert attention_factor(spec.rope) == pytest.approx(factor, rel=1e-9)
+    assert attention_factor(rope) == pytest.approx(factor, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", ["llama-dynamic", "llama-longrope"])
@@ -56,7 +57,7 @@ def test_a_prompt_beyond_the_trained_length_equals_transformers_fed_token_by_tok
 
 def test_a_position_has_the_same_entry_whoever_asks_first():
     family, _ = family_and_config("llama-dynamic")
-    one, two = (RopeTable(family.spec.rope, 16, torch.float32) for _ in range(2))
+    one, two = (RopeTable(family.spec.positions.ropes[0], 16, torch.float32) for _ in range(2))
     one.gather(torch.tensor([5]), 6)
     positions = torch.tensor([0, 5, 2047, 2048, 5000])
     for mine, other in zip(one.gather(positions, 5001), two.gather(positions, 5001), strict=True):

@@ -114,7 +114,7 @@ def test_progress_reaches_the_end(folder):
         ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "LlamaForCausalLM"]),
         ({"architectures": None}, ["no architecture"]),
         ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "awq"]),
-        ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
+        ({"hidden_act": "mish"}, ["hidden_act", "mish"]),
         ({"num_key_value_heads": 3}, ["num_key_value_heads", "3"]),
         ({"num_attention_heads": 5, "num_key_value_heads": 1}, ["num_attention_heads", "hidden_size"]),
         ({"head_dim": 7}, ["head_dim", "even"]),

@@ -48,6 +48,15 @@ class Twin:
     max_shard_size: str = "1GB"
     rope_style: str = "parameters"
     """`scaling`: config.json is rewritten to the older rope_theta + rope_scaling."""
+    model: str = ""
+    """The model's class, where it is not the config's name and ForCausalLM."""
+
+    attention: str | None = None
+    """Of transformers: `eager` heeds a soft cap, which what it takes by default does not."""
+
+    @property
+    def architecture(self) -> str:
+        return self.model or f"{self.config}ForCausalLM"
 
 
 def _rope(kind: str, **parameters: Any) -> dict[str, Any]:
@@ -112,7 +121,86 @@ TWINS: dict[str, Twin] = {
     "mistral": Twin("Mistral", {"sliding_window": None}),
     "mistral-window": Twin("Mistral", {"sliding_window": 21}),
     "mistral-head": Twin("Mistral", {"sliding_window": None, "head_dim": 20}),
+    "llama-geglu": Twin("Llama", {"hidden_act": "gelu_pytorch_tanh"}),
+    "gpt2": Twin("GPT2", model="GPT2LMHeadModel"),
+    "gpt2-inner": Twin("GPT2", {"n_inner": 100, "activation_function": "relu"}, model="GPT2LMHeadModel"),
+    "gpt-bigcode": Twin("GPTBigCode"),
+    "gpt-bigcode-mha": Twin("GPTBigCode", {"multi_query": False}),
+    "opt": Twin("OPT", {"ffn_dim": 172, "word_embed_proj_dim": 64}),
+    "opt-post-norm": Twin("OPT", {"ffn_dim": 172, "do_layer_norm_before": False, "word_embed_proj_dim": 40}),
+    "xglm": Twin("XGLM", {"ffn_dim": 172}),
+    "gpt-neox": Twin("GPTNeoX", {"hidden_act": "gelu"}),
+    "gpt-neox-sequential": Twin("GPTNeoX", {"use_parallel_residual": False, "rotary_pct": 0.5}),
+    "gptj": Twin("GPTJ", {"rotary_dim": 12}),
+    "phi": Twin("Phi", {"partial_rotary_factor": 0.5}),
+    "phi3": Twin("Phi3", {"sliding_window": 27}),
+    "phi3-longrope": Twin(
+        "Phi3",
+        {"original_max_position_embeddings": 48}
+        | _rope("longrope", short_factor=_SHORT[:6], long_factor=_LONG[:6], partial_rotary_factor=0.75),
+    ),
+    "bloom": Twin("Bloom"),
+    "bloom-six-heads": Twin("Bloom", {"num_attention_heads": 6, "hidden_size": 72}),
+    "mpt": Twin("Mpt"),
+    "mpt-clipped": Twin("Mpt", {"attn_config": {"clip_qkv": 0.7, "softmax_scale": 0.3}}),
+    "falcon": Twin("Falcon"),
+    "falcon-40b": Twin("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
+    "falcon-rw": Twin(
+        "Falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True, "num_kv_heads": 4}
+    ),
+    "starcoder2": Twin("Starcoder2", {"sliding_window": 25}),
+    "gemma": Twin("Gemma", {"head_dim": 16}),
+    "gemma2": Twin(
+        "Gemma2",
+        {"head_dim": 16, "sliding_window": 17, "query_pre_attn_scalar": 24}
+        | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0},
+        attention="eager",
+    ),
+    "gemma3": Twin(
+        "Gemma3Text",
+        {"head_dim": 16, "sliding_window": 17, "query_pre_attn_scalar": 24, "sliding_window_pattern": 3}
+        | {"final_logit_softcapping": None},
+        model="Gemma3ForCausalLM",
+    ),
+    "gemma3-linear": Twin(
+        "Gemma3Text",
+        {
+            "head_dim": 16,
+            "sliding_window": 17,
+            "sliding_window_pattern": 2,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+        model="Gemma3ForCausalLM",
+    ),
+    "cohere": Twin("Cohere", {"logit_scale": 0.3}),
+    "cohere-qk-norm": Twin("Cohere", {"use_qk_norm": True, "logit_scale": 1.0}),
+    "cohere2": Twin("Cohere2", {"sliding_window": 18, "sliding_window_pattern": 3, "logit_scale": 0.5}),
+    "mixtral": Twin("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": None}),
+    "qwen2-moe": Twin(
+        "Qwen2Moe",
+        {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
+        | {"shared_expert_intermediate_size": 56, "norm_topk_prob": False},
+    ),
+    "qwen3-moe": Twin(
+        "Qwen3Moe",
+        {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": True}
+        | {"head_dim": 24},
+    ),
+    "olmoe": Twin("Olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "clip_qkv": 1.5}),
+    "gpt-oss": Twin(
+        "GptOss",
+        {"head_dim": 16, "sliding_window": 17, "num_local_experts": 6, "num_experts_per_tok": 2}
+        | {"intermediate_size": 48}
+        | _rope("yarn", factor=8.0, original_max_position_embeddings=64, truncate=False),
+    ),
 }
+
+
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+"""Of GPT-2, roughly: the twin's weights are to be of one order, no more."""
 
 
 def make_twin(name: str, folder: Path | str) -> Path:
@@ -122,7 +210,7 @@ def make_twin(name: str, folder: Path | str) -> Path:
         return path
     twin = TWINS[name]
     config = getattr(transformers, f"{twin.config}Config")(**(BASE | twin.settings))
-    model = getattr(transformers, f"{twin.config}ForCausalLM")(config)
+    model = getattr(transformers, twin.architecture)(config)
     _randomise(model, seed=sum(name.encode()))
     model.generation_config.eos_token_id = 1
     path.mkdir(parents=True, exist_ok=True)
@@ -138,10 +226,11 @@ def _randomise(model: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=1.2 * parameter.shape[1] ** -0.5, generator=generator)
-            elif name.endswith("bias"):
+            if name.endswith("bias"):
                 parameter.normal_(std=0.3, generator=generator)
+            elif parameter.ndim > 1 and "norm" not in name:
+                fan_in = parameter.shape[0] if name.endswith(TRANSPOSED) else parameter.shape[-1]
+                parameter.normal_(std=1.2 * fan_in**-0.5, generator=generator)
             else:
                 parameter.normal_(mean=1.0, std=0.2, generator=generator)
 
