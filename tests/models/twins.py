@@ -178,7 +178,9 @@ TWINS: dict[str, Twin] = {
     "cohere": Twin("Cohere", {"logit_scale": 0.3}),
     "cohere-qk-norm": Twin("Cohere", {"use_qk_norm": True, "logit_scale": 1.0}),
     "cohere2": Twin("Cohere2", {"sliding_window": 18, "sliding_window_pattern": 3, "logit_scale": 0.5}),
-    "mixtral": Twin("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": None}),
+    "mixtral": Twin(
+        "Mixtral", {"intermediate_size": 96, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": None}
+    ),
     "qwen2-moe": Twin(
         "Qwen2Moe",
         {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
@@ -189,7 +191,7 @@ TWINS: dict[str, Twin] = {
         {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": True}
         | {"head_dim": 24},
     ),
-    "olmoe": Twin("Olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "clip_qkv": 1.5}),
+    "olmoe": Twin("Olmoe", {"intermediate_size": 96, "num_experts": 6, "num_experts_per_tok": 2, "clip_qkv": 1.5}),
     "gpt-oss": Twin(
         "GptOss",
         {"head_dim": 16, "sliding_window": 17, "num_local_experts": 6, "num_experts_per_tok": 2}
