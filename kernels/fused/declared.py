@@ -131,7 +131,8 @@ def _head_norms(shape: ModelShape) -> None:
     heads, first_key = shape.empty(2, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim), shape.num_heads
     for part in (heads[:, :first_key], heads[:, first_key : first_key + shape.num_kv_heads]):
         if shape.qk_norm_form == "projection":
-            norm.rms_norm(part.flatten(1), shape.empty(part[0].numel()), 1e-5)
+            for rows in (part, part[:1]):  # torch forgets the stride of a lone row
+                norm.rms_norm(rows.flatten(1), shape.empty(part[0].numel()), 1e-5)
         else:
             norm.layer_norm(shape.empty(*part.shape, dtype=torch.float32), None, None, 1e-5)
 

@@ -34,8 +34,8 @@ def test_frequencies_equal_those_of_transformers_at_the_same_length(name, positi
     assert attention_factor(rope) == pytest.approx(factor, rel=1e-9)
 
 
-@pytest.mark.parametrize("name", ["llama-dynamic", "llama-longrope"])
-def test_a_prompt_beyond_the_trained_length_equals_transformers_fed_token_by_token(name, twin_folder):
+@pytest.mark.parametrize(("name", "length"), [("llama-dynamic", 90), ("llama-longrope", 90), ("phi3-longrope", 140)])
+def test_a_prompt_beyond_the_trained_length_equals_transformers_fed_token_by_token(name, length, twin_folder):
     from services.worker.models.decoder import load_decoder
     from shared.checkpoint import open_checkpoint
     from tests.models.paging import Harness
@@ -43,7 +43,7 @@ def test_a_prompt_beyond_the_trained_length_equals_transformers_fed_token_by_tok
 
     path = make_twin(name, twin_folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    tokens = torch.randint(2, 384, (90,), generator=torch.Generator().manual_seed(4))
+    tokens = torch.randint(2, 384, (length,), generator=torch.Generator().manual_seed(4))
     expected, cache = [], None
     with torch.no_grad():
         for token in tokens:
@@ -51,7 +51,7 @@ def test_a_prompt_beyond_the_trained_length_equals_transformers_fed_token_by_tok
             cache = out.past_key_values
             expected.append(out.logits[0, 0])
     harness = Harness(load_decoder(open_checkpoint(path), torch.float32))
-    [logits] = [harness.step([(harness.row(tokens.tolist()), 90)])]
+    [logits] = [harness.step([(harness.row(tokens.tolist()), length)])]
     torch.testing.assert_close(logits, torch.stack(expected), rtol=2e-4, atol=2e-4)
 
 

@@ -54,6 +54,11 @@ class Twin:
     attention: str | None = None
     """Of transformers: `eager` heeds a soft cap, which what it takes by default does not."""
 
+    spread: tuple[float, float, float] = (1.2, 1.2, 0.3)
+    """Standard deviations of matrices and of embeddings, times the square root of what they sum over, and of biases."""
+    seed: int = 0
+    """Added to the name's own; for a twin that would say little."""
+
     @property
     def architecture(self) -> str:
         return self.model or f"{self.config}ForCausalLM"
@@ -63,6 +68,8 @@ def _rope(kind: str, **parameters: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **parameters}}
 
 
+LIVELY = (4.0, 0.6, 0.1)
+"""Where a model whose embeddings are its head, or that has biases everywhere, would repeat one token for ever."""
 _SHORT = [1.0 + 0.05 * i for i in range(8)]
 _LONG = [1.5 + 0.4 * i for i in range(8)]
 
@@ -122,33 +129,38 @@ TWINS: dict[str, Twin] = {
     "mistral-window": Twin("Mistral", {"sliding_window": 21}),
     "mistral-head": Twin("Mistral", {"sliding_window": None, "head_dim": 20}),
     "llama-geglu": Twin("Llama", {"hidden_act": "gelu_pytorch_tanh"}),
-    "gpt2": Twin("GPT2", model="GPT2LMHeadModel"),
-    "gpt2-inner": Twin("GPT2", {"n_inner": 100, "activation_function": "relu"}, model="GPT2LMHeadModel"),
-    "gpt-bigcode": Twin("GPTBigCode"),
-    "gpt-bigcode-mha": Twin("GPTBigCode", {"multi_query": False}),
-    "opt": Twin("OPT", {"ffn_dim": 172, "word_embed_proj_dim": 64}),
-    "opt-post-norm": Twin("OPT", {"ffn_dim": 172, "do_layer_norm_before": False, "word_embed_proj_dim": 40}),
-    "xglm": Twin("XGLM", {"ffn_dim": 172}),
-    "gpt-neox": Twin("GPTNeoX", {"hidden_act": "gelu"}),
-    "gpt-neox-sequential": Twin("GPTNeoX", {"use_parallel_residual": False, "rotary_pct": 0.5}),
-    "gptj": Twin("GPTJ", {"rotary_dim": 12}),
-    "phi": Twin("Phi", {"partial_rotary_factor": 0.5}),
-    "phi3": Twin("Phi3", {"sliding_window": 27}),
+    "gpt2": Twin("GPT2", model="GPT2LMHeadModel", spread=LIVELY),
+    "gpt2-inner": Twin("GPT2", {"n_inner": 100, "activation_function": "relu"}, model="GPT2LMHeadModel", spread=LIVELY),
+    "gpt-bigcode": Twin("GPTBigCode", spread=LIVELY),
+    "gpt-bigcode-mha": Twin("GPTBigCode", {"multi_query": False}, spread=LIVELY),
+    "opt": Twin("OPT", {"ffn_dim": 172, "word_embed_proj_dim": 64}, spread=LIVELY),
+    "opt-post-norm": Twin(
+        "OPT", {"ffn_dim": 172, "do_layer_norm_before": False, "word_embed_proj_dim": 40}, spread=LIVELY
+    ),
+    "xglm": Twin("XGLM", {"ffn_dim": 172}, spread=LIVELY),
+    "gpt-neox": Twin("GPTNeoX", {"hidden_act": "gelu"}, spread=LIVELY),
+    "gpt-neox-sequential": Twin("GPTNeoX", {"use_parallel_residual": False, "rotary_pct": 0.5}, spread=LIVELY),
+    "gptj": Twin("GPTJ", {"rotary_dim": 12}, spread=LIVELY),
+    "phi": Twin("Phi", {"partial_rotary_factor": 0.5}, spread=LIVELY),
+    "phi3": Twin("Phi3", {"sliding_window": 27}, spread=LIVELY),
     "phi3-longrope": Twin(
         "Phi3",
-        {"original_max_position_embeddings": 48}
+        {"original_max_position_embeddings": 128}
         | _rope("longrope", short_factor=_SHORT[:6], long_factor=_LONG[:6], partial_rotary_factor=0.75),
     ),
-    "bloom": Twin("Bloom"),
-    "bloom-six-heads": Twin("Bloom", {"num_attention_heads": 6, "hidden_size": 72}),
-    "mpt": Twin("Mpt"),
-    "mpt-clipped": Twin("Mpt", {"attn_config": {"clip_qkv": 0.7, "softmax_scale": 0.3}}),
-    "falcon": Twin("Falcon"),
-    "falcon-40b": Twin("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
+    "bloom": Twin("Bloom", spread=LIVELY, seed=1),
+    "bloom-six-heads": Twin("Bloom", {"num_attention_heads": 6, "hidden_size": 72}, spread=LIVELY),
+    "mpt": Twin("Mpt", spread=LIVELY),
+    "mpt-clipped": Twin("Mpt", {"attn_config": {"clip_qkv": 0.7, "softmax_scale": 0.3}}, spread=LIVELY, seed=1),
+    "falcon": Twin("Falcon", spread=LIVELY),
+    "falcon-40b": Twin("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}, spread=LIVELY),
     "falcon-rw": Twin(
-        "Falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True, "num_kv_heads": 4}
+        "Falcon",
+        {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True, "num_kv_heads": 4},
+        spread=LIVELY,
+        seed=3,
     ),
-    "starcoder2": Twin("Starcoder2", {"sliding_window": 25}),
+    "starcoder2": Twin("Starcoder2", {"sliding_window": 25}, spread=LIVELY),
     "gemma": Twin("Gemma", {"head_dim": 16}),
     "gemma2": Twin(
         "Gemma2",
@@ -174,6 +186,7 @@ TWINS: dict[str, Twin] = {
             },
         },
         model="Gemma3ForCausalLM",
+        spread=LIVELY,
     ),
     "cohere": Twin("Cohere", {"logit_scale": 0.3}),
     "cohere-qk-norm": Twin("Cohere", {"use_qk_norm": True, "logit_scale": 1.0}),
@@ -213,7 +226,7 @@ def make_twin(name: str, folder: Path | str) -> Path:
     twin = TWINS[name]
     config = getattr(transformers, f"{twin.config}Config")(**(BASE | twin.settings))
     model = getattr(transformers, twin.architecture)(config)
-    _randomise(model, seed=sum(name.encode()))
+    _randomise(model, sum(name.encode()) + twin.seed, *twin.spread)
     model.generation_config.eos_token_id = 1
     path.mkdir(parents=True, exist_ok=True)
     _tokenizer().save_pretrained(path)
@@ -223,16 +236,18 @@ def make_twin(name: str, folder: Path | str) -> Path:
     return path
 
 
-def _randomise(model: torch.nn.Module, seed: int) -> None:
+def _randomise(model: torch.nn.Module, seed: int, of_matrices: float, of_embeddings: float, of_biases: float) -> None:
     """Weights large enough that greedy decoding wanders instead of repeating one token."""
     generator = torch.Generator().manual_seed(seed)
+    tables = {id(each.weight) for each in (model.get_input_embeddings(), model.get_output_embeddings())}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
-                parameter.normal_(std=0.3, generator=generator)
+                parameter.normal_(std=of_biases, generator=generator)
             elif parameter.ndim > 1 and "norm" not in name:
                 fan_in = parameter.shape[0] if name.endswith(TRANSPOSED) else parameter.shape[-1]
-                parameter.normal_(std=1.2 * fan_in**-0.5, generator=generator)
+                spread = of_embeddings if id(parameter) in tables else of_matrices
+                parameter.normal_(std=spread * fan_in**-0.5, generator=generator)
             else:
                 parameter.normal_(mean=1.0, std=0.2, generator=generator)
 

@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from kernels.ops.norm import layer_norm, rms_norm
@@ -44,7 +45,8 @@ class HeadsLayerNorm:
         self.weight, self.eps = weight.float(), eps
 
     def __call__(self, x: Tensor, *, exact: bool) -> Tensor:
-        return (layer_norm(x.float(), None, None, self.eps, exact=exact) * self.weight).to(x.dtype)
+        wide = x.to(torch.float32, memory_format=torch.contiguous_format)
+        return (layer_norm(wide, None, None, self.eps, exact=exact) * self.weight).to(x.dtype)
 
 
 class ProjectionRmsNorm:
