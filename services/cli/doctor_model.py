@@ -31,6 +31,7 @@ def describe_model(
 
     config = read_config(model)
     spec, dtype = translate(config).spec, _dtype(config, dtype)
+    spec = spec.serving(context)
     context = context or spec.max_positions
     if not 0 < context <= spec.max_positions:
         raise DoctorError(f"--context {context}: the model ends at {spec.max_positions} positions")

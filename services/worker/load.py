@@ -23,6 +23,7 @@ from services.worker.models.costs import costs_of
 from services.worker.models.decoder import Decoder, load_decoder, random_decoder
 from services.worker.models.registry import translate
 from services.worker.models.size import sizes_of
+from services.worker.models.spec import ModelSpec
 from services.worker.plan import Admit, StepPlan
 from services.worker.rehearsal import measure_steps
 from services.worker.sampling.sampler import Sampler
@@ -75,10 +76,11 @@ def load(config: WorkerConfig, progress: Progress) -> Loaded:
     twice = device == "cpu" and has_room_twice(config, num_parameters, layout, free_on(device))
     if drawn:
         log.warning("weights_are_random", because="--load-format dummy", effect="answers mean nothing")
-        decoder = random_decoder(checkpoint.config, dtype, device=device)
+        decoder = random_decoder(checkpoint.config, dtype, device=device, max_model_len=config.max_model_len)
     else:
-        decoder = load_decoder(checkpoint, dtype, device, progress, by_rows=twice)
+        decoder = load_decoder(checkpoint, dtype, device, progress, by_rows=twice, max_model_len=config.max_model_len)
     _log_kernels(device, dtype, twice)
+    _log_stretch(decoder.spec)
     weight_bytes = num_parameters * dtype.itemsize
     progress(weight_bytes, weight_bytes)  # files also hold headers: without this the last report would fall short
     prepare = _prepare_on_cpu if device == "cpu" else _prepare_on_gpu
@@ -252,6 +254,17 @@ def _log_kernels(device: str, dtype: torch.dtype, twice: bool) -> None:
         log.warning("kernels", bodies="torch", instead_of="compiled", reason=why_not)
     else:
         log.info("kernels", bodies="compiled", weights_by_rows=twice)
+
+
+def _log_stretch(spec: ModelSpec) -> None:
+    """A longer context than is served can be had, at a price: an operator should hear of it once."""
+    if spec.stretched_positions:
+        log.info(
+            "context_limited",
+            by="longrope, whose factors for longer ones change all answers",
+            max_positions=spec.max_positions,
+            do=f"--max-model-len of up to {spec.stretched_positions} serves with those",
+        )
 
 
 def size_pool(

@@ -20,7 +20,7 @@ FIRST = ("llama", "gemma2", "bloom", "qwen2-moe")
 NAMES = (*FIRST, *(name for name in TWINS if name not in FIRST))[: count("cluster_twins")]
 LENGTHS = (1, 7, 31, 90)
 NEW_TOKENS = 64
-WITHIN = {"llama-dynamic": 48, "llama-longrope": 48, "phi3-longrope": 128}
+WITHIN = {"llama-dynamic": 48, "llama-longrope": 128, "phi3-longrope": 128}
 """Beyond so many tokens transformers scales all positions by the longest, as no cache can (ops/decisions): there
 tests/models compares token by token."""
 

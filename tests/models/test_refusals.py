@@ -246,3 +246,19 @@ def test_a_checkpoint_whose_names_lack_their_first_word_is_read(twin_folder, tmp
 )
 def test_a_rope_that_stretches_what_was_trained_makes_the_longest_context_longer(rope, longest):
     assert translate(LLAMA | {"rope_scaling": rope}).spec.max_positions == longest
+
+
+def test_a_longrope_serves_the_trained_length_unless_asked_for_more():
+    spec = make_longrope().spec
+    assert (spec.max_positions, spec.stretched_positions) == (64, 512)
+    assert spec.serving(64) == spec.serving(0) == spec
+    longer = spec.serving(65)
+    assert (longer.max_positions, longer.stretched_positions) == (512, 0)
+    assert all(rope.stretched for rope in longer.positions.ropes)
+    plain = translate(LLAMA).spec
+    assert plain.serving(10_000) == plain, "and the worker refuses it"
+
+
+def make_longrope():
+    rope = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    return translate(LLAMA | {"rope_scaling": rope, "original_max_position_embeddings": 64})

@@ -107,7 +107,7 @@ TWINS: dict[str, Twin] = {
     ),
     "llama-longrope": Twin(
         "Llama",
-        _rope("longrope", short_factor=_SHORT, long_factor=_LONG, original_max_position_embeddings=48, factor=8.0),
+        _rope("longrope", short_factor=_SHORT, long_factor=_LONG, original_max_position_embeddings=128, factor=8.0),
     ),
     "llama-old-rope": Twin("Llama", _rope("linear", factor=2.0), rope_style="scaling"),
     "qwen2": Twin("Qwen2"),

@@ -3,8 +3,9 @@
 All are functions of the position alone.
 
 Formulas are those of transformers' `modeling_rope_utils`. There, `dynamic` and `longrope` choose their frequencies by
-the longest position of the forward pass, so a token's key depends on how its prompt was cut; here they depend on the
-token's own position, which is what transformers computes when it is fed token by token. ops/decisions says more.
+the longest position of the forward pass, so a token's key depends on how its prompt was cut. Here those of `dynamic`
+depend on the token's own position, which is what transformers computes when it is fed token by token, and those of
+`longrope` on the longest context that is served. ops/decisions says more.
 """
 
 import math
@@ -50,13 +51,15 @@ class YarnRope(msgspec.Struct, frozen=True, tag="yarn"):
 
 
 class LongRope(msgspec.Struct, frozen=True, tag="longrope"):
-    """A factor per frequency, one list within the trained length and one beyond (Ding et al., 2024)."""
+    """A factor per frequency (Ding et al., 2024): the short ones or, `stretched` to contexts beyond the trained length,
+    the long ones, at every position."""
 
     theta: float
     short_factor: tuple[float, ...]
     long_factor: tuple[float, ...]
     trained_positions: int
     attention_factor: float
+    stretched: bool = False
 
 
 class Llama3Rope(msgspec.Struct, frozen=True, tag="llama3"):
@@ -219,7 +222,8 @@ def inverse_frequencies(rope: Rope, head_dim: int, positions: Tensor) -> Tensor:
     if isinstance(rope, DynamicRope):
         return _dynamic_frequencies(rope, head_dim, exponents, positions)
     if isinstance(rope, LongRope):
-        return _long_frequencies(rope, exponents, positions)
+        factors = torch.tensor(rope.long_factor if rope.stretched else rope.short_factor)
+        return (1.0 / (factors * rope.theta**exponents))[None]
     frequencies = 1.0 / (rope.theta**exponents)
     if isinstance(rope, LinearRope):
         frequencies = frequencies / rope.factor
@@ -235,12 +239,6 @@ def _dynamic_frequencies(rope: DynamicRope, head_dim: int, exponents: Tensor, po
     stretch = rope.factor * lengths / rope.trained_positions - (rope.factor - 1)
     theta = rope.theta * stretch ** (head_dim / (head_dim - 2))
     return 1.0 / (theta[:, None] ** exponents)
-
-
-def _long_frequencies(rope: LongRope, exponents: Tensor, positions: Tensor) -> Tensor:
-    is_long = (positions >= rope.trained_positions)[:, None]
-    factors = torch.where(is_long, torch.tensor(rope.long_factor), torch.tensor(rope.short_factor))
-    return 1.0 / (factors * rope.theta**exponents)
 
 
 def _yarn_frequencies(rope: YarnRope, head_dim: int, exponents: Tensor) -> Tensor:

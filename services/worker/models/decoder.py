@@ -281,17 +281,26 @@ def load_decoder(
     progress: Progress | None = None,
     *,
     by_rows: bool = True,
+    max_model_len: int = 0,
 ) -> Decoder:
-    """Build the decoder of an opened checkpoint; raises CheckpointError naming file and tensor or setting."""
-    family = translate(checkpoint.config)
+    """Build the decoder of an opened checkpoint, for contexts of up to `max_model_len` tokens (0: what its spec says).
+
+    Raises CheckpointError naming file and tensor or setting.
+    """
+    family = translate(checkpoint.config).serving(max_model_len)
     with CheckpointWeights(checkpoint, family, dtype, progress) as weights:
         return Decoder(family, weights, dtype, device, by_rows=by_rows)
 
 
 def random_decoder(
-    config: dict[str, Any], dtype: torch.dtype, seed: int = 0, device: str = "cpu", scale: float = 0.02
+    config: dict[str, Any],
+    dtype: torch.dtype,
+    seed: int = 0,
+    device: str = "cpu",
+    scale: float = 0.02,
+    max_model_len: int = 0,
 ) -> Decoder:
     """The decoder of a config.json with random weights of standard deviation `scale`, the same for the same seed on one
     kind of device."""
-    family = translate(config)
+    family = translate(config).serving(max_model_len)
     return Decoder(family, RandomWeights(family, dtype, seed, scale, device), dtype, device)

@@ -56,22 +56,26 @@ class Settings:
             "num_heads": self.integer("num_attention_heads"),
             "num_kv_heads": self.num_kv_heads() if grouped else self.integer("num_attention_heads"),
             "head_dim": self.head_dim(),
-            "max_positions": self.max_positions(),
+            **self.lengths(),
             "tied_embeddings": self.flag("tie_word_embeddings"),
         }
 
-    def max_positions(self) -> int:
-        """The longest context: `max_position_embeddings`, times the factor of a rope that stretches what was trained
-        (vLLM counts so too). A longrope and a llama3 one state their stretched length."""
+    def lengths(self) -> dict[str, int]:
+        """The longest contexts, unasked and stretched: `max_position_embeddings`, times the factor of a rope that
+        stretches what was trained (vLLM counts so too). A llama3 rope states its stretched length; so does a longrope,
+        which is only served with it where that is asked for."""
         stated = self.integer("max_position_embeddings")
         parameters = self._stated_rope()
         if any(isinstance(value, dict) for value in parameters.values()):
-            return stated  # a rope for each kind of layer: the stated length is the one that all of them reach
+            return {"max_positions": stated}  # a rope for each kind of layer: all of them reach the stated length
         kind, factor = parameters.get("rope_type", parameters.get("type")), parameters.get("factor")
+        trained = parameters.get("original_max_position_embeddings", self.get("original_max_position_embeddings"))
+        if kind == "longrope" and isinstance(trained, int) and 0 < trained < stated:
+            return {"max_positions": trained, "stretched_positions": stated}
         if kind not in ("linear", "dynamic", "yarn") or not isinstance(factor, int | float):
-            return stated
-        trained = parameters.get("original_max_position_embeddings") if kind == "yarn" else None
-        return max(stated, int((trained or stated) * factor))
+            return {"max_positions": stated}
+        begin = trained if kind == "yarn" and isinstance(trained, int) else stated
+        return {"max_positions": max(stated, int(begin * factor))}
 
     def integer(self, key: str, *, at_least: int = 1) -> int:
         value = self.get(key)

@@ -6,7 +6,7 @@ import msgspec
 
 from kernels.ops.activation import Activation
 from services.worker.layers.attention import HeadShape
-from services.worker.layers.positions import Alibi, Learned, NoPositions, Rotary, Sinusoidal
+from services.worker.layers.positions import Alibi, Learned, LongRope, NoPositions, Rotary, Sinusoidal
 
 Positions: TypeAlias = Rotary | Alibi | Learned | Sinusoidal | NoPositions
 
@@ -73,9 +73,10 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A decoder-only transformer.
 
     `windows` has one entry per layer: how many positions a token sees there, itself included, or None for all.
-    `max_positions` is the longest context the checkpoint states. `attention_scale` 0 is head_dim ** -0.5; a soft cap, a
-    clip or a width of 0 is none. `embedding_width` is that of embeddings that a matrix brings to the hidden size and
-    back (OPT-350m). Logits are multiplied with `logit_scale`, then capped.
+    `max_positions` is the longest context that is served unasked, `stretched_positions` the longest that can be asked
+    for where a longrope has other factors for it. `attention_scale` 0 is head_dim ** -0.5; a cap, a clip or a width
+    of 0 is none. `embedding_width` is that of embeddings that a matrix brings to the hidden size and back (OPT-350m).
+    Logits are multiplied with `logit_scale`, then capped.
     """
 
     architecture: str
@@ -86,6 +87,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     num_kv_heads: int
     head_dim: int
     max_positions: int
+    stretched_positions: int = 0
     windows: tuple[int | None, ...]
     positions: Positions
     norm: Norm
@@ -115,6 +117,20 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     def scale(self) -> float:
         """Of attention scores."""
         return self.attention_scale or self.head_dim**-0.5
+
+    def serving(self, max_model_len: int) -> "ModelSpec":
+        """The spec for contexts of up to so many tokens, 0: what is served unasked. A longrope makes a difference."""
+        if max_model_len <= self.max_positions or not self.stretched_positions:
+            return self
+        assert isinstance(self.positions, Rotary)
+        ropes = (
+            msgspec.structs.replace(rope, stretched=True) if isinstance(rope, LongRope) else rope
+            for rope in self.positions.ropes
+        )
+        positions = msgspec.structs.replace(self.positions, ropes=tuple(ropes))
+        return msgspec.structs.replace(
+            self, positions=positions, max_positions=self.stretched_positions, stretched_positions=0
+        )
 
     @property
     def embedded_width(self) -> int:
@@ -189,3 +205,7 @@ class Family(msgspec.Struct, frozen=True):
 
     spec: ModelSpec
     names: WeightNames
+
+    def serving(self, max_model_len: int) -> "Family":
+        """With the spec for contexts of up to so many tokens."""
+        return Family(self.spec.serving(max_model_len), self.names)
