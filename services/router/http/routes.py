@@ -162,9 +162,7 @@ class Api:
     async def metrics(self, request: Request) -> Response:
         """On a thread: a scrape takes longer than a token may wait."""
         encoder, content_type = choose_encoder(request.headers.get("accept", ""))
-        names = request.query_params.getlist("name[]")
-        registry = self._registry.restricted_registry(names) if names else self._registry
-        return Response(await asyncio.to_thread(encoder, registry), headers={"content-type": content_type})
+        return Response(await asyncio.to_thread(encoder, self._registry), headers={"content-type": content_type})
 
 
 def _json(value: Any) -> Response:
