@@ -28,7 +28,7 @@ from shared.net.server import bind, create_server
 from shared.outcome import AbortCause
 from shared.telemetry.lag import LoopLag
 from shared.telemetry.logs import configure_logs
-from shared.telemetry.otlp import Exporter
+from shared.telemetry.otlp import Exporter, warn_of_ignored
 
 log = structlog.get_logger("router")
 
@@ -79,6 +79,7 @@ class Router:
         )
         self._tokenizing = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="tokenize")
         tracing = tracing_config(config.otlp_traces_endpoint)
+        warn_of_ignored(tracing.ignored)
         self._exporter = Exporter(tracing.export) if tracing.export else None
         self.traces = Traces(tracing.sampler, self._exporter.add if self._exporter else None)
         self._server = create_server(max_receive_bytes=config.max_request_bytes + SIZE_HEADROOM_BYTES)

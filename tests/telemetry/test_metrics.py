@@ -7,7 +7,7 @@ import urllib.request
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
+from prometheus_client.parser import text_string_to_metric_families
 
 from shared.net.http import MAX_CALLS, HttpDoor
 from shared.net.server import BindError
@@ -199,15 +199,24 @@ def test_callers_who_make_no_sense_hold_up_neither_the_loop_nor_the_others(sent:
     asyncio.run(run())
 
 
+ACCEPTED = {
+    "prometheus 2": "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
+    "text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+    "prometheus 3": "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,"
+    "text/plain;version=0.0.4;q=0.3",
+    "curl": "*/*",
+}
+
+
+@pytest.mark.parametrize("accept", ACCEPTED.values(), ids=ACCEPTED.keys())
 @pytest.mark.parametrize("service", list(EXPORTED))
-def test_what_prometheus_3_asks_for_is_valid_openmetrics(service: str) -> None:
+def test_whoever_asks_gets_the_names_that_the_dashboard_queries(service: str, accept: str) -> None:
     def reading(metric: Metric) -> Reading:
         if metric.kind == "histogram":
             return Histogram(metric)
         return {tuple("x" for _ in metric.labels): 1} if metric.labels else 1
 
     readings = {metric.name: lambda metric=metric: reading(metric) for metric in EXPORTED[service]}
-    accept = "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,text/plain;version=0.0.4;q=0.3"
 
     async def run() -> tuple[str, str]:
         opened = HttpDoor("127.0.0.1", 0, Exposition(EXPORTED[service], readings), flag="--port")
@@ -223,7 +232,7 @@ def test_what_prometheus_3_asks_for_is_valid_openmetrics(service: str) -> None:
             opened.close()
 
     kind, text = asyncio.run(run())
-    assert kind.startswith("application/openmetrics-text")
-    families = {family.name: family.type for family in openmetrics(text)}
-    assert len(families) == len(EXPORTED[service])
+    assert kind.startswith("text/plain; version=0.0.4")
+    families = {family.name + "_total" * (family.type == "counter") for family in text_string_to_metric_families(text)}
+    assert families == {metric.full_name for metric in EXPORTED[service]}
     assert "_created" not in text

@@ -7,8 +7,6 @@ from concurrent.futures import Executor
 from typing import Any
 
 import msgspec
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -35,6 +33,7 @@ from services.router.model import ServedModel
 from services.router.prepare import encode, rendered
 from services.router.request import TextPrompt
 from shared import __version__
+from shared.net.http import exposition
 from shared.outcome import RefusedError
 
 MAX_DETOKENIZED = 2**20
@@ -62,8 +61,7 @@ class Api:
         self._tokenizing = tokenizing
         self._healthy = healthy
         self._created = int(time.time())
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(collector)
+        self._collector = collector
 
     def application(self) -> Starlette:
         """The ASGI application."""
@@ -161,8 +159,8 @@ class Api:
 
     async def metrics(self, request: Request) -> Response:
         """On a thread: a scrape takes longer than a token may wait."""
-        encoder, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(await asyncio.to_thread(encoder, self._registry), headers={"content-type": content_type})
+        content_type, body = await asyncio.to_thread(exposition, self._collector)
+        return Response(body, headers={"content-type": content_type})
 
 
 def _json(value: Any) -> Response:
