@@ -158,6 +158,7 @@ class GroupLoad(msgspec.Struct, frozen=True, kw_only=True):
     kv_blocks_free: int
     kv_blocks_cached: int
     kv_blocks_referenced: int
+    waiting_by_reason: dict[str, int] = {}
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -271,8 +272,7 @@ class Client:
     async def load(self, *, timeout_s: float = 10.0) -> Load:
         response = await self._call(self._control.GetLoad, control_pb2.GetLoadRequest(), timeout_s)
         groups = tuple(
-            GroupLoad(**{name: getattr(group, name) for name in GroupLoad.__struct_fields__})
-            for group in response.groups
+            msgspec.convert(group, GroupLoad, from_attributes=True) for group in response.groups
         )
         return Load(groups, response.requests_in_flight)
 

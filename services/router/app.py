@@ -16,6 +16,7 @@ from services.router.http.door import Door
 from services.router.http.routes import Api
 from services.router.metrics import RouterMetrics
 from services.router.model import ServedModel, load_model
+from services.router.rejections import Rejections
 from services.router.servicer import RouterControl, RouterInference, add_servicers
 from services.router.session import Session
 from services.router.traces import Traces
@@ -70,6 +71,7 @@ class Router:
         self._able = False
         self._lag = LoopLag()
         self.metrics = RouterMetrics()
+        self._rejections = Rejections(self.metrics, monotonic_ns)
         self.admission = Admission(config.max_num_queued_reqs, monotonic_ns)
         self.fleet = Fleet(
             config.scheduler,
@@ -98,6 +100,7 @@ class Router:
             max_unread_bytes=self._config.max_unread_bytes,
             traces=self.traces,
             metrics=self.metrics,
+            rejections=self._rejections,
             instance=instance,
             now=monotonic_ns,
             log_content=self._config.log_content,
@@ -109,7 +112,7 @@ class Router:
             session=session,
             fleet=self.fleet,
             admission=self.admission,
-            metrics=self.metrics,
+            rejections=self._rejections,
             max_request_bytes=self._config.max_request_bytes,
             stall_timeout_ms=self._config.stall_timeout_ms,
         )
@@ -129,7 +132,7 @@ class Router:
         answering = Answering(
             session=session,
             admission=self.admission,
-            metrics=self.metrics,
+            rejections=self._rejections,
             max_request_bytes=config.max_request_bytes,
             stall_timeout_ms=config.stall_timeout_ms,
         )

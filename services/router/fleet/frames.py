@@ -134,6 +134,7 @@ def load_of(message: pb.LinkLoad) -> Load:
         kv_blocks_free=message.kv_blocks_free,
         kv_blocks_cached=message.kv_blocks_cached,
         kv_blocks_referenced=message.kv_blocks_referenced,
+        waiting_by_reason=dict(message.waiting_by_reason),
     )
 
 

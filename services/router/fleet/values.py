@@ -111,6 +111,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     kv_blocks_free: int = 0
     kv_blocks_cached: int = 0
     kv_blocks_referenced: int = 0
+    waiting_by_reason: Mapping[str, int] = {}
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):

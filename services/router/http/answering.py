@@ -18,7 +18,7 @@ from services.router.http.errors import Problem, problem, problem_of
 from services.router.http.requests import Question, Source
 from services.router.http.responses import Telling, event_of
 from services.router.limits import is_request_id
-from services.router.metrics import RouterMetrics
+from services.router.rejections import Rejections
 from services.router.request import Event
 from services.router.session import Session
 from shared.ids import new_error_id
@@ -50,13 +50,13 @@ class Answering:
         *,
         session: Session,
         admission: Admission,
-        metrics: RouterMetrics,
+        rejections: Rejections,
         max_request_bytes: int,
         stall_timeout_ms: int,
     ) -> None:
         self.session = session
         self.admission = admission
-        self.metrics = metrics
+        self.rejections = rejections
         self.max_request_bytes = max_request_bytes
         self.stall_timeout_s = stall_timeout_ms / 1000
 
@@ -88,7 +88,7 @@ class Completions:
             body = await read_body(scope, receive, self._answering.max_request_bytes)
             question = self._understand(body, _source(scope))
         except RefusedError as error:
-            self._answering.metrics.reject(error.refusal.name)
+            self._answering.rejections.reject(error.refusal, request_id=reply.request_id, door="http")
             raise
         reply.question, reply.request_id = question, question.request_id
         return question

@@ -166,7 +166,14 @@ class LinkLoads(_message.Message):
     def __init__(self, groups: _Optional[_Iterable[_Union[LinkLoad, _Mapping]]] = ...) -> None: ...
 
 class LinkLoad(_message.Message):
-    __slots__ = ("group", "requests_running", "requests_waiting", "kv_blocks_total", "kv_blocks_free", "kv_blocks_cached", "kv_blocks_referenced")
+    __slots__ = ("group", "requests_running", "requests_waiting", "kv_blocks_total", "kv_blocks_free", "kv_blocks_cached", "kv_blocks_referenced", "waiting_by_reason")
+    class WaitingByReasonEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     GROUP_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_RUNNING_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -174,6 +181,7 @@ class LinkLoad(_message.Message):
     KV_BLOCKS_FREE_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_CACHED_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_REFERENCED_FIELD_NUMBER: _ClassVar[int]
+    WAITING_BY_REASON_FIELD_NUMBER: _ClassVar[int]
     group: str
     requests_running: int
     requests_waiting: int
@@ -181,7 +189,8 @@ class LinkLoad(_message.Message):
     kv_blocks_free: int
     kv_blocks_cached: int
     kv_blocks_referenced: int
-    def __init__(self, group: _Optional[str] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., kv_blocks_referenced: _Optional[int] = ...) -> None: ...
+    waiting_by_reason: _containers.ScalarMap[str, int]
+    def __init__(self, group: _Optional[str] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., kv_blocks_referenced: _Optional[int] = ..., waiting_by_reason: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class TokensEvent(_message.Message):
     __slots__ = ("key", "index", "token_ids", "logprobs", "prompt_logprobs")
