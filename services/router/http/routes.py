@@ -15,7 +15,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from services.router.fleet import Fleet
-from services.router.http import requests
+from services.router.http import page, requests
 from services.router.http.answering import (
     Answering,
     ClientGoneError,
@@ -78,6 +78,7 @@ class Api:
             Route("/health", _guarded(self.health), methods=["GET"]),
             Route("/version", _guarded(self.version), methods=["GET"]),
             Route("/metrics", _guarded(self.metrics), methods=["GET"]),
+            *page.routes(self._model, self._fleet, self._answering.admission),
         ]
         return Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
 
