@@ -63,31 +63,29 @@ class Door:
 class _Protocol(HttpToolsProtocol):
     """With bounds on what a caller may send before it is heard, and a way to hang up on one who does not read."""
 
+    _in_head = False
     _head_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.timeout_keep_alive_task = self.loop.call_later(FIRST_BYTE_TIMEOUT_S, self.timeout_keep_alive_handler)
 
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self.send_400_response(f"The head of the request exceeds {MAX_HEAD_BYTES} bytes.")
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._head_bytes = 0
+        self._in_head, self._head_bytes = True, 0
         scope: dict[str, Any] = self.scope  # type: ignore[assignment]
         scope[_TRANSPORT] = self.transport
 
-    def on_url(self, url: bytes) -> None:
-        self._count(url)
-        super().on_url(url)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._count(name, value)
-        super().on_header(name, value)
-
-    def _count(self, *parts: bytes) -> None:
-        """The parser ends the call where this raises."""
-        self._head_bytes += sum(map(len, parts))
-        if self._head_bytes > MAX_HEAD_BYTES:
-            raise ValueError("the head of the request is too long")
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        super().on_headers_complete()
 
 
 def hang_up(scope: Scope) -> None:

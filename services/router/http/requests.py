@@ -149,7 +149,7 @@ def _check_served(request: Common | TokenizeRequest, model: ServedModel) -> None
 
 
 def _asked(request: Common, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None) -> Asked:
-    stop = request.stop or ()
+    stop = () if request.stop is None else request.stop
     return Asked(
         temperature=request.temperature,
         top_p=request.top_p,

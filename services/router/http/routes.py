@@ -7,7 +7,6 @@ from concurrent.futures import Executor
 from typing import Any
 
 import msgspec
-from prometheus_client import CollectorRegistry
 from prometheus_client.registry import Collector
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -62,8 +61,7 @@ class Api:
         self._tokenizing = tokenizing
         self._healthy = healthy
         self._created = int(time.time())
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(collector)
+        self._collector = collector
 
     def application(self) -> Starlette:
         """The ASGI application."""
@@ -162,9 +160,7 @@ class Api:
 
     async def metrics(self, request: Request) -> Response:
         """On a thread: a scrape takes longer than a token may wait."""
-        names = request.query_params.getlist("name[]")
-        registry = self._registry.restricted_registry(names) if names else self._registry
-        content_type, body = await asyncio.to_thread(exposition, registry)
+        content_type, body = await asyncio.to_thread(exposition, self._collector)
         return Response(body, headers={"content-type": content_type})
 
 
