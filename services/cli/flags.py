@@ -53,6 +53,7 @@ HELP = {
     "scheduler": "HOST:PORT of the scheduler.",
     "scheduler_port": "The scheduler's internal port; 0: a free one.",
     "scheduling_policy": "Who goes first.",
+    "router_processes": "Processes that share the router's ports, where one is too slow for all streams.",
     "served_model_name": "The name that clients ask for; may be repeated.",
     "shutdown_timeout": "Seconds that a drain may take.",
     "slow_step_ms": "A step that runs for so long leaves a trace, where traces go anywhere; 0: none does.",

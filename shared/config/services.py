@@ -36,6 +36,8 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_unread_bytes: Positive = 4 * 2**20
     shutdown_timeout: Annotated[float, Meta(ge=0)] = 30.0
     """Seconds that a drain may take."""
+    router_processes: Positive = 1
+    """Processes on the same ports, for more streams than one can carry."""
     tokenizer_threads: Positive = 2
     otlp_traces_endpoint: str = ""
     """Where traces go; empty: where OTEL_EXPORTER_OTLP_ENDPOINT says, or nowhere."""

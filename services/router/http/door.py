@@ -23,8 +23,9 @@ _TRANSPORT = "sluice.transport"
 class Door:
     """Serves an ASGI application from `start` until `close`, on the running event loop."""
 
-    def __init__(self, app: ASGIApp, host: str, port: int, *, flag: str) -> None:
+    def __init__(self, app: ASGIApp, host: str, port: int, *, flag: str, shares_port: bool = False) -> None:
         self._where = (host, port, flag)
+        self._shares_port = shares_port
         self.address = ""
         self._sockets: list[socket.socket] = []
         config = uvicorn.Config(
@@ -46,7 +47,7 @@ class Door:
 
     async def start(self) -> None:
         """Returns once calls are answered. Raises BindError."""
-        listening, self.address = listen(*self._where)
+        listening, self.address = listen(*self._where, shares_port=self._shares_port)
         self._sockets.append(listening)
         await self._server.startup(self._sockets)
         self._ticking = asyncio.create_task(self._server.main_loop(), name="http")  # it keeps the Date of answers
