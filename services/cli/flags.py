@@ -17,6 +17,8 @@ KINDS: dict[str, Kind] = {"router": RouterConfig, "scheduler": SchedulerConfig, 
 
 HELP = {
     "advertise": "Where the scheduler reaches this worker; empty: host and port.",
+    "api_key": "A key that clients must send as `authorization: Bearer KEY`.",
+    "api_key_file": "A TOML file of hashed keys, with a tenant and limits for each.",
     "block_size": "Tokens in one KV block.",
     "chat_template": "A file with a Jinja chat template to use instead of the checkpoint's.",
     "check_invariants": "Check the core's invariants after every step, not only on idle.",
@@ -65,7 +67,7 @@ HELP = {
 }
 """One line for each field of every kind. A test holds the two together."""
 
-SECRETS = frozenset({"internal_token"})
+SECRETS = frozenset({"api_key", "internal_token"})
 """Fields that travel to a child by its environment: a command line is for all to read."""
 
 

@@ -11,8 +11,11 @@ import structlog
 
 from services.router.admission import Admission
 from services.router.fleet import Expected, Fleet
+from services.router.gate import Gate
+from services.router.guard import KeyInterceptor
 from services.router.http.answering import Answering
 from services.router.http.door import Door
+from services.router.http.guard import Guard
 from services.router.http.routes import Api
 from services.router.metrics import RouterMetrics
 from services.router.model import ServedModel, load_model
@@ -72,6 +75,7 @@ class Router:
         self._lag = LoopLag()
         self.metrics = RouterMetrics()
         self._rejections = Rejections(self.metrics, monotonic_ns)
+        self._gate = Gate(config.api_key, config.api_key_file, monotonic_ns)
         self.admission = Admission(config.max_num_queued_reqs, monotonic_ns)
         self.fleet = Fleet(
             config.scheduler,
@@ -84,7 +88,10 @@ class Router:
         warn_of_ignored(tracing.ignored)
         self._exporter = Exporter(tracing.export) if tracing.export else None
         self.traces = Traces(tracing.sampler, self._exporter.add if self._exporter else None)
-        self._server = create_server(max_receive_bytes=config.max_request_bytes + SIZE_HEADROOM_BYTES)
+        self._server = create_server(
+            max_receive_bytes=config.max_request_bytes + SIZE_HEADROOM_BYTES,
+            interceptors=[KeyInterceptor(self._gate, self._rejections)],
+        )
         self._health_changed = asyncio.Event()
         session = self._session(instance)
         self._add_servicers(session, instance)
@@ -112,6 +119,7 @@ class Router:
             session=session,
             fleet=self.fleet,
             admission=self.admission,
+            gate=self._gate,
             rejections=self._rejections,
             max_request_bytes=self._config.max_request_bytes,
             stall_timeout_ms=self._config.stall_timeout_ms,
@@ -146,7 +154,8 @@ class Router:
             ),
             healthy=lambda: self._able,
         )
-        return Door(api.application(), config.host, config.port, flag="--port")
+        guarded = Guard(api.application(), self._gate, self._rejections)
+        return Door(guarded, config.host, config.port, flag="--port")
 
     async def serve(self) -> int:
         """Until told to stop. 0 after a drain, however it went; 1 when a second signal cut requests off."""

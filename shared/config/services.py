@@ -39,6 +39,10 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tokenizer_threads: Positive = 2
     otlp_traces_endpoint: str = ""
     """Where traces go; empty: where OTEL_EXPORTER_OTLP_ENDPOINT says, or nowhere."""
+    api_key: str = ""
+    """A key that clients must send, and that may do everything."""
+    api_key_file: str = ""
+    """TOML: a table per key with its `sha256`, its `tenant` and its limits. Read again when it changes."""
     internal_token: str = ""
     log_content: bool = False
     """Prompts and answers go into the log, which they otherwise never do."""
