@@ -17,6 +17,7 @@ KINDS: dict[str, Kind] = {"router": RouterConfig, "scheduler": SchedulerConfig, 
 
 HELP = {
     "advertise": "Where the scheduler reaches this worker; empty: host and port.",
+    "allowed_origins": "An origin whose web pages may call the HTTP port, `*` for all; may be repeated.",
     "api_key": "A key that clients must send as `authorization: Bearer KEY`.",
     "api_key_file": "A TOML file of hashed keys, with a tenant and limits for each.",
     "block_size": "Tokens in one KV block.",
@@ -58,6 +59,8 @@ HELP = {
     "served_model_name": "The name that clients ask for; may be repeated.",
     "shutdown_timeout": "Seconds that a drain may take.",
     "slow_step_ms": "A step that runs for so long leaves a trace, where traces go anywhere; 0: none does.",
+    "ssl_certfile": "A certificate chain (PEM): --port speaks HTTPS; read again when it changes. gRPC has no TLS as yet.",
+    "ssl_keyfile": "The private key of --ssl-certfile (PEM, without a password).",
     "stall_timeout_ms": "A client that reads nothing for so long while text waits for it is ended.",
     "threads": "Compute threads; 0: the physical cores.",
     "tokenizer": "A folder or hub id whose tokenizer to use instead of the model's.",

@@ -8,12 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import structlog
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from services.router.admission import Admission
 from services.router.fleet import Expected, Fleet
 from services.router.gate import Gate
 from services.router.guard import KeyInterceptor
 from services.router.http.answering import Answering
+from services.router.http.certificate import Certificate
 from services.router.http.door import Door
 from services.router.http.guard import Guard
 from services.router.http.routes import Api
@@ -154,8 +157,12 @@ class Router:
             ),
             healthy=lambda: self._able,
         )
-        guarded = Guard(api.application(), self._gate, self._rejections)
-        return Door(guarded, config.host, config.port, flag="--port")
+        guarded: ASGIApp = Guard(api.application(), self._gate, self._rejections)
+        if config.allowed_origins:  # a page's first question brings no key
+            guarded = CORSMiddleware(guarded, config.allowed_origins, allow_methods=["*"], allow_headers=["*"])
+        tls = config.ssl_certfile or config.ssl_keyfile
+        certificate = Certificate(config.ssl_certfile, config.ssl_keyfile) if tls else None
+        return Door(guarded, config.host, config.port, flag="--port", certificate=certificate)
 
     async def serve(self) -> int:
         """Until told to stop. 0 after a drain, however it went; 1 when a second signal cut requests off."""
