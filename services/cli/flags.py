@@ -59,7 +59,7 @@ HELP = {
     "served_model_name": "The name that clients ask for; may be repeated.",
     "shutdown_timeout": "Seconds that a drain may take.",
     "slow_step_ms": "A step that runs for so long leaves a trace, where traces go anywhere; 0: none does.",
-    "ssl_certfile": "A certificate chain (PEM): --port speaks HTTPS; read again when it changes. gRPC has no TLS as yet.",
+    "ssl_certfile": "A certificate chain (PEM): --port speaks HTTPS. Read again when it changes. gRPC has no TLS yet.",
     "ssl_keyfile": "The private key of --ssl-certfile (PEM, without a password).",
     "stall_timeout_ms": "A client that reads nothing for so long while text waits for it is ended.",
     "threads": "Compute threads; 0: the physical cores.",
