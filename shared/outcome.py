@@ -47,6 +47,8 @@ REFUSALS: dict[str, RefusalKind] = {
         RefusalKind("lease_not_found", "NOT_FOUND", 404, True),
         RefusalKind("request_id_in_use", "ALREADY_EXISTS", 409, False),
         RefusalKind("unauthenticated", "UNAUTHENTICATED", 401, False),
+        RefusalKind("permission_denied", "PERMISSION_DENIED", 403, False),
+        RefusalKind("quota_exceeded", "RESOURCE_EXHAUSTED", 429, True),
         RefusalKind("queue_full", "RESOURCE_EXHAUSTED", 429, True),
         RefusalKind("client_stalled", "RESOURCE_EXHAUSTED", 429, False),
         RefusalKind("deadline_unreachable", "DEADLINE_EXCEEDED", 504, False),

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from services.cli.generate import CONNECT_TIMEOUT_S, DEFAULT_ADDRESS, RETRIES, Address
+from services.cli.generate import CONNECT_TIMEOUT_S, DEFAULT_ADDRESS, RETRIES, Address, api_key
 from services.cli.output import fail, fail_call, fail_field
 
 COMMANDS = "/reset forgets the conversation, /timing shows the last answer's phases, /exit leaves (Ctrl-D too)"
@@ -82,7 +82,7 @@ class Session:
         """Connects; returns why the conversation cannot begin, or nothing."""
         from services.cli.client import CallError, Client
 
-        self._client = Client(self._address)
+        self._client = Client(self._address, api_key=api_key())
         try:
             await self._client.connect(CONNECT_TIMEOUT_S)
             models = await self._client.list_models()

@@ -17,6 +17,9 @@ KINDS: dict[str, Kind] = {"router": RouterConfig, "scheduler": SchedulerConfig, 
 
 HELP = {
     "advertise": "Where the scheduler reaches this worker; empty: host and port.",
+    "allowed_origins": "An origin whose web pages may call the HTTP port, `*` for all; may be repeated.",
+    "api_key": "A key that clients must send as `authorization: Bearer KEY`.",
+    "api_key_file": "A TOML file of hashed keys, with a tenant and limits for each.",
     "block_size": "Tokens in one KV block.",
     "chat_template": "A file with a Jinja chat template to use instead of the checkpoint's.",
     "check_invariants": "Check the core's invariants after every step, not only on idle.",
@@ -57,6 +60,8 @@ HELP = {
     "served_model_name": "The name that clients ask for; may be repeated.",
     "shutdown_timeout": "Seconds that a drain may take.",
     "slow_step_ms": "A step that runs for so long leaves a trace, where traces go anywhere; 0: none does.",
+    "ssl_certfile": "A certificate chain (PEM): --port speaks HTTPS. Read again when it changes. gRPC has no TLS yet.",
+    "ssl_keyfile": "The private key of --ssl-certfile (PEM, without a password).",
     "stall_timeout_ms": "A client that reads nothing for so long while text waits for it is ended.",
     "threads": "Compute threads; 0: the physical cores.",
     "tokenizer": "A folder or hub id whose tokenizer to use instead of the model's.",
@@ -66,7 +71,7 @@ HELP = {
 }
 """One line for each field of every kind. A test holds the two together."""
 
-SECRETS = frozenset({"internal_token"})
+SECRETS = frozenset({"api_key", "internal_token"})
 """Fields that travel to a child by its environment: a command line is for all to read."""
 
 

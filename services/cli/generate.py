@@ -103,10 +103,15 @@ def generate(
     raise typer.Exit(code)
 
 
+def api_key() -> str:
+    """What the router's key is, where it wants one. No option: a command line is for all to read."""
+    return os.environ.get("SLUICE_API_KEY", "")
+
+
 async def _run(address: str, request: Any, timeout_s: float | None, *, json_lines: bool) -> int:
     from services.cli.client import CallError, Client, FieldError
 
-    async with Client(address) as client:
+    async with Client(address, api_key=api_key()) as client:
         try:
             await client.connect(CONNECT_TIMEOUT_S)
             return await stream(client, request, timeout_s=timeout_s, json_lines=json_lines)

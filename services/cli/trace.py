@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from services.cli.generate import CONNECT_TIMEOUT_S, DEFAULT_ADDRESS, Address
+from services.cli.generate import CONNECT_TIMEOUT_S, DEFAULT_ADDRESS, Address, api_key
 from services.cli.output import fail, fail_call
 from shared.telemetry import names
 
@@ -64,7 +64,7 @@ def trace(
 async def _fetch(address: str, request: str, limit: int) -> "tuple[Trace, ...] | None":
     from services.cli.client import CallError, Client
 
-    async with Client(address) as client:
+    async with Client(address, api_key=api_key()) as client:
         try:
             await client.connect(CONNECT_TIMEOUT_S)
             return await client.traces(limit, request)

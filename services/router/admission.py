@@ -5,6 +5,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from services.router.allowances import Allowances
+from services.router.gate import PUBLIC, Key
 from shared.clock import NS_PER_MS, NS_PER_S, NowNs
 from shared.outcome import AbortCause, refuse
 
@@ -49,7 +51,9 @@ class Admission:
     def __init__(self, max_in_flight: int, now: NowNs) -> None:
         self._max = max_in_flight
         self._now = now
-        self._live: dict[str, Place] = {}
+        self._live: dict[tuple[str, str], Place] = {}
+        """By tenant and request id."""
+        self.allowances = Allowances(now)
         self._ended_ns: deque[int] = deque(maxlen=RATE_WINDOW)
         self._refused_since_end = 0
         self._empty = asyncio.Event()
@@ -60,26 +64,29 @@ class Admission:
         return len(self._live)
 
     @contextmanager
-    def admit(self, request_id: str) -> Iterator[Place]:
-        """A place for the length of the block. Raises RefusedError: draining, request_id_in_use or queue_full."""
+    def admit(self, request_id: str, key: Key = PUBLIC) -> Iterator[Place]:
+        """A place for the length of the block. Raises RefusedError: draining, request_id_in_use, queue_full or
+        quota_exceeded."""
         if self.draining:
             raise refuse("draining", "this router is shutting down; another will answer", retry_after_ms=DRAIN_RETRY_MS)
-        if request_id in self._live:
+        if (key.tenant, request_id) in self._live:
             raise refuse("request_id_in_use", f"request_id {request_id!r} is in use", field="request_id")
         if len(self._live) >= self._max:
             self._refused_since_end += 1
             message = f"{self._max} requests are in flight at this router"
             raise refuse("queue_full", message, retry_after_ms=self.retry_after_ms())
+        self.allowances.enter(key)
         place = Place(request_id)
-        self._live[request_id] = place
+        self._live[key.tenant, request_id] = place
         self._empty.clear()
         try:
             yield place
         finally:
-            self._leave(request_id)
+            self.allowances.leave(key)
+            self._leave(key.tenant, request_id)
 
-    def _leave(self, request_id: str) -> None:
-        del self._live[request_id]
+    def _leave(self, tenant: str, request_id: str) -> None:
+        del self._live[tenant, request_id]
         self._ended_ns.append(self._now())
         while self._ended_ns[-1] - self._ended_ns[0] > RATE_SPAN_NS:
             self._ended_ns.popleft()
@@ -95,9 +102,9 @@ class Admission:
         wait_ms = int(max(1, self._refused_since_end) * each_ns / NS_PER_MS)
         return min(LONGEST_RETRY_MS, max(SHORTEST_RETRY_MS, wait_ms))
 
-    def abort(self, request_id: str, cause: AbortCause) -> bool:
-        """Ends a live request; False if there is none of that id."""
-        place = self._live.get(request_id)
+    def abort(self, request_id: str, cause: AbortCause, key: Key = PUBLIC) -> bool:
+        """Ends a live request of the key's tenant; False if there is none of that id."""
+        place = self._live.get((key.tenant, request_id))
         if place is not None:
             place.abort(cause)
         return place is not None

@@ -8,11 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import structlog
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from services.router.admission import Admission
 from services.router.fleet import Expected, Fleet
+from services.router.gate import Gate
+from services.router.guard import KeyInterceptor
 from services.router.http.answering import Answering
+from services.router.http.certificate import Certificate
 from services.router.http.door import Door
+from services.router.http.guard import Guard
 from services.router.http.routes import Api
 from services.router.metrics import RouterMetrics
 from services.router.model import ServedModel, load_model
@@ -81,6 +87,7 @@ class Router:
         self._lag = LoopLag()
         self.metrics = RouterMetrics()
         self._rejections = Rejections(self.metrics, monotonic_ns)
+        self._gate = Gate(config.api_key, config.api_key_file, monotonic_ns)
         self.admission = Admission(config.max_num_queued_reqs, monotonic_ns)
         self.fleet = Fleet(
             config.scheduler,
@@ -95,7 +102,9 @@ class Router:
         self.traces = Traces(tracing.sampler, self._exporter.add if self._exporter else None)
         self._shares_ports = place is not None
         self._server = create_server(
-            max_receive_bytes=config.max_request_bytes + SIZE_HEADROOM_BYTES, reuse_port=self._shares_ports
+            max_receive_bytes=config.max_request_bytes + SIZE_HEADROOM_BYTES,
+            interceptors=[KeyInterceptor(self._gate, self._rejections)],
+            reuse_port=self._shares_ports,
         )
         self._exposition = self._make_exposition()
         self.peers = Peers(place)
@@ -132,6 +141,7 @@ class Router:
             session=session,
             fleet=self.fleet,
             admission=self.admission,
+            gate=self._gate,
             rejections=self._rejections,
             peers=self.peers,
             max_request_bytes=self._config.max_request_bytes,
@@ -167,7 +177,19 @@ class Router:
             peers=self.peers,
             healthy=lambda: self._able,
         )
-        return Door(api.application(), config.host, config.port, flag="--port", shares_port=self._shares_ports)
+        guarded: ASGIApp = Guard(api.application(), self._gate, self._rejections)
+        if config.allowed_origins:  # a page's first question brings no key
+            guarded = CORSMiddleware(guarded, config.allowed_origins, allow_methods=["*"], allow_headers=["*"])
+        tls = config.ssl_certfile or config.ssl_keyfile
+        certificate = Certificate(config.ssl_certfile, config.ssl_keyfile) if tls else None
+        return Door(
+            guarded,
+            config.host,
+            config.port,
+            flag="--port",
+            certificate=certificate,
+            shares_port=self._shares_ports,
+        )
 
     async def serve(self) -> int:
         """Until told to stop. 0 after a drain, however it went; 1 when a second signal cut requests off."""

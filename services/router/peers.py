@@ -16,6 +16,7 @@ import structlog
 
 from services.router import wire
 from services.router.admission import Admission
+from services.router.gate import Key
 from services.router.traces import Traces
 from shared.net.server import create_server
 from shared.outcome import AbortCause
@@ -71,9 +72,9 @@ class Peers:
         for channel in self._channels:
             await channel.close()
 
-    async def abort(self, request_id: str) -> bool:
-        """Whether one of the others had such a request, which it ended."""
-        request = peers_pb2.PeerAbortRequest(request_id=request_id)
+    async def abort(self, request_id: str, tenant: str) -> bool:
+        """Whether one of the others had such a request of the tenant's, which it ended."""
+        request = peers_pb2.PeerAbortRequest(request_id=request_id, tenant=tenant)
         return any(answer.found for answer in await self._ask(lambda stub: stub.Abort, request))
 
     async def requests_in_flight(self) -> int:
@@ -124,7 +125,8 @@ class OwnAnswers(PeersServicer):
     async def Abort(
         self, request: peers_pb2.PeerAbortRequest, context: grpc.aio.ServicerContext
     ) -> peers_pb2.PeerAbortResponse:
-        return peers_pb2.PeerAbortResponse(found=self._admission.abort(request.request_id, AbortCause.CLIENT))
+        found = self._admission.abort(request.request_id, AbortCause.CLIENT, Key(tenant=request.tenant))
+        return peers_pb2.PeerAbortResponse(found=found)
 
     async def CountRequests(
         self, request: peers_pb2.PeerCountRequest, context: grpc.aio.ServicerContext

@@ -11,9 +11,6 @@ from shared.prefix import BlockHash, chain, root_hash
 from shared.text.chat import ChatTemplateError
 from shared.text.stops import StopStrings
 
-SALT = b""
-"""Of the tenant; there is one tenant until requests are authenticated."""
-
 
 class Prepared(msgspec.Struct, frozen=True):
     """What placement and the answer need. `chains` holds the block hashes by block size."""
@@ -35,7 +32,7 @@ def prepare(
         raise too_long(field, f"{len(token_ids)} tokens", max_model_len)
     if options.stopping.min_tokens > room:
         raise invalid("stopping.min_tokens", f"{options.stopping.min_tokens} tokens do not fit behind this prompt")
-    root = root_hash(SALT, exact=options.deterministic)
+    root = root_hash(options.key.salt, exact=options.deterministic)
     chains = {block_size: chain(token_ids, block_size, root) for block_size in block_sizes}
     return Prepared(token_ids, chains, StopStrings(options.stop) if options.stop else None)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from services.router.gate import PUBLIC, Key
 from shared.outcome import FinishReason
 from shared.sampling import Sampling, Stopping, Want
 from shared.telemetry.context import Caller
@@ -54,6 +55,8 @@ class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
     include_timing: bool = False
     skip_special_tokens: bool = True
     """Whether special tokens have no text in the answer."""
+    key: Key = PUBLIC
+    """Whose request it is."""
     door: str = "grpc"
     """By which the request came: grpc or http."""
     deadline_ns: int | None = None

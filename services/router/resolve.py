@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from services.router.gate import PUBLIC, Key
 from services.router.limits import check_range, invalid, too_long
 from services.router.model import ServedModel
 from services.router.request import GenerateOptions, TokenPrompt
@@ -58,6 +59,7 @@ def resolve(
     *,
     request_id: str,
     name: str = "",
+    key: Key = PUBLIC,
     door: str = "grpc",
     deadline_ns: int | None = None,
     caller: Caller | None = None,
@@ -81,6 +83,7 @@ def resolve(
         deterministic=asked.deterministic,
         include_timing=asked.include_timing,
         skip_special_tokens=asked.skip_special_tokens,
+        key=key,
         door=door,
         deadline_ns=deadline_ns,
         caller=caller,

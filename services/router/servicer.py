@@ -11,6 +11,8 @@ import msgspec
 from services.router import wire
 from services.router.admission import Admission
 from services.router.fleet import Fleet
+from services.router.gate import Gate, Key
+from services.router.guard import AUTHORIZATION
 from services.router.model import ServedModel
 from services.router.peers import Peers
 from services.router.rejections import Rejections
@@ -43,6 +45,7 @@ class RouterInference(InferenceServicer):
         session: Session,
         fleet: Fleet,
         admission: Admission,
+        gate: Gate,
         rejections: Rejections,
         peers: Peers,
         max_request_bytes: int,
@@ -53,6 +56,7 @@ class RouterInference(InferenceServicer):
         self._session = session
         self._fleet = fleet
         self._admission = admission
+        self._gate = gate
         self._rejections = rejections
         self._max_request_bytes = max_request_bytes
         self._stall_timeout_s = stall_timeout_ms / 1000
@@ -84,9 +88,15 @@ class RouterInference(InferenceServicer):
         if request.model:
             self._model.check_name(request.model)
         length = self._fleet.max_model_len or self._model.max_model_len
-        prompt = wire.prompt_of(request, self._model, max_bytes=self._max_request_bytes, max_model_len=length)
+        key = self._key(context)
+        max_bytes = key.largest(self._max_request_bytes)
+        prompt = wire.prompt_of(request, self._model, max_bytes=max_bytes, max_model_len=length)
         caller = trace_context.parse(_header(context, trace_context.PARENT), _header(context, trace_context.STATE))
-        return prompt, wire.options_of(request, self._model, request_id, deadline_ns, caller)
+        return prompt, wire.options_of(request, self._model, request_id, deadline_ns, caller, key)
+
+    def _key(self, context: Context) -> Key:
+        """The interceptor has let it in."""
+        return self._gate.key_of(_header(context, AUTHORIZATION))
 
     async def _answer(self, prompt: Prompt, options: GenerateOptions, context: Context) -> None:
         """Writes through the context rather than by yielding: only so is a blocked write ours to time."""
@@ -95,14 +105,16 @@ class RouterInference(InferenceServicer):
                 if isinstance(event, Accepted):  # not before: a refusal without headers may be retried by gRPC itself
                     await context.send_initial_metadata(((REQUEST_ID_HEADER, options.request_id),))
                 for response in wire.responses_of(event):
-                    await self._write(context, options.request_id, response)
+                    await self._write(context, options, response)
 
-    async def _write(self, context: Context, request_id: str, response: inference_pb2.GenerateResponse) -> None:
+    async def _write(
+        self, context: Context, options: GenerateOptions, response: inference_pb2.GenerateResponse
+    ) -> None:
         try:
             async with asyncio.timeout(self._stall_timeout_s):
                 await context.write(response)
         except TimeoutError:
-            self._admission.abort(request_id, AbortCause.STALLED)
+            self._admission.abort(options.request_id, AbortCause.STALLED, options.key)
             seconds = f"{self._stall_timeout_s:g} s"
             raise refuse("client_stalled", f"the client read nothing for {seconds}; the answer was ended") from None
 
@@ -122,8 +134,10 @@ class RouterInference(InferenceServicer):
         return inference_pb2.ListModelsResponse(models=models)
 
     async def Abort(self, request: inference_pb2.AbortRequest, context: Context) -> inference_pb2.AbortResponse:
-        found = self._admission.abort(request.request_id, AbortCause.CLIENT)
-        return inference_pb2.AbortResponse(found=found or await self._peers.abort(request.request_id))
+        key = self._key(context)
+        found = self._admission.abort(request.request_id, AbortCause.CLIENT, key)
+        found = found or await self._peers.abort(request.request_id, key.tenant)
+        return inference_pb2.AbortResponse(found=found)
 
 
 class RouterControl(ControlServicer):

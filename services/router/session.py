@@ -26,7 +26,7 @@ from services.router.fleet import Fleet, Submission
 from services.router.life import Life, Transcript
 from services.router.metrics import RouterMetrics
 from services.router.model import ServedModel
-from services.router.prepare import SALT, Prepared, prepare
+from services.router.prepare import Prepared, prepare
 from services.router.rejections import Rejections
 from services.router.request import Accepted, ChatPrompt, Delta, Event, Finished, GenerateOptions, Prompt, TokenPrompt
 from services.router.traces import Traces
@@ -92,7 +92,7 @@ class Session:
         life, end = Life(self._now(), _operation(prompt), self._traces.begin(options.caller)), "left"
         life.transcript = Transcript(prompt) if self._log_content else None
         try:
-            with self._admission.admit(options.request_id) as place:
+            with self._admission.admit(options.request_id, options.key) as place:
                 async with aclosing(self._live(prompt, options, place, life)) as events:
                     async for event in events:
                         given_ns = self._now()
@@ -170,7 +170,7 @@ class Session:
             priority=options.priority,
             deterministic=options.deterministic,
             deadline_in_ns=_time_left(options, life.submitted - life.arrived),
-            salt=SALT,
+            salt=options.key.salt,
             trace=life.context.link,
         )
         answer.attach(self._fleet.submit(link, submission, answer))
@@ -234,6 +234,9 @@ class Session:
         """The request's trace, what it counts for, and its line in the log."""
         now_ns = self._now()
         self._metrics.on_end(options, life, end, now_ns)
+        if life.answer is not None:
+            usage = life.answer.usage
+            self._admission.allowances.spend(options.key, usage.prompt_tokens + usage.completion_tokens)
         trace = life.trace(options, instance=self._instance, end=end, now_ns=now_ns, wall_ns=self._wall())
         self._traces.add(trace)
         if life.admitted:
@@ -248,6 +251,7 @@ class Session:
             "trace_id": life.context.trace_id.hex(),
             "operation": life.operation,
             "door": options.door,
+            **({"api_key": options.key.name} if options.key.name else {}),
             "model": options.model,
             "max_tokens": options.stopping.max_tokens,
             "priority": options.priority,

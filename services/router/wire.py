@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from services.router.gate import PUBLIC, Key
 from services.router.limits import (
     MAX_JSON_BYTES,
     MAX_MESSAGES,
@@ -93,6 +94,7 @@ def options_of(
     request_id: str,
     deadline_ns: int | None,
     caller: Caller | None = None,
+    key: Key = PUBLIC,
 ) -> GenerateOptions:
     """Every field resolved and within its limits. Raises RefusedError."""
     if message.structured.WhichOneof("constraint") is not None:
@@ -112,7 +114,7 @@ def options_of(
         include_timing=response.include_timing,
     )
     name = message.model
-    return resolve(asked, model, request_id=request_id, name=name, deadline_ns=deadline_ns, caller=caller)
+    return resolve(asked, model, request_id=request_id, name=name, key=key, deadline_ns=deadline_ns, caller=caller)
 
 
 SAMPLING = (

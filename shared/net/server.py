@@ -35,11 +35,12 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         sent = dict(handler_call_details.invocation_metadata).get(TOKEN_HEADER, "")
         if hmac.compare_digest(str(sent).encode(), self._token):
             return handler
-        return _refusing(handler)
+        message = "the internal token is missing or wrong"
+        return refusing(handler, RefusedError(Refusal(name="unauthenticated", message=message)))
 
 
-def _refusing(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
-    error = RefusedError(Refusal(name="unauthenticated", message="the internal token is missing or wrong"))
+def refusing(handler: grpc.RpcMethodHandler, error: RefusedError) -> grpc.RpcMethodHandler:
+    """A handler of the same kind that refuses every call."""
 
     async def unary(request: object, context: grpc.aio.ServicerContext) -> None:
         raise error

@@ -19,8 +19,9 @@ T = TypeVar("T")
 class Client:
     """One channel to one router (or, for the control calls, a scheduler). An async context manager."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, api_key: str = "") -> None:
         self.address = address
+        self._metadata = wire.metadata_of(api_key)
         self._channel = grpc.aio.insecure_channel(address, options=wire.CHANNEL_OPTIONS)
         self._stubs = wire.Stubs(self._channel)
 
@@ -48,7 +49,7 @@ class Client:
         *,
         timeout_s: float | None = None,
         retries: int = 0,
-        metadata: tuple[tuple[str, str], ...] = (),
+        metadata: wire.Metadata = (),
     ) -> AsyncGenerator[Event, None]:
         """The request's events. Leaving the iteration cancels the call, which frees what it holds on the server.
 
@@ -56,12 +57,12 @@ class Client:
         times, all within `timeout_s`; what comes before the answer is then held until that begins. Raises CallError,
         and FieldError before anything is sent.
         """
-        message, attempts = wire.to_wire(request), Attempts(retries, timeout_s)
+        message, attempts, sent = wire.to_wire(request), Attempts(retries, timeout_s), (*self._metadata, *metadata)
         while True:
             held: list[Event] = []
             """What comes before the answer, until that has begun."""
             begun = not retries
-            call = self._stubs.inference.Generate(message, timeout=attempts.left_s, metadata=metadata)
+            call = self._stubs.inference.Generate(message, timeout=attempts.left_s, metadata=sent)
             try:
                 async for response in call:
                     event = wire.from_wire(response)
@@ -114,6 +115,6 @@ class Client:
 
     async def _call(self, call: wire.Unary[T], timeout_s: float) -> T:
         try:
-            return call.read(await call.method(self._stubs)(call.request, timeout=timeout_s))
+            return call.read(await call.method(self._stubs)(call.request, timeout=timeout_s, metadata=self._metadata))
         except grpc.aio.AioRpcError as error:
             raise wire.call_error(error) from None

@@ -20,8 +20,11 @@ class Stream(Iterator[Event]):
     """The events of one request, as they come. A context manager: leaving it cancels the call. `cancel` may be called
     from any thread; the iteration then raises CallError CANCELLED."""
 
-    def __init__(self, stubs: wire.Stubs, request: Request, timeout_s: float | None, retries: int) -> None:
+    def __init__(
+        self, stubs: wire.Stubs, request: Request, *, metadata: wire.Metadata, timeout_s: float | None, retries: int
+    ) -> None:
         self._stubs = stubs
+        self._metadata = metadata
         self._message = wire.to_wire(request)
         self._timeout_s = timeout_s
         self._retries = retries
@@ -54,7 +57,7 @@ class Stream(Iterator[Event]):
             begun = not self._retries
             if self._cancelled:
                 raise CallError("CANCELLED", "the call was cancelled")
-            self._call = self._stubs.inference.Generate(self._message, timeout=attempts.left_s)
+            self._call = self._stubs.inference.Generate(self._message, timeout=attempts.left_s, metadata=self._metadata)
             try:
                 for response in self._call:
                     event = wire.from_wire(response)
@@ -82,8 +85,9 @@ class Stream(Iterator[Event]):
 class BlockingClient:
     """One channel to one router. A context manager; may be shared by threads."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, api_key: str = "") -> None:
         self.address = address
+        self._metadata = wire.metadata_of(api_key)
         self._channel = grpc.insecure_channel(address, options=wire.CHANNEL_OPTIONS)
         self._stubs = wire.Stubs(self._channel)
 
@@ -107,7 +111,7 @@ class BlockingClient:
 
     def generate(self, request: Request, *, timeout_s: float | None = None, retries: int = 0) -> Stream:
         """As Client.generate. Raises FieldError at once, CallError on the way."""
-        return Stream(self._stubs, request, timeout_s, retries)
+        return Stream(self._stubs, request, metadata=self._metadata, timeout_s=timeout_s, retries=retries)
 
     def complete(self, request: Request, *, timeout_s: float | None = None, retries: int = 0) -> Answer:
         """The whole answer. Raises as `generate` does."""
@@ -133,6 +137,6 @@ class BlockingClient:
 
     def _call(self, call: wire.Unary[T], timeout_s: float) -> T:
         try:
-            return call.read(call.method(self._stubs)(call.request, timeout=timeout_s))
+            return call.read(call.method(self._stubs)(call.request, timeout=timeout_s, metadata=self._metadata))
         except grpc.RpcError as error:
             raise wire.call_error(error) from None

@@ -37,6 +37,7 @@ CHANNEL_OPTIONS = [
 ]
 
 T = TypeVar("T")
+Metadata = tuple[tuple[str, str], ...]
 
 
 class Stubs:
@@ -197,6 +198,11 @@ def _finished(finished: inference_pb2.Finished) -> Finished:
         durations = {name: getattr(finished.timing, name) for name in Timing.__struct_fields__}
         timing = Timing(**durations | {"queue_reason_ns": dict(finished.timing.queue_reason_ns)})
     return Finished(finished.index, reason, getattr(finished.stop_match, match) if match else None, usage, timing)
+
+
+def metadata_of(api_key: str) -> Metadata:
+    """What a call brings along for its key."""
+    return (("authorization", f"Bearer {api_key}"),) if api_key else ()
 
 
 def nobody_at(address: str) -> CallError:

@@ -15,6 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 from services.router.admission import Admission
 from services.router.http.door import hang_up
 from services.router.http.errors import Problem, problem, problem_of
+from services.router.http.guard import header, key_of
 from services.router.http.requests import Question, Source
 from services.router.http.responses import Telling, event_of
 from services.router.limits import is_request_id
@@ -151,8 +152,9 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
+async def read_body(scope: Scope, receive: Receive, max_request_bytes: int) -> bytes:
     """The whole body. Raises RefusedError for one that is too large or does not arrive, ClientGoneError."""
+    max_bytes = key_of(scope).largest(max_request_bytes)
     too_large = refuse("message_too_large", f"the request exceeds {max_bytes} bytes (--max-request-bytes)")
     declared = header(scope, "content-length")
     if declared.isdecimal() and int(declared) > max_bytes:
@@ -182,11 +184,6 @@ def require_json(scope: Scope) -> None:
         raise refuse("invalid_argument", "content-type: application/json is needed", field="content-type")
 
 
-def header(scope: Scope, name: str) -> str:
-    wanted = name.encode()
-    return next((value.decode("latin-1") for key, value in scope["headers"] if key == wanted), "")
-
-
 def internal(scope: Scope, error: Exception) -> Problem:
     """The answer to a failure of ours: an id that the log also carries, never the exception's text."""
     error_id = new_error_id()
@@ -196,7 +193,7 @@ def internal(scope: Scope, error: Exception) -> Problem:
 
 def _source(scope: Scope) -> Source:
     caller = trace_context.parse(header(scope, trace_context.PARENT), header(scope, trace_context.STATE))
-    return Source(request_id=header(scope, REQUEST_ID), caller=caller)
+    return Source(request_id=header(scope, REQUEST_ID), caller=caller, key=key_of(scope))
 
 
 class _Reply:
@@ -258,6 +255,6 @@ class _Reply:
         except TimeoutError:
             self._stalled = True
             for options in self.question.options if self.question else ():
-                self._answering.admission.abort(options.request_id, AbortCause.STALLED)
+                self._answering.admission.abort(options.request_id, AbortCause.STALLED, options.key)
             seconds = f"{self._answering.stall_timeout_s:g} s"
             raise refuse("client_stalled", f"the client read nothing for {seconds}; the answer was ended") from None

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from services.router.gate import PUBLIC, Key
 from services.router.http.errors import plainly
 from services.router.http.schema import (
     UNSERVED,
@@ -60,10 +61,11 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Source(msgspec.Struct, frozen=True):
-    """What the headers of a request say of it."""
+    """What the headers of a request say of it, and whose it is."""
 
     request_id: str = ""
     caller: Caller | None = None
+    key: Key = PUBLIC
 
 
 def decode(body: bytes, kind: type[T]) -> T:
@@ -196,10 +198,9 @@ def _question(
     request_id = request.request_id or source.request_id or new_request_id()
     ids = [request_id] if len(prompts) == 1 else [f"{request_id}-{at}" for at in range(len(prompts))]
     check_request_id(ids[-1])
-    name, stream = request.model or "", request.stream_options
-    options = tuple(  # each by itself, for a seed of its own
-        resolve(asked, model, request_id=one, name=name, door="http", caller=source.caller) for one in ids
-    )
+    stream = request.stream_options
+    known: dict[str, Any] = {"name": request.model or "", "key": source.key, "caller": source.caller, "door": "http"}
+    options = tuple(resolve(asked, model, request_id=one, **known) for one in ids)  # each with a seed of its own
     return Question(
         prompts=prompts,
         options=options,

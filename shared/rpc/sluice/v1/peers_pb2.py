@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from shared.rpc.sluice.v1 import control_pb2 as shared_dot_rpc_dot_sluice_dot_v1_dot_control__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n shared/rpc/sluice/v1/peers.proto\x12\tsluice.v1\x1a\"shared/rpc/sluice/v1/control.proto\"&\n\x10PeerAbortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\"\n\x11PeerAbortResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x12\n\x10PeerCountRequest\"/\n\x11PeerCountResponse\x12\x1a\n\x12requests_in_flight\x18\x01 \x01(\r\"\x14\n\x12PeerMetricsRequest\"\'\n\x13PeerMetricsResponse\x12\x10\n\x08snapshot\x18\x01 \x01(\x0c\x32\xec\x02\n\x05Peers\x12\x42\n\x05\x41\x62ort\x12\x1b.sluice.v1.PeerAbortRequest\x1a\x1c.sluice.v1.PeerAbortResponse\x12J\n\rCountRequests\x12\x1b.sluice.v1.PeerCountRequest\x1a\x1c.sluice.v1.PeerCountResponse\x12I\n\nListTraces\x12\x1c.sluice.v1.ListTracesRequest\x1a\x1d.sluice.v1.ListTracesResponse\x12:\n\x05\x44rain\x12\x17.sluice.v1.DrainRequest\x1a\x18.sluice.v1.DrainResponse\x12L\n\x0bReadMetrics\x12\x1d.sluice.v1.PeerMetricsRequest\x1a\x1e.sluice.v1.PeerMetricsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n shared/rpc/sluice/v1/peers.proto\x12\tsluice.v1\x1a\"shared/rpc/sluice/v1/control.proto\"6\n\x10PeerAbortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"\"\n\x11PeerAbortResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x12\n\x10PeerCountRequest\"/\n\x11PeerCountResponse\x12\x1a\n\x12requests_in_flight\x18\x01 \x01(\r\"\x14\n\x12PeerMetricsRequest\"\'\n\x13PeerMetricsResponse\x12\x10\n\x08snapshot\x18\x01 \x01(\x0c\x32\xec\x02\n\x05Peers\x12\x42\n\x05\x41\x62ort\x12\x1b.sluice.v1.PeerAbortRequest\x1a\x1c.sluice.v1.PeerAbortResponse\x12J\n\rCountRequests\x12\x1b.sluice.v1.PeerCountRequest\x1a\x1c.sluice.v1.PeerCountResponse\x12I\n\nListTraces\x12\x1c.sluice.v1.ListTracesRequest\x1a\x1d.sluice.v1.ListTracesResponse\x12:\n\x05\x44rain\x12\x17.sluice.v1.DrainRequest\x1a\x18.sluice.v1.DrainResponse\x12L\n\x0bReadMetrics\x12\x1d.sluice.v1.PeerMetricsRequest\x1a\x1e.sluice.v1.PeerMetricsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,17 +33,17 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shared.rpc.sluice.v1.peers_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PEERABORTREQUEST']._serialized_start=83
-  _globals['_PEERABORTREQUEST']._serialized_end=121
-  _globals['_PEERABORTRESPONSE']._serialized_start=123
-  _globals['_PEERABORTRESPONSE']._serialized_end=157
-  _globals['_PEERCOUNTREQUEST']._serialized_start=159
-  _globals['_PEERCOUNTREQUEST']._serialized_end=177
-  _globals['_PEERCOUNTRESPONSE']._serialized_start=179
-  _globals['_PEERCOUNTRESPONSE']._serialized_end=226
-  _globals['_PEERMETRICSREQUEST']._serialized_start=228
-  _globals['_PEERMETRICSREQUEST']._serialized_end=248
-  _globals['_PEERMETRICSRESPONSE']._serialized_start=250
-  _globals['_PEERMETRICSRESPONSE']._serialized_end=289
-  _globals['_PEERS']._serialized_start=292
-  _globals['_PEERS']._serialized_end=656
+  _globals['_PEERABORTREQUEST']._serialized_end=137
+  _globals['_PEERABORTRESPONSE']._serialized_start=139
+  _globals['_PEERABORTRESPONSE']._serialized_end=173
+  _globals['_PEERCOUNTREQUEST']._serialized_start=175
+  _globals['_PEERCOUNTREQUEST']._serialized_end=193
+  _globals['_PEERCOUNTRESPONSE']._serialized_start=195
+  _globals['_PEERCOUNTRESPONSE']._serialized_end=242
+  _globals['_PEERMETRICSREQUEST']._serialized_start=244
+  _globals['_PEERMETRICSREQUEST']._serialized_end=264
+  _globals['_PEERMETRICSRESPONSE']._serialized_start=266
+  _globals['_PEERMETRICSRESPONSE']._serialized_end=305
+  _globals['_PEERS']._serialized_start=308
+  _globals['_PEERS']._serialized_end=672
 # @@protoc_insertion_point(module_scope)
