@@ -55,8 +55,8 @@ def soak(runner, rng):
 
 
 SOAKED = (
-    "llama", "qwen2-window", "qwen2-moe", "cohere2", "gpt2", "opt-post-norm", "phi3", "gptj", "mpt-clipped", "falcon-rw",
-    "gemma2", "cohere-qk-norm", "olmoe", "gpt-oss",
+    "llama", "qwen2-window", "qwen2-moe", "cohere2", "gpt2", "opt-post-norm", "phi3", "gptj", "mpt-clipped",
+    "falcon-rw", "gemma2", "cohere-qk-norm", "olmoe", "gpt-oss",
 )  # fmt: skip
 
 
