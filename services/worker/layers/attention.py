@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kernels.ops.attention import AttentionPlan, paged_attention, rotate_and_write
+from kernels.ops.forms import Products
 from services.worker.layers.linear import Linear
 from services.worker.layers.norm import Norm, RmsNorm
 from services.worker.layers.positions import Rope, Turns
@@ -83,6 +84,10 @@ class Attention:
         )
         flat = attended.view(x.shape[0], -1)
         return flat if wanted is None else flat.index_select(0, wanted)
+
+    def products(self, *, added: bool) -> Products:
+        """Its products by operation (see kernels.ops.forms), `out` with a residual's addition or without."""
+        return [("linear", self.qkv.packed), ("linear_add" if added else "linear", self.out.packed)]
 
     def _rotate_and_write(self, heads: Tensor, step: AttentionStep) -> Tensor:
         num_heads, num_kv_heads = self.heads.num_heads, self.heads.num_kv_heads

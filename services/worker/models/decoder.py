@@ -192,13 +192,9 @@ class Decoder:
 
     def products(self) -> Products:
         """Each of its products once, by operation and shape: one layer stands for all."""
-        attention, mlp = self._layers[0].attention, self._layers[0].mlp
         projections = [each.packed for each in (self._project_in, self._project_out) if each is not None]
         return [
-            ("linear", attention.qkv.packed),
-            ("linear", attention.out.packed),
-            ("linear_add", attention.out.packed),
-            *mlp.products(),
+            *self._layers[0].products(),
             *(("linear", packed) for packed in projections),
             ("linear", self._head.packed),
         ]
