@@ -11,10 +11,10 @@ from services.worker.layers.norm import RmsNorm
 
 @dataclass(frozen=True, slots=True)
 class AttentionStep:
-    """What every attention layer of a step shares. `plans` are by window; cos and sin are [tokens, head_dim]."""
+    """What every attention layer of a step shares. `plans` are by cache group; cos and sin are [tokens, head_dim]."""
 
     pool: Tensor
-    plans: dict[int | None, AttentionPlan]
+    plans: tuple[AttentionPlan, ...]
     cos: Tensor
     sin: Tensor
     exact: bool
@@ -30,22 +30,25 @@ class HeadShape:
 
 
 class Attention:
-    """q, k, v in one projection; per-head norms where the model has them; rope; pages; output projection."""
+    """q, k, v in one projection; per-head norms where the model has them; rope; pages; output projection.
 
-    __slots__ = ("heads", "k_norm", "layer_id", "out", "q_norm", "qkv", "scale", "window")
+    `place` is the layer's cache group and its number there (shared/cache_groups.py).
+    """
+
+    __slots__ = ("group", "heads", "k_norm", "layer_id", "out", "q_norm", "qkv", "scale")
 
     def __init__(
         self,
-        layer_id: int,
+        place: tuple[int, int],
         heads: HeadShape,
         qkv: Linear,
         out: Linear,
         *,
-        window: int | None,
         q_norm: RmsNorm | None = None,
         k_norm: RmsNorm | None = None,
     ) -> None:
-        self.layer_id, self.heads, self.window = layer_id, heads, window
+        self.group, self.layer_id = place
+        self.heads = heads
         self.qkv, self.out, self.q_norm, self.k_norm = qkv, out, q_norm, k_norm
         self.scale = heads.head_dim**-0.5
 
@@ -54,7 +57,7 @@ class Attention:
         the tokens to answer for, where that is not all of them."""
         num_heads, num_kv_heads = self.heads.num_heads, self.heads.num_kv_heads
         heads = self.qkv(x, exact=step.exact).view(-1, num_heads + 2 * num_kv_heads, self.heads.head_dim)
-        plan = step.plans[self.window]
+        plan = step.plans[self.group]
         queries = rotate_and_write(
             heads,
             step.pool,

@@ -18,6 +18,7 @@ from services.worker.layers.positions import RopeTable
 from services.worker.models.registry import translate
 from services.worker.models.spec import Family, ModelSpec
 from services.worker.models.weights import CheckpointWeights, Progress, RandomWeights, WeightSource
+from shared.cache_groups import group_layers
 from shared.checkpoint import Checkpoint
 
 
@@ -27,11 +28,12 @@ class StepBatch:
 
     token_ids      [T] int64
     positions      [T] int64, absolute
-    slots          [T] int64, block_id * block_size + offset: where K and V of each token go
+    slots          [G, T] int64, block_id * block_size + offset: where K and V of each token go, in each cache group
     query_starts   R + 1 numbers: row r owns tokens query_starts[r]:query_starts[r + 1], in order of position
     context_lens   R numbers: tokens of the row in the cache after this step's write; the row's last token sits at
                    position context_lens[r] - 1
-    block_tables   [R, max_blocks] int32; entries beyond a row's context are never read
+    block_tables   [G, R, max_blocks] int32; entries beyond a row's context are never read, and what the blocks before
+                   a group's window hold has no influence
     logit_rows     [S] int64: which of the T tokens want logits; may be empty
     exact          a token's logits then have the same bits whatever it shares its steps with
     """
@@ -51,12 +53,12 @@ class DecodeRows:
     """One token of each of R rows, every number in its place on the device, so that a CUDA graph can hold the step.
 
     token_ids      [R] int64
-    positions      [R] int64, absolute; slots [R] int64 as in a StepBatch
+    positions      [R] int64, absolute; slots [G, R] int64 as in a StepBatch
     context_lens   [R] int32
-    block_tables   [R, max_blocks] int32
+    block_tables   [G, R, max_blocks] int32
     max_splits     by window: the room for attention's work, see kernels.ops.attention.plan_decode
 
-    A padding row has context 0, a slot below 0, and any token and position that exist.
+    A padding row has context 0, slots below 0, and any token and position that exist.
     """
 
     token_ids: Tensor
@@ -71,8 +73,8 @@ class DecodeRows:
 class MixedRows:
     """The same of a step of T tokens in R rows, some of them chunks of prompts.
 
-    token_ids, positions, slots   [T] int64 as in DecodeRows
-    query_starts                  [R + 1] int32; context_lens [R] int32; block_tables [R, max_blocks] int32
+    token_ids, positions          [T] int64; slots [G, T] int64 as in DecodeRows
+    query_starts                  [R + 1] int32; context_lens [R] int32; block_tables [G, R, max_blocks] int32
     tiles, decode_rows            int32 [n, 2] and [m], see kernels.ops.attention.plan_mixed
     logit_rows                    [S] int64: which tokens want logits
 
@@ -129,12 +131,15 @@ class Decoder:
     ) -> None:
         self.spec: ModelSpec = family.spec
         self.dtype, self.device = dtype, torch.device(device)
+        groups = group_layers(self.spec.windows)
+        self._windows = groups.windows
         names = family.names
         head_name = names.head if weights.has(names.head) else names.embedding
         embedding_name = names.embedding if weights.has(names.embedding) else names.head
         self._embedding = weights.take(embedding_name).to(device)
         self._layers = [
-            _build_layer(family, layer_id, weights, device, by_rows) for layer_id in range(self.spec.num_layers)
+            _build_layer(family, layer_id, groups.places[layer_id], weights, device, by_rows)
+            for layer_id in range(self.spec.num_layers)
         ]
         self._norm = RmsNorm(weights.take(names.final_norm).to(device), self.spec.norm_eps)
         head = self._embedding if head_name == embedding_name else weights.take(head_name).to(device)
@@ -148,8 +153,9 @@ class Decoder:
     def forward(self, batch: StepBatch, pool: Tensor) -> Tensor:
         """float32 logits [S, vocab_size] of `logit_rows`, after writing K and V of all tokens into `pool`.
 
-        `pool` is [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim] in this decoder's dtype and changes
-        in the batch's slots only. Every layer writes all rows before any row reads. The batch may lie on the host.
+        `pool` is [num_blocks, layers of a cache group, 2, num_kv_heads, block_size, head_dim] in this decoder's dtype
+        and changes in the batch's slots only. Every layer writes all rows before any row reads. The batch may lie on
+        the host.
         """
         return self.compute(self.prepare(batch, pool))
 
@@ -188,6 +194,11 @@ class Decoder:
             ("linear", self._head.packed),
         ]
 
+    @property
+    def num_groups(self) -> int:
+        """Cache groups: block tables per row."""
+        return len(self._windows)
+
     def reserve(self, max_model_len: int) -> None:
         """Before anything is captured: whatever would grow with a context."""
         self._rope.reserve(max_model_len)
@@ -199,18 +210,18 @@ class Decoder:
         A row's logits may differ in their last bits from those of `forward`: not for exact steps.
         """
         cos, sin = self._rope.gather(rows.positions, 0)
-        plans = {
-            window: plan_decode(
+        plans = tuple(
+            plan_decode(
                 pool,
                 rows.context_lens,
-                rows.block_tables,
-                rows.slots,
+                rows.block_tables[group],
+                rows.slots[group],
                 num_heads=self.spec.num_heads,
                 max_splits=rows.max_splits[window],
                 window=window,
             )
-            for window in dict.fromkeys(self.spec.windows)
-        }
+            for group, window in enumerate(self._windows)
+        )
         step = AttentionStep(pool, plans, cos, sin, exact=False)
         out.copy_(self._logits(PreparedStep(step, rows.token_ids, None)))
 
@@ -218,40 +229,40 @@ class Decoder:
     def compute_mixed(self, rows: MixedRows, pool: Tensor, out: Tensor) -> None:
         """The same of a step with prompt tokens: the logits of `logit_rows` to `out` [S, vocab_size]."""
         cos, sin = self._rope.gather(rows.positions, 0)
-        plans = {
-            window: plan_mixed(
+        plans = tuple(
+            plan_mixed(
                 pool,
                 rows.query_starts,
                 rows.context_lens,
-                rows.block_tables,
-                rows.slots,
+                rows.block_tables[group],
+                rows.slots[group],
                 rows.tiles,
                 rows.decode_rows,
                 num_heads=self.spec.num_heads,
                 max_splits=rows.max_splits[window],
                 window=window,
             )
-            for window in dict.fromkeys(self.spec.windows)
-        }
+            for group, window in enumerate(self._windows)
+        )
         step = AttentionStep(pool, plans, cos, sin, exact=False)
         out.copy_(self._logits(PreparedStep(step, rows.token_ids, rows.logit_rows)))
 
     def _plan(self, batch: StepBatch, pool: Tensor, exact: bool) -> AttentionStep:
         starts, contexts = list(batch.query_starts), list(batch.context_lens)
         cos, sin = self._rope.gather(self._per_token(batch.positions, exact), max(contexts))
-        plans = {
-            window: plan_attention(
+        plans = tuple(
+            plan_attention(
                 pool,
                 starts,
                 contexts,
-                batch.block_tables,
-                batch.slots,
+                batch.block_tables[group],
+                batch.slots[group],
                 num_heads=self.spec.num_heads,
                 window=window,
                 exact=exact,
             )
-            for window in dict.fromkeys(self.spec.windows)
-        }
+            for group, window in enumerate(self._windows)
+        )
         return AttentionStep(pool, plans, cos, sin, exact)
 
     def _per_token(self, values: Tensor, exact: bool) -> Tensor:
@@ -284,7 +295,9 @@ def random_decoder(
     return Decoder(family, RandomWeights(family, dtype, seed, scale, device), dtype, device)
 
 
-def _build_layer(family: Family, layer_id: int, weights: WeightSource, device: str, by_rows: bool) -> DecoderLayer:
+def _build_layer(
+    family: Family, layer_id: int, place: tuple[int, int], weights: WeightSource, device: str, by_rows: bool
+) -> DecoderLayer:
     spec, names = family.spec, family.names.layer_names
     prefix = family.names.layer.format(layer_id)
 
@@ -297,11 +310,10 @@ def _build_layer(family: Family, layer_id: int, weights: WeightSource, device: s
         return weight, bias
 
     attention = Attention(
-        layer_id,
+        place,
         spec.heads,
         Linear(*merged(names.query, names.key, names.value, biased=spec.qkv_bias), by_rows=by_rows),
         Linear(*merged(names.out, biased=spec.out_bias), by_rows=by_rows),
-        window=spec.windows[layer_id],
         q_norm=norm(names.query_norm) if spec.qk_norm else None,
         k_norm=norm(names.key_norm) if spec.qk_norm else None,
     )
