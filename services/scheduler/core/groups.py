@@ -47,11 +47,12 @@ class CacheGroup:
     def missing(self, table: BlockTable, num_tokens: int) -> int:
         """Blocks to add for `num_tokens` tokens, or as many of them as are held at once: all that are known are taken
         ahead, so that a prompt that was begun does not run out of blocks."""
-        return min(-(-num_tokens // self.block_size), table.first + self.most) - table.end
+        first = table.first
+        return min(-(-num_tokens // self.block_size), first + self.most) - first - len(table.blocks)
 
     def provided(self, table: BlockTable) -> int:
         """The last position at which a step may end without a change to the table."""
-        end = table.end * self.block_size
+        end = (table.first + len(table.blocks)) * self.block_size
         return end if self.window is None else min(end, (table.first + 1) * self.block_size + self.window - 1)
 
 

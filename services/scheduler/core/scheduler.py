@@ -189,8 +189,8 @@ class Scheduler:
             end = sample.planned + count
             if end <= sample.provided:
                 step.grant(sample, count)
-            elif self._make_room(group, sample, end, now_ns):
-                step.grant(sample, count, group.provide(sample, max(end, len(sample.tokens))))
+            elif (new_blocks := self._provide(group, sample, end, now_ns)) is not None:
+                step.grant(sample, count, new_blocks)
             else:
                 break
             if end // block_size > sample.num_indexed:
@@ -200,17 +200,17 @@ class Scheduler:
         """The most that one step takes of a prompt."""
         return min(remaining, self.config.long_prefill_token_threshold or remaining)
 
-    def _make_room(self, group: WorkerGroup, sample: Sample, end: int, now_ns: int) -> bool:
-        """Lets go of what the sample needs no more, then preempts from the end of the order until the blocks for a step
-        that ends at `end` are available; False where that took `sample`."""
+    def _provide(self, group: WorkerGroup, sample: Sample, end: int, now_ns: int) -> list[list[int]] | None:
+        """Lets go of what the sample needs no more and takes the blocks, by cache group, for a step that ends at `end`.
+        Preempts from the end of the order until they are available; None where that took `sample`."""
         group.drop_stale(sample)
         missing = group.missing(sample.tables, max(end, len(sample.tokens)))
-        while group.pool.num_available < missing:
+        while group.pool.num_available < sum(missing):
             victim = group.running.samples[-1]
             self._preempt(victim, group, PreemptReason.BLOCKS, now_ns)
             if victim is sample:
-                return False
-        return True
+                return None
+        return group.provide(sample, missing)
 
     def _admit_waiting(self, group: WorkerGroup, step: Step, now_ns: int) -> None:
         """Takes samples from the queue, in order, until the first that does not fit; notes why it did not."""
@@ -234,21 +234,29 @@ class Scheduler:
             return WaitReason.BUDGET
         tables = group.match(sample)
         hits = [block for table in tables for block in table.blocks]
-        needed = group.missing(tables, len(sample.tokens))
-        if needed + group.headroom_blocks > group.pool.num_available - group.pool.num_cached_among(hits):
+        missing = group.missing(tables, len(sample.tokens))
+        if sum(missing) + group.headroom_blocks > group.pool.num_available - group.pool.num_cached_among(hits):
             return WaitReason.BLOCKS
-        self._admit(group, sample, tables, step, now_ns)
+        self._admit(group, sample, tables, missing, step, now_ns)
         return None
 
-    def _admit(self, group: WorkerGroup, sample: Sample, tables: list[BlockTable], step: Step, now_ns: int) -> None:
-        """`tables` hold the sample's prefix hits."""
+    def _admit(
+        self,
+        group: WorkerGroup,
+        sample: Sample,
+        tables: list[BlockTable],
+        missing: list[int],
+        step: Step,
+        now_ns: int,
+    ) -> None:
+        """`tables` hold the sample's prefix hits; as many blocks are `missing` from each."""
         group.waiting.remove(sample)
         for table in tables:
             for block in table.blocks:
                 group.pool.share(block)
         sample.num_indexed = tables[0].end
         sample.tables = tables
-        group.provide(sample, len(sample.tokens))
+        group.provide(sample, missing)
         sample.slot = group.free_slots.pop()
         sample.planned = sample.computed = sample.num_indexed * group.spec.block_size
         sample.move(Status.RUNNING)

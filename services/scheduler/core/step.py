@@ -50,10 +50,13 @@ class Step:
             sample.unknown = unknown + 1
         self.rows.append(sample)
         self.counts.append(count)
-        self.block_counts += map(len, new_blocks) if new_blocks else self.no_blocks
         self.samples.append(samples)
-        for blocks in new_blocks:
-            self.blocks += blocks
+        if new_blocks:
+            for blocks in new_blocks:
+                self.block_counts.append(len(blocks))
+                self.blocks += blocks
+        else:
+            self.block_counts += self.no_blocks
         if sample.exact:
             self.exact = True
 

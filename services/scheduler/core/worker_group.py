@@ -129,22 +129,24 @@ class WorkerGroup:
         """The most blocks that a sample of so many tokens, none of them warm, holds at once."""
         return held_blocks(num_tokens, self.spec.windows, self.spec.block_size, self.chunk)
 
-    def missing(self, tables: list[BlockTable], num_tokens: int) -> int:
-        """Blocks to take before tables hold what a sample of `num_tokens` tokens needs, in all cache groups."""
-        return sum(group.missing(table, num_tokens) for group, table in zip(self.cache, tables, strict=True))
+    def missing(self, tables: list[BlockTable], num_tokens: int) -> list[int]:
+        """By cache group: blocks to take before the tables hold what a sample of `num_tokens` tokens needs."""
+        return [group.missing(table, num_tokens) for group, table in zip(self.cache, tables, strict=True)]
 
-    def provide(self, sample: Sample, num_tokens: int) -> list[list[int]]:
-        """Takes what is missing, which must be there, and returns it by cache group."""
-        take, new_blocks = self.pool.take, []
-        for group, table in zip(self.cache, sample.tables, strict=True):
-            new_blocks.append([take() for _ in range(group.missing(table, num_tokens))])
-            table.blocks += new_blocks[-1]
-        sample.provided = min(map(CacheGroup.provided, self.cache, sample.tables))
+    def provide(self, sample: Sample, missing: list[int]) -> list[list[int]]:
+        """Takes as many blocks for each cache group, which must be there, and returns them."""
+        take = self.pool.take
+        new_blocks = [[take() for _ in range(count)] for count in missing]
+        for table, blocks in zip(sample.tables, new_blocks, strict=True):
+            table.blocks += blocks
+        sample.provided = min([group.provided(table) for group, table in zip(self.cache, sample.tables, strict=True)])
         return new_blocks
 
     def drop_stale(self, sample: Sample) -> None:
         """Lets go of blocks that no step from the sample's next one on reads."""
         for group, table in zip(self.cache, sample.tables, strict=True):
+            if group.window is None:
+                continue
             num_stale = group.first(sample.planned) - table.first
             if num_stale > 0:
                 self.pool.release(table.blocks[:num_stale])
