@@ -18,7 +18,7 @@ from services.worker.host import Loaded, Progress
 from services.worker.memory.budget import CudaGauge, Gauge, pool_bytes, refuse_expandable_segments
 from services.worker.memory.copies import CudaCopies
 from services.worker.memory.layout import BlockLayout, layout_of
-from services.worker.memory.pool import allocate_pool, count_blocks
+from services.worker.memory.pool import PoolTooSmall, allocate_pool, count_blocks
 from services.worker.models.costs import costs_of
 from services.worker.models.decoder import Decoder, load_decoder, random_decoder
 from services.worker.models.registry import translate
@@ -261,7 +261,7 @@ def size_pool(
     """Blocks as told, else as many as the bytes of `room` hold, measured on a GPU. On a CPU (None) for `max_num_seqs`
     whole contexts, else what half of this worker's share (`gpu_memory_utilization`) of the free memory holds.
 
-    Raises WorkerError where what was asked for does not fit, PoolTooSmall where not one block does.
+    Raises WorkerError where what was asked for does not fit, PoolTooSmall where not one block of each cache group does.
     """
     if config.max_model_len > max_positions:
         raise WorkerError(f"--max-model-len {config.max_model_len}: the model ends at {max_positions} positions")
@@ -283,6 +283,11 @@ def size_pool(
             "ask for less with --kv-cache-memory-bytes or --num-gpu-blocks-override"
         )
     room = longest_context(num_blocks, *held_by)
+    if room < 1:
+        raise PoolTooSmall(
+            f"{num_blocks} KV blocks do not give one to each of {len(layout.windows)} cache groups: ask for more with "
+            "--kv-cache-memory-bytes or --num-gpu-blocks-override"
+        )
     if config.max_model_len > room:
         raise WorkerError(
             f"--max-model-len {config.max_model_len} does not fit into {num_blocks} KV blocks of {layout.block_size} "

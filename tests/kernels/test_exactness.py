@@ -140,6 +140,7 @@ def test_attention_does_not_depend_on_chunks_or_on_the_rows_beside(heads, window
         alone += Cache(heads, [sequence], seed=5).step([Chunk(0, 0, len(sequence.q))], window=window, exact=True)
     cache = Cache(heads, sequences, seed=9)
     for chunks in random_schedule(lengths, random.Random(seed)):
+        cache.let_go(chunks, window)
         for chunk, result in zip(chunks, cache.step(chunks, window=window, exact=True), strict=True):
             assert torch.equal(result, alone[chunk.sequence_id][chunk.start : chunk.end]), chunk
 

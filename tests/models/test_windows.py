@@ -22,7 +22,11 @@ from tests.builders.core_driver import CoreDriver
 from tests.builders.runners import answer_all, make_asked, make_runner
 from tests.models.twins import make_twin
 
-GROUPS = {"mistral-window": (21,), "qwen2-alternating": (None, 13), "qwen2-window": (None, 19, 19)}
+GROUPS: dict[str, tuple[int | None, ...]] = {
+    "mistral-window": (21,),
+    "qwen2-alternating": (None, 13),
+    "qwen2-window": (None, 19, 19),
+}
 BLOCK, CHUNK, NEW_TOKENS = 4, 16, 40
 
 

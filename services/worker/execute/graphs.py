@@ -24,7 +24,7 @@ log = structlog.get_logger("graphs")
 
 FINE_STEP, FINE_ROWS, COARSE_STEP = 8, 256, 64
 MAX_PARTIAL_BYTES = 256 * 2**20
-"""Of attention's unfinished sums, float32, per window: at 32 heads of 128 room for contexts of 4 million tokens."""
+"""Of attention's unfinished sums, float32, per cache group: at 32 heads of 128 room for 4 million tokens of context."""
 WARM_UP_CALLS = 2
 """Before a capture: the first compiles kernels and makes handles, which no capture may do."""
 
