@@ -53,6 +53,13 @@ class BlockPool:
         self.references[block] = 1
         return block
 
+    def take_many(self, count: int) -> list[int]:
+        """The same of several blocks."""
+        blocks = []
+        for _ in range(count):
+            blocks.append(self.take())
+        return blocks
+
     def share(self, block: int) -> None:
         """One more reference to a block that the index knows."""
         if self.references[block] == 0:

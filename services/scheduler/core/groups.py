@@ -44,17 +44,6 @@ class CacheGroup:
         """The first block that a step from `position` on reads."""
         return first_block(self.window, position, self.block_size)
 
-    def missing(self, table: BlockTable, num_tokens: int) -> int:
-        """Blocks to add for `num_tokens` tokens, or as many of them as are held at once: all that are known are taken
-        ahead, so that a prompt that was begun does not run out of blocks."""
-        first = table.first
-        return min(-(-num_tokens // self.block_size), first + self.most) - first - len(table.blocks)
-
-    def provided(self, table: BlockTable) -> int:
-        """The last position at which a step may end without a change to the table."""
-        end = (table.first + len(table.blocks)) * self.block_size
-        return end if self.window is None else min(end, (table.first + 1) * self.block_size + self.window - 1)
-
 
 def match_prefix(
     index: PrefixIndex, groups: Sequence[CacheGroup], hashes: list[BlockHash], tokens: array, root: BlockHash

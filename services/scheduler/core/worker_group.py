@@ -14,7 +14,7 @@ from services.scheduler.core.phases import WaitClock, WaitReason
 from services.scheduler.core.plan import StepPlan
 from services.scheduler.core.queue import OrderedSamples
 from services.scheduler.core.request import Sample
-from shared.cache_groups import Window, held_blocks, longest_context
+from shared.cache_groups import UNBOUNDED, Window, held_blocks, longest_context
 from shared.prefix import next_hash
 
 DRIFT = 0.001
@@ -90,6 +90,7 @@ class WorkerGroup:
     chunk: int
     pool: BlockPool = field(init=False)
     cache: tuple[CacheGroup, ...] = field(init=False)
+    has_windows: bool = field(init=False)
     longest: int = field(init=False)
     """The most tokens of one sample that the pool can cache."""
     running: OrderedSamples = field(default_factory=OrderedSamples)
@@ -104,6 +105,7 @@ class WorkerGroup:
         spec, windows = self.spec, self.spec.windows
         self.pool = BlockPool(spec.num_blocks, spec.block_size, len(windows))
         self.cache = tuple(CacheGroup.of(window, spec.block_size, self.chunk) for window in windows)
+        self.has_windows = any(window is not None for window in windows)
         self.longest = longest_context(spec.num_blocks, windows, spec.block_size, self.chunk)
         self.free_slots = list(range(self.spec.max_num_seqs - 1, -1, -1))
 
@@ -130,23 +132,34 @@ class WorkerGroup:
         return held_blocks(num_tokens, self.spec.windows, self.spec.block_size, self.chunk)
 
     def missing(self, tables: list[BlockTable], num_tokens: int) -> list[int]:
-        """By cache group: blocks to take before the tables hold what a sample of `num_tokens` tokens needs."""
-        return [group.missing(table, num_tokens) for group, table in zip(self.cache, tables, strict=True)]
+        """By cache group: blocks to take before the tables hold those of `num_tokens` tokens, or as many of them as are
+        held at once. All that are known are taken ahead, so that a prompt that was begun does not run out of blocks."""
+        needed, missing = -(-num_tokens // self.spec.block_size), []
+        for group, table in zip(self.cache, tables, strict=True):
+            end = table.first + group.most
+            missing.append((needed if needed < end else end) - table.first - len(table.blocks))
+        return missing
 
     def provide(self, sample: Sample, missing: list[int]) -> list[list[int]]:
         """Takes as many blocks for each cache group, which must be there, and returns them."""
-        take = self.pool.take
-        new_blocks = [[take() for _ in range(count)] for count in missing]
-        for table, blocks in zip(sample.tables, new_blocks, strict=True):
+        block_size, new_blocks, provided = self.spec.block_size, [], UNBOUNDED
+        for group, table, count in zip(self.cache, sample.tables, missing, strict=True):
+            blocks = self.pool.take_many(count)
             table.blocks += blocks
-        sample.provided = min([group.provided(table) for group, table in zip(self.cache, sample.tables, strict=True)])
+            new_blocks.append(blocks)
+            end = (table.first + len(table.blocks)) * block_size
+            if group.window is not None:  # up to where its first block is seen
+                end = min(end, (table.first + 1) * block_size + group.window - 1)
+            if end < provided:
+                provided = end
+        sample.provided = provided
         return new_blocks
 
     def drop_stale(self, sample: Sample) -> None:
         """Lets go of blocks that no step from the sample's next one on reads."""
+        if not self.has_windows:
+            return
         for group, table in zip(self.cache, sample.tables, strict=True):
-            if group.window is None:
-                continue
             num_stale = group.first(sample.planned) - table.first
             if num_stale > 0:
                 self.pool.release(table.blocks[:num_stale])
