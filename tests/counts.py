@@ -12,7 +12,7 @@ COUNTS: dict[str, tuple[int, int]] = {
     "worker_kills": (10, 100),
     "core_steps": (50_000, 1_000_000),
     "compile_targets": (1, 3),
-    "compile_models": (3, 10),
+    "compile_models": (3, 11),
     "candidate_forms": (12, 10_000),
     "attention_schedules": (25, 400),
     "decoder_schedules": (15, 300),

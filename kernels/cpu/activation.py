@@ -22,7 +22,7 @@ def silu_and_mul(gate_up: Tensor, *, exact: bool = False) -> Tensor:
         return compiled.silu_and_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     if exact:
-        return (_exact_silu(gate) * up.float()).to(gate_up.dtype)
+        return (exact_silu(gate) * up.float()).to(gate_up.dtype)
     return F.silu(gate).mul_(up)
 
 
@@ -34,11 +34,11 @@ def activate_and_mul(gate_up: Tensor, kind: str, *, exact: bool = False) -> Tens
 
 def activate(x: Tensor, kind: str, *, exact: bool = False) -> Tensor:
     if kind == "silu":
-        return _exact_silu(x).to(x.dtype) if exact else F.silu(x)
+        return exact_silu(x).to(x.dtype) if exact else F.silu(x)
     return reference.activate(x, kind)
 
 
-def _exact_silu(x: Tensor) -> Tensor:
-    """float32."""
+def exact_silu(x: Tensor) -> Tensor:
+    """float32; an element's bits do not depend on where it stands."""
     wide = x.float()
     return wide * torch.softmax(torch.stack((wide, torch.zeros_like(wide)), dim=-1), dim=-1).select(-1, 0)

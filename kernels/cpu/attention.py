@@ -13,7 +13,10 @@ Measured in bfloat16 on one Zen 4 core, 16 / 4 heads of 64: a prompt of 512 in 6
 SDPA: 15), 16 decode rows at 512 in about 0.9 ms (SDPA with folded heads: 1.2 and more). A width that is no multiple
 of 16 makes the same decode product 8 times slower, hence the padding.
 
-Both modes multiply, softmax and multiply. The exact mode
+Both modes multiply, softmax and multiply. Scores that are capped, slanted by ALiBi or given sinks are widened to
+float32 first; a sink is a column in front of the others, with empty ones that keep these where vectors expect them.
+
+The exact mode
 - gathers whole tiles of 128 absolute positions, so that a sequence's tiles never depend on chunk or batch,
 - pads the folded query rows to a multiple of 16 and head_dim to one of 8, so that a row's products never depend on
   its neighbours,
@@ -25,6 +28,7 @@ positions add exact zeros. tests/kernels/test_exactness.py holds all this to the
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -65,6 +69,7 @@ class Piece:
 
     `tokens` selects them; they see the gathered positions [begin, end). `hidden` is True where a query may not look,
     [rows, queries, end - begin - masked_from], for the columns from `masked_from` on; None where all is seen.
+    `own_columns` are those of the queries' own positions, row after row, counted from `begin`.
     """
 
     tokens: slice | Tensor
@@ -73,6 +78,7 @@ class Piece:
     end: int
     masked_from: int
     hidden: Tensor | None
+    own_columns: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +107,19 @@ class AttentionPlan:
     decodes: "DecodeRows | None"
     buffer: Tensor
     exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Scoring:
+    """What a layer makes of its scores, as kernels.ops.attention says."""
+
+    soft_cap: float
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+
+    @property
+    def is_plain(self) -> bool:
+        return self.soft_cap == 0 and self.alibi_slopes is None and self.sinks is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +171,14 @@ def rotate_and_write(
     pool: Tensor,
     layer_id: int,
     plan: AttentionPlan,
-    cos: Tensor,
-    sin: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
     *,
+    interleaved: bool = False,
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 0.0,
+    plus_one: bool = False,
     exact: bool = False,
 ) -> Tensor:
     num_kv_heads = pool.shape[3]
@@ -165,12 +186,15 @@ def rotate_and_write(
     if choice.is_compiled(heads):
         from kernels.cpu.compiled import rope as compiled
 
-        return compiled.rotate_and_write(heads, pool, layer_id, plan.slots, cos, sin, q_norm, k_norm, eps)
+        return compiled.rotate_and_write(
+            heads, pool, layer_id, plan.slots, cos, sin, q_norm, k_norm, eps, interleaved=interleaved, plus_one=plus_one
+        )
     if q_norm is not None and k_norm is not None:
-        heads[:, :num_heads] = rms_norm(heads[:, :num_heads], q_norm, eps, exact=exact)
+        heads[:, :num_heads] = rms_norm(heads[:, :num_heads], q_norm, eps, plus_one=plus_one, exact=exact)
         keys = heads[:, num_heads : num_heads + num_kv_heads]
-        keys.copy_(rms_norm(keys, k_norm, eps, exact=exact))
-    apply_rope_(heads[:, : num_heads + num_kv_heads], cos, sin)
+        keys.copy_(rms_norm(keys, k_norm, eps, plus_one=plus_one, exact=exact))
+    if cos is not None and sin is not None:
+        apply_rope_(heads[:, : num_heads + num_kv_heads], cos, sin, interleaved=interleaved)
     write_kv(heads[:, num_heads:], pool, layer_id, plan)
     return heads[:, :num_heads]
 
@@ -183,15 +207,25 @@ def write_kv(kv: Tensor, pool: Tensor, layer_id: int, plan: AttentionPlan) -> No
     layer.index_put_((plan.slot_lines,), finite.view(-1, head_dim))
 
 
-def paged_attention(q: Tensor, pool: Tensor, layer_id: int, plan: AttentionPlan, scale: float) -> Tensor:
-    num_heads = q.shape[1]
+def paged_attention(
+    q: Tensor,
+    pool: Tensor,
+    layer_id: int,
+    plan: AttentionPlan,
+    scale: float,
+    *,
+    soft_cap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    num_heads, scoring = q.shape[1], _Scoring(soft_cap, alibi_slopes, sinks)
     attend = _attend_exact if plan.exact else _attend
     scaled = (q.float() if plan.exact else q) * scale
     out = q.new_zeros(q.shape) if plan.exact else q.new_empty(q.shape)  # an exact step may carry a padding token
     if plan.decodes is not None:
         from kernels.cpu.compiled import attention as compiled
 
-        compiled.attend(q.contiguous(), out, pool, layer_id, plan.decodes, scale)
+        compiled.attend(q.contiguous(), out, pool, layer_id, plan.decodes, scale, soft_cap, alibi_slopes, sinks)
     for group in plan.groups:
         keys, values = _gather(pool, layer_id, group, plan.buffer)
         if plan.exact:
@@ -199,7 +233,7 @@ def paged_attention(q: Tensor, pool: Tensor, layer_id: int, plan: AttentionPlan,
         for piece in group.pieces:
             folded = _fold(scaled[piece.tokens], group.num_rows, pool.shape[3])
             seen = slice(piece.begin, piece.end)
-            attended = attend(folded, keys[:, seen], values[:, seen], piece, group.num_rows)
+            attended = attend(folded, keys[:, seen], values[:, seen], piece, group.num_rows, scoring)
             out[piece.tokens] = _unfold(attended, group.num_rows, num_heads).to(q.dtype)
     return out
 
@@ -227,25 +261,49 @@ def _unfold(attended: Tensor, num_rows: int, num_heads: int) -> Tensor:
     return by_head.reshape(-1, num_heads, head_dim)
 
 
-def _attend(folded: Tensor, keys: Tensor, values: Tensor, piece: Piece, num_rows: int) -> Tensor:
+def _attend(folded: Tensor, keys: Tensor, values: Tensor, piece: Piece, num_rows: int, scoring: _Scoring) -> Tensor:
     scores = torch.bmm(folded, keys.transpose(1, 2))
-    _mask(scores, piece, num_rows)
-    return torch.bmm(torch.softmax(scores, dim=-1), values)
+    return torch.bmm(_weights(scores, folded.shape[1], piece, num_rows, scoring), values)
 
 
-def _attend_exact(folded: Tensor, keys: Tensor, values: Tensor, piece: Piece, num_rows: int) -> Tensor:
+def _attend_exact(
+    folded: Tensor, keys: Tensor, values: Tensor, piece: Piece, num_rows: int, scoring: _Scoring
+) -> Tensor:
     """The same on whole tiles; everything is float32 here."""
     _, num_folded, head_dim = folded.shape
     folded = F.pad(folded, (0, 0, 0, -num_folded % EXACT_ROWS))
     scores = torch.bmm(folded, keys.transpose(1, 2))
-    _mask(scores[:, :num_folded], piece, num_rows)
-    weights = torch.softmax(scores, dim=-1)
+    weights = _weights(scores, num_folded, piece, num_rows, scoring)
     values = F.pad(values, (0, -head_dim % EXACT_DIMS))
     attended = folded.new_zeros(*folded.shape[:2], values.shape[2])
     for tile in range(0, values.shape[1], EXACT_TILE):
         seen = slice(tile, tile + EXACT_TILE)
         attended.baddbmm_(weights[:, :, seen], values[:, seen])
     return attended[:, :num_folded, :head_dim]
+
+
+def _weights(scores: Tensor, num_folded: int, piece: Piece, num_rows: int, scoring: _Scoring) -> Tensor:
+    """The softmax of scores [rows * kv_heads, num_folded or more, width], of which the first `num_folded` count."""
+    if scoring.is_plain:
+        _mask(scores[:, :num_folded], piece, num_rows)
+        return torch.softmax(scores, dim=-1)
+    wide = scores.float()
+    if scoring.soft_cap > 0:
+        wide = torch.tanh(wide / scoring.soft_cap) * scoring.soft_cap
+    counting = wide[:, :num_folded]
+    if scoring.alibi_slopes is not None:
+        folds = num_folded // piece.num_queries
+        by_head = counting.view(num_rows, -1, folds, piece.num_queries, wide.shape[2])
+        own = torch.tensor(piece.own_columns).view(num_rows, 1, 1, piece.num_queries, 1)
+        by_head += scoring.alibi_slopes.view(-1, folds, 1, 1) * (torch.arange(wide.shape[2]) - own)
+    _mask(counting, piece, num_rows)
+    if scoring.sinks is None:
+        return torch.softmax(wide, dim=-1).to(scores.dtype)
+    lost = wide.new_full((*wide.shape[:2], FAST_TILE), torch.finfo(wide.dtype).min)
+    lost[:, :num_folded, 0] = (
+        scoring.sinks.repeat_interleave(piece.num_queries).view(-1, num_folded).repeat(num_rows, 1)
+    )
+    return torch.softmax(torch.cat((lost, wide), dim=-1), dim=-1)[:, :, FAST_TILE:].to(scores.dtype)
 
 
 def _mask(scores: Tensor, piece: Piece, num_rows: int) -> None:
@@ -303,7 +361,8 @@ class _Planner:
         if self.window is not None:
             hidden |= positions < torch.tensor(contexts)[:, None] - self.window
             masked_from = 0
-        piece = Piece(_tokens(spans), 1, 0, width, masked_from, _or_none(hidden[:, None, masked_from:]))
+        own_columns = [num_positions - 1 for num_positions in contexts]
+        piece = Piece(_tokens(spans), 1, 0, width, masked_from, _or_none(hidden[:, None, masked_from:]), own_columns)
         return self._group(spans, width, [piece])
 
     def compiled_decodes(self, spans: list[_Span]) -> "DecodeRows":
@@ -335,7 +394,8 @@ class _Planner:
             hidden |= positions <= queries - self.window
         offset = span.start - (span.context_len - span.num_queries)
         tokens = slice(begin + offset, end + offset)
-        return Piece(tokens, end - begin, oldest, newest, masked_from, _or_none(hidden[None]))
+        own_columns = range(begin - span.first - oldest, end - span.first - oldest)
+        return Piece(tokens, end - begin, oldest, newest, masked_from, _or_none(hidden[None]), own_columns)
 
     def _group(self, spans: list[_Span], width: int, pieces: list[Piece]) -> RowGroup:
         blocks = torch.stack([self._blocks(span, width // self.block_size) for span in spans])

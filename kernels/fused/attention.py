@@ -363,6 +363,8 @@ def _prompt_tile(counts: list[int], skipped: tuple[int, ...], pool: Tensor, num_
         num_large = sum(-(-count // queries) for count in counts if count not in skipped)
         if num_large * num_kv_heads >= LARGE_PROMPT_PROGRAMS:
             tile = LARGE_PROMPT
+    if exact and group > tile.rows:
+        tile = _small_tile(pool)
     if group > tile.rows:
         raise ValueError(f"{group} query heads per KV head, at most {tile.rows}")
     return tile

@@ -15,7 +15,8 @@ from kernels.tuning.candidates import BUCKETS, Weight
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What a model fixes. Sizes in elements; `rotary_dim` None is the whole head, 0 no rope."""
+    """What a model fixes. Sizes in elements; `rotary_dim` None is the whole head, 0 no rope. Of a mixture of experts
+    `intermediate` is that of its shared expert, 0 where it has none. `qk_norm_form` is a services.worker QkNorm."""
 
     name: str
     hidden: int
@@ -43,6 +44,11 @@ class ModelShape:
     num_experts: int = 0
     experts_per_token: int = 0
     expert_width: int = 0
+    expert_clamp: float = 0.0
+    biased_experts: bool = False
+    renormalized_experts: bool = True
+    qk_norm_form: str = "heads"
+    unturned_layers: bool = False
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
@@ -56,7 +62,10 @@ SHAPES = (
         "Gemma-2-9B", 3584, 16, 8, 256, 14336, 256_000, window=4096, soft_cap=50.0,
         num_layers=42, norm_plus_one=True, activation="gelu_tanh",
     ),
-    ModelShape("gpt-oss-20b", 2880, 64, 8, 64, 2880, 201_088, window=128, sinks=True),
+    ModelShape(
+        "gpt-oss-20b", 2880, 64, 8, 64, 0, 201_088, window=128, sinks=True, num_layers=24,
+        num_experts=32, experts_per_token=4, expert_width=2880, expert_clamp=7.0, biased_experts=True,
+    ),
     ModelShape(
         "MPT-7B", 4096, 32, 32, 128, 16384, 50_432, alibi=True,
         layer_norm=True, rotary_dim=0, activation="gelu", gated=False,
@@ -70,11 +79,15 @@ SHAPES = (
         layer_norm=True, biased_norm=True, rotary_dim=32, activation="gelu_tanh", gated=False,
     ),
     ModelShape(
-        "Qwen3-30B-A3B", 2048, 32, 4, 128, 6144, 151_936, qk_norm=True, num_layers=48,
+        "Qwen3-30B-A3B", 2048, 32, 4, 128, 0, 151_936, qk_norm=True, num_layers=48,
         num_experts=128, experts_per_token=8, expert_width=768,
     ),
     ModelShape(
-        "Mixtral-8x7B", 4096, 32, 8, 128, 14336, 32_000, num_experts=8, experts_per_token=2, expert_width=14336,
+        "Falcon-7B", 4544, 71, 1, 64, 18_176, 65_024,
+        layer_norm=True, biased_norm=True, activation="gelu", gated=False,
+    ),
+    ModelShape(
+        "Mixtral-8x7B", 4096, 32, 8, 128, 0, 32_000, num_experts=8, experts_per_token=2, expert_width=14336,
     ),
 )  # fmt: skip
 """What prove.py compiles."""
@@ -109,32 +122,49 @@ def _norms(shape: ModelShape) -> None:
     else:
         norm.rms_norm(x, weight, 1e-5, plus_one=shape.norm_plus_one)
         norm.add_rms_norm(x, x, weight, 1e-5, plus_one=shape.norm_plus_one)
+    if shape.qk_norm and shape.qk_norm_form != "heads":
+        _head_norms(shape)
+
+
+def _head_norms(shape: ModelShape) -> None:
+    """Those that are no part of the rope's launch; of views into the merged projection."""
+    heads, first_key = shape.empty(2, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim), shape.num_heads
+    for part in (heads[:, :first_key], heads[:, first_key : first_key + shape.num_kv_heads]):
+        if shape.qk_norm_form == "projection":
+            for rows in (part, part[:1]):  # torch forgets the stride of a lone row
+                norm.rms_norm(rows.flatten(1), shape.empty(part[0].numel()), 1e-5)
+        else:
+            norm.layer_norm(shape.empty(*part.shape, dtype=torch.float32), None, None, 1e-5)
 
 
 def _ropes(shape: ModelShape) -> None:
     pool = shape.empty(4, shape.num_layers, 2, shape.num_kv_heads, shape.block_size, shape.head_dim)
     heads = shape.empty(4, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
-    slots, weight = shape.empty(4, dtype=torch.int64), shape.empty(shape.head_dim) if shape.qk_norm else None
+    in_launch = shape.qk_norm and shape.qk_norm_form == "heads"
+    slots, weight = shape.empty(4, dtype=torch.int64), shape.empty(shape.head_dim) if in_launch else None
     rows = shape.empty(4, dtype=torch.int32)  # a decoder gathers the tables' rows before
     rotary_dim = shape.head_dim if shape.rotary_dim is None else shape.rotary_dim
-    table = shape.empty(shape.max_model_len, rotary_dim) if rotary_dim else None
-    rope.rope_and_write_kv(
-        heads,
-        pool,
-        0,
-        slots,
-        rows if rotary_dim else None,
-        table,
-        table,
-        interleaved=shape.interleaved_rope,
-        q_norm=weight,
-        k_norm=weight,
-        eps=1e-6,
-        plus_one=shape.norm_plus_one,
-    )
+    for dim in dict.fromkeys((rotary_dim, 0 if shape.unturned_layers else rotary_dim)):
+        table = shape.empty(shape.max_model_len, dim) if dim else None
+        rope.rope_and_write_kv(
+            heads,
+            pool,
+            0,
+            slots,
+            rows if dim else None,
+            table,
+            table,
+            interleaved=shape.interleaved_rope,
+            q_norm=weight,
+            k_norm=weight,
+            eps=1e-6,
+            plus_one=shape.norm_plus_one and weight is not None,
+        )
 
 
 def _activations(shape: ModelShape) -> None:
+    if not shape.intermediate:
+        return
     if shape.gated:
         activation.activate_and_mul(shape.empty(2, 2 * shape.intermediate), shape.activation)
     else:
@@ -149,7 +179,7 @@ def _linears(shape: ModelShape) -> None:
         Weight("linear_add", shape.hidden, shape.num_heads * shape.head_dim),
         Weight("linear", shape.vocab_size, shape.hidden),
     ]
-    if not shape.num_experts:
+    if shape.intermediate:
         gated_here = shape.gated and shape.activation == "silu"  # other gates follow in a launch of their own
         width = shape.intermediate * (2 if shape.gated and not gated_here else 1)
         weights.append(Weight("gated_linear" if gated_here else "linear", width, shape.hidden))
@@ -239,13 +269,18 @@ def _sampling(shape: ModelShape) -> None:
 def _experts(shape: ModelShape) -> None:
     if not shape.num_experts:
         return
+    count, width, biased = shape.num_experts, shape.expert_width, shape.biased_experts
     packed = experts.pack_experts(
-        shape.empty(shape.num_experts, 2 * shape.expert_width, shape.hidden),
-        shape.empty(shape.num_experts, shape.hidden, shape.expert_width),
+        shape.empty(count, 2 * width, shape.hidden),
+        shape.empty(count, shape.hidden, width),
+        gate_up_bias=shape.empty(count, 2 * width) if biased else None,
+        down_bias=shape.empty(count, shape.hidden) if biased else None,
+        clamp=shape.expert_clamp,
     )
+    behind = 1 if shape.intermediate else 0  # the logit of a shared expert's gate
     for num_tokens in (2, 1024 * shape.num_experts):  # with the exact one, each of the tiles that it may take
-        logits, x = shape.empty(num_tokens, shape.num_experts), shape.empty(num_tokens, shape.hidden)
-        weights, expert_ids = experts.route(logits, shape.experts_per_token, renormalize=True)
+        logits, x = shape.empty(num_tokens, count + behind)[:, :count], shape.empty(num_tokens, shape.hidden)
+        weights, expert_ids = experts.route(logits, shape.experts_per_token, renormalize=shape.renormalized_experts)
         for exact in (False, True):
             experts.experts(x, packed, weights, expert_ids, exact=exact)
 

@@ -2,7 +2,7 @@
 
 1. `_sort_kernel` (a program per expert): the assignments (token, choice) in the order of their experts, stable, and the
    tiles of the products: each belongs to one expert, and there are never more than `_max_tiles`.
-2. `_product_kernel`, gated: the rows of a tile are gathered, and silu(gate) * up is left in sorted order.
+2. `_product_kernel`, gated: the rows of a tile are gathered, and the gated product is left in sorted order.
 3. `_product_kernel`: the down projection, weighted by the routing, is scattered to its assignment.
 4. `_combine_kernel`: a token's experts are summed in its own order.
 
@@ -28,6 +28,8 @@ ROUTED = 1024
 """Logits of a program that routes."""
 SMALLEST_SUM = tl.constexpr(1e-20)
 LAST = tl.constexpr(-(2**31))
+STEEPNESS = tl.constexpr(1.702)
+"""Of the sigmoid in the gate of gpt-oss."""
 SUPPORTED = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -51,10 +53,13 @@ WIDE_FEW, WIDE_SOME, WIDE_MANY = Tile(16, 64, 64, 4, 3), Tile(64, 32, 32, 4, 3),
 
 @dataclass(frozen=True, slots=True)
 class PackedExperts:
-    """The weights as they came: [experts, 2 * width, hidden], the gate first, and [experts, hidden, width]."""
+    """The weights as they came: [experts, 2 * width, hidden], the gate first, and [experts, hidden, width]; biases."""
 
     gate_up: Tensor
     down: Tensor
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+    clamp: float
 
     @property
     def num_experts(self) -> int:
@@ -136,8 +141,8 @@ def _sort_kernel(
 
 @triton.jit
 def _product_kernel(
-    x, weight, routing, out, order, tile_experts, tile_starts, tile_ends, num_tiles,
-    depth: tl.constexpr, width: tl.constexpr, top_k: tl.constexpr, gated: tl.constexpr,
+    x, weight, bias, routing, out, order, tile_experts, tile_starts, tile_ends, num_tiles,
+    depth: tl.constexpr, width: tl.constexpr, top_k: tl.constexpr, gated: tl.constexpr, clamp: tl.constexpr,
     tile_rows: tl.constexpr, tile_columns: tl.constexpr, tile_depth: tl.constexpr,
 ):  # fmt: skip
     """Gated: rows of x by token, [assignments, width] in sorted order; else: rows in sorted order, by assignment."""
@@ -164,8 +169,18 @@ def _product_kernel(
             if gated:
                 factors = tl.load(weight_at + start + width * depth, mask=mask, other=0.0)
                 up_total = tl.dot(values, tl.trans(factors), up_total, input_precision="ieee")
+        if bias is not None:
+            bias_at = bias + expert * (2 * width if gated else width) + column
+            total += tl.load(bias_at, mask=column < width, other=0.0).to(tl.float32)[None, :]
+            if gated:
+                up_total += tl.load(bias_at + width, mask=column < width, other=0.0).to(tl.float32)[None, :]
         if gated:
-            total = total * tl.sigmoid(total) * up_total
+            if clamp > 0:  # by comparisons, for a NaN is to stay one
+                total = tl.where(total > clamp, clamp, total)
+                up_total = tl.where(up_total > clamp, clamp, tl.where(up_total < -clamp, -clamp, up_total))
+                total = total * tl.sigmoid(total * STEEPNESS) * (up_total + 1.0)
+            else:
+                total = total * tl.sigmoid(total) * up_total
             at = place.to(tl.int64)
         else:
             total *= tl.load(routing + assignment, mask=valid, other=0.0)[:, None]
@@ -211,14 +226,24 @@ def route(
     return weights, expert_ids
 
 
-def pack_experts(gate_up: Tensor, down: Tensor) -> PackedExperts:
+def pack_experts(
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    clamp: float = 0.0,
+) -> PackedExperts:
     """Holds no copy of contiguous weights."""
     if down.ndim != 3 or down.dtype not in SUPPORTED:
         raise ValueError(f"down must be [experts, hidden, width] of floats, not {down.dtype} {tuple(down.shape)}")
     num_experts, hidden, width = down.shape
     if gate_up.shape != (num_experts, 2 * width, hidden) or gate_up.dtype != down.dtype:
         raise ValueError(f"gate_up is {gate_up.dtype} {tuple(gate_up.shape)}, down {down.dtype} {tuple(down.shape)}")
-    return PackedExperts(gate_up.contiguous(), down.contiguous())
+    for name, bias, size in (("gate_up_bias", gate_up_bias, 2 * width), ("down_bias", down_bias, hidden)):
+        if bias is not None and (bias.shape != (num_experts, size) or not bias.is_contiguous()):
+            raise ValueError(f"{name} must be [{num_experts}, {size}], contiguous, not {tuple(bias.shape)}")
+    return PackedExperts(gate_up.contiguous(), down.contiguous(), gate_up_bias, down_bias, clamp)
 
 
 def experts(x: Tensor, packed: PackedExperts, weights: Tensor, expert_ids: Tensor, *, exact: bool = False) -> Tensor:
@@ -228,8 +253,8 @@ def experts(x: Tensor, packed: PackedExperts, weights: Tensor, expert_ids: Tenso
     work = _sort(expert_ids, packed.num_experts, tile)
     activated = torch.empty((num_tokens * top_k, packed.width), dtype=x.dtype, device=x.device)
     given = torch.empty((num_tokens * top_k, packed.hidden), dtype=x.dtype, device=x.device)
-    _multiply(x, packed.gate_up, None, activated, work, tile, top_k)
-    _multiply(activated, packed.down, weights, given, work, tile, top_k)
+    _multiply(x, packed.gate_up, packed.gate_up_bias, None, activated, work, tile, top_k, packed.clamp)
+    _multiply(activated, packed.down, packed.down_bias, weights, given, work, tile, top_k)
     out = torch.empty_like(x)
     launch(
         _combine_kernel,
@@ -275,16 +300,25 @@ def _sort(expert_ids: Tensor, num_experts: int, tile: Tile) -> _Work:
 
 
 def _multiply(
-    x: Tensor, weight: Tensor, routing: Tensor | None, out: Tensor, work: _Work, tile: Tile, top_k: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    routing: Tensor | None,
+    out: Tensor,
+    work: _Work,
+    tile: Tile,
+    top_k: int,
+    clamp: float = 0.0,
 ) -> None:
     width = out.shape[1]
     columns = tile.columns if routing is None else 2 * tile.columns
     launch(
         _product_kernel,
         (len(work.tile_experts), cdiv(width, columns)),
-        {"x": x, "weight": weight, "routing": routing, "out": out, "order": work.order, "num_tiles": work.num_tiles}
+        {"x": x, "weight": weight, "bias": bias, "routing": routing, "out": out}
+        | {"order": work.order, "num_tiles": work.num_tiles}
         | {"tile_experts": work.tile_experts, "tile_starts": work.tile_starts, "tile_ends": work.tile_ends},
-        {"depth": x.shape[1], "width": width, "top_k": top_k, "gated": routing is None}
+        {"depth": x.shape[1], "width": width, "top_k": top_k, "gated": routing is None, "clamp": clamp}
         | {"tile_rows": tile.rows, "tile_columns": columns, "tile_depth": tile.depth},
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

@@ -133,26 +133,31 @@ def rotate_and_write(
     pool: Tensor,
     layer_id: int,
     plan: AttentionPlan,
-    cos: Tensor,
-    sin: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
     *,
+    interleaved: bool = False,
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 0.0,
+    plus_one: bool = False,
     exact: bool = False,
 ) -> Tensor:
     """All between a layer's merged projection and its attention: norms of q and k, rope, K and V into their pages.
 
-    `heads` is [tokens, num_heads + 2 * num_kv_heads, head_dim] and is overwritten; `cos` and `sin` [tokens, head_dim],
-    gathered by position. Returns q [tokens, num_heads, head_dim]. What is not finite is written as zero.
+    `heads` is [tokens, num_heads + 2 * num_kv_heads, head_dim] and is overwritten; `cos` and `sin` are [tokens,
+    rotary_dim], gathered by position, or None: no rope. The flags are those of kernels.ops.rope. Returns q [tokens,
+    num_heads, head_dim]. What is not finite is written as zero.
     """
     if isinstance(plan, cpu.AttentionPlan):
         return cpu.rotate_and_write(
-            heads, pool, layer_id, plan, cos, sin, q_norm=q_norm, k_norm=k_norm, eps=eps, exact=exact
-        )
+            heads, pool, layer_id, plan, cos, sin,
+            interleaved=interleaved, q_norm=q_norm, k_norm=k_norm, eps=eps, plus_one=plus_one, exact=exact,
+        )  # fmt: skip
     return rope_and_write_kv(
-        heads, pool, layer_id, plan.slots, plan.token_rows, cos, sin, q_norm=q_norm, k_norm=k_norm, eps=eps
-    )
+        heads, pool, layer_id, plan.slots, None if cos is None else plan.token_rows, cos, sin,
+        interleaved=interleaved, q_norm=q_norm, k_norm=k_norm, eps=eps, plus_one=plus_one,
+    )  # fmt: skip
 
 
 def write_kv(kv: Tensor, pool: Tensor, layer_id: int, plan: AttentionPlan) -> None:
@@ -166,6 +171,23 @@ def write_kv(kv: Tensor, pool: Tensor, layer_id: int, plan: AttentionPlan) -> No
         rope_and_write_kv(kv.flatten(1, 2), pool, layer_id, plan.slots)
 
 
-def paged_attention(q: Tensor, pool: Tensor, layer_id: int, plan: AttentionPlan, scale: float) -> Tensor:
-    """softmax(q · Kᵀ * scale) · V for each query over what it may see; q and result [tokens, num_heads, head_dim]."""
-    return _body(pool).paged_attention(q, pool, layer_id, plan, scale)
+def paged_attention(
+    q: Tensor,
+    pool: Tensor,
+    layer_id: int,
+    plan: AttentionPlan,
+    scale: float,
+    *,
+    soft_cap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """softmax(s) · V for each query over what it may see; q and result [tokens, num_heads, head_dim].
+
+    s = q · Kᵀ * scale; with a soft cap c (Gemma 2) c * tanh(s / c); plus slope * (key's - query's position) of each
+    head (ALiBi, Press et al., 2021). A sink (gpt-oss) is one more score per head, whose share of the softmax is lost.
+    `alibi_slopes` and `sinks` are float32 [num_heads].
+    """
+    return _body(pool).paged_attention(
+        q, pool, layer_id, plan, scale, soft_cap=soft_cap, alibi_slopes=alibi_slopes, sinks=sinks
+    )

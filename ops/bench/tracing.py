@@ -3,10 +3,10 @@
     python -m ops.bench.tracing [--pairs 10]        writes ops/bench/results/tracing.json
 
 One cluster of the bundled model answers the same requests in turn with and without: their callers say by `traceparent`
-whether they are sampled, as the default sampler honours it. So both ways run in the same processes, and a neighbour
-disturbs both alike; the collector is another process and not counted. A second cluster exports to a collector that is
-dead. `alone` times the work by itself: building a trace, which is done for every request (`sluice trace` shows the
-last ones), and encoding it as the exporter does, which is done for sampled ones.
+whether they are sampled, as the default sampler honours it. So both ways run in the same processes, second by second,
+and what disturbs this machine disturbs both alike; the collector is another process and not counted. A second cluster
+exports to a collector that is dead. `alone` times the work by itself: building a trace, which is done for every request
+(`sluice trace` shows the last ones), and encoding it as the exporter does, which is done for sampled ones.
 """
 
 import argparse
@@ -112,17 +112,26 @@ async def _ask(address: str, seed: int, sampled: bool) -> None:
         await asyncio.gather(*(one(client, index) for index in range(STREAMS)))
 
 
-def run(ready: dict[str, Any], sampled: bool, seed: int, rounds: int) -> dict[str, float]:
-    """CPU milliseconds of router and scheduler per output token, and the wall time."""
+def burst(ready: dict[str, Any], sampled: bool, seed: int) -> tuple[float, float]:
+    """Seconds of router's and scheduler's CPU, and of the clock, for one request of every stream."""
     pids = [ready["pids"]["router"], ready["pids"]["scheduler"]]
     before, began = sum(map(exact_cpu_seconds, pids)), time.perf_counter()
-    for round_ in range(rounds):
-        asyncio.run(_ask(ready["router"], seed * 1000 + round_, sampled))
+    asyncio.run(_ask(ready["router"], seed, sampled))
     wall_s = time.perf_counter() - began
+    return sum(map(exact_cpu_seconds, pids)) - before, wall_s
+
+
+def run_pair(ways: dict[str, tuple[dict[str, Any], bool]], pair: int, rounds: int) -> dict[str, dict[str, float]]:
+    """CPU milliseconds per output token and tokens a second of each way, from bursts in turn."""
+    spent = {way: [0.0, 0.0] for way in ways}
+    for round_ in range(rounds):
+        for way in list(ways) if (pair + round_) % 2 else list(ways)[::-1]:
+            for index, seconds in enumerate(burst(*ways[way], pair * 1000 + round_)):
+                spent[way][index] += seconds
     tokens = STREAMS * TOKENS * rounds
     return {
-        "cpu_ms_per_token": (sum(map(exact_cpu_seconds, pids)) - before) * 1e3 / tokens,
-        "tokens_per_s": tokens / wall_s,
+        way: {"cpu_ms_per_token": cpu_s * 1e3 / tokens, "tokens_per_s": tokens / wall_s}
+        for way, (cpu_s, wall_s) in spent.items()
     }
 
 
@@ -153,7 +162,7 @@ def _example() -> tuple[Life, GenerateOptions]:
         Segment(phase="prefill", ns=20_000_000, steps=1, rows=16, device_ns=19_000_000),
         Segment(phase="decode", ns=800_000_000, steps=127, rows=2_032, device_ns=700_000_000),
     )
-    durations = Durations(total_ns=821_000_000, prefill_steps=1, decode_steps=127, segments=segments)
+    durations = Durations(total_ns=821_000_000, segments=segments)
     tokenizer = load_tokenizer(BUNDLED)
     answer = Answer(options, (1, 2, 3), tokenizer.texts, None, 2**20, lambda: 890_000_000)
     answer.on_end(0, FinishReason.LENGTH, -1)
@@ -170,12 +179,11 @@ def measure(pairs: int, rounds: int) -> dict[str, Any]:
         dead = stack.enter_context(cluster(DEAD))
         ways = {"off": (live, False), "on": (live, True), "dead_off": (dead, False), "dead_on": (dead, True)}
         for ready, sampled in ways.values():
-            run(ready, sampled, 999, 1)
+            burst(ready, sampled, 999_999)
         rows: list[dict[str, Any]] = []
         for pair in range(pairs):
-            order = list(ways) if pair % 2 else list(ways)[::-1]
             with OthersShare([os.getpid()]) as others:
-                row = {way: run(*ways[way], pair, rounds) for way in order}
+                row = run_pair(ways, pair, rounds)
             rows.append({**row, "others": others.share})
             print(json.dumps(rows[-1]), flush=True)
     return {"rows": rows, "summary": summarize(rows)}
@@ -200,7 +208,7 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=4, help=f"of {STREAMS} streams with {TOKENS} tokens, each run")
+    parser.add_argument("--rounds", type=int, default=12, help=f"a pair, of {STREAMS} streams with {TOKENS} tokens")
     parser.add_argument("--output", type=Path, default=RESULTS / "tracing.json")
     options = parser.parse_args()
     alone = measure_alone()

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from services.cli.generate import CONNECT_TIMEOUT_S, DEFAULT_ADDRESS, Address
+from services.cli.generate import CONNECT_TIMEOUT_S, DEFAULT_ADDRESS, RETRIES, Address
 from services.cli.output import fail, fail_call, fail_field
 
 COMMANDS = "/reset forgets the conversation, /timing shows the last answer's phases, /exit leaves (Ctrl-D too)"
@@ -145,7 +145,7 @@ class Session:
 
         messages = tuple(Message(role, content) for role, content in self._history)
         request = Request(messages=messages, include_timing=True, **self._settings)
-        async with contextlib.aclosing(self._client.generate(request)) as events:
+        async with contextlib.aclosing(self._client.generate(request, retries=RETRIES)) as events:
             async for event in events:
                 if isinstance(event, Delta):
                     parts.append(event.text)

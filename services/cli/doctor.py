@@ -1,4 +1,4 @@
-"""`sluice doctor`: what this machine can run, and what is missing."""
+"""`sluice doctor`: what this machine can run, and what is missing; with `--model`, what a checkpoint takes."""
 
 import importlib.metadata
 import os
@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import psutil
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from services.cli.output import REFUSED, fail, user_message
 from services.cli.ports import holder, require_free
 from shared.config import ConfigError
 
@@ -42,8 +43,29 @@ class Finding(msgspec.Struct, frozen=True):
 MARKS = {"ok": "[green]✓[/]", "note": "[yellow]•[/]", "missing": "[red]✗[/]"}
 
 
-def doctor(json_output: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> None:
-    """Say what this machine can run and what is missing. Exit code 0: `sluice up` can serve here; 1: it cannot."""
+def doctor(
+    model: Annotated[
+        str,
+        typer.Option(metavar="DIR", help="Describe this checkpoint instead, from its config.json: a folder or hub id."),
+    ] = "",
+    context: Annotated[int, typer.Option(help="With --model: tokens of a request; 0: the model's longest.")] = 0,
+    dtype: Annotated[
+        str, typer.Option(help="With --model: of weights and cache; auto: as the checkpoint says.")
+    ] = "auto",
+    device: Annotated[
+        str, typer.Option(help="With --model: auto (this machine's), cpu, a100, h100, h200 or b200.")
+    ] = "auto",
+    block_size: Annotated[int, typer.Option(help="With --model: tokens of a KV block.")] = 16,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Say what this machine can run and what is missing. Exit code 0: `sluice up` can serve here; 1: it cannot.
+
+    With --model, say what a checkpoint is instead: parameters, bytes, KV cache, how many requests fit, and from which
+    batch on arithmetic is the limit. Exit code 2: it is no checkpoint that can be served.
+    """
+    if model:
+        _describe(model, context=context, dtype=dtype, device=device, block_size=block_size, json_output=json_output)
+        return
     findings = [finding for look in LOOKS for finding in look()]
     missing = [finding for finding in findings if finding.level == "missing"]
     if json_output:
@@ -51,6 +73,23 @@ def doctor(json_output: Annotated[bool, typer.Option("--json", help="Print the f
     else:
         _print(findings, missing)
     raise typer.Exit(1 if missing else 0)
+
+
+def _describe(model: str, *, json_output: bool, **options: Any) -> None:
+    from services.cli.doctor_model import as_json, describe_model, print_model
+
+    try:
+        facts, device = describe_model(model, **options)
+    except Exception as error:
+        message = user_message(error)
+        if message is None:
+            raise
+        fail(message)
+        raise typer.Exit(REFUSED) from error
+    if json_output:
+        print(as_json(facts, device))
+    else:
+        print_model(facts, device)
 
 
 def _print(findings: list[Finding], missing: list[Finding]) -> None:

@@ -15,6 +15,8 @@ from services.cli.output import fail_call, fail_field
 Address = Annotated[str, typer.Option("--address", envvar="SLUICE_ADDRESS", metavar="HOST:PORT", help="The router.")]
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 CONNECT_TIMEOUT_S = 5.0
+RETRIES = 2
+"""Of a request that a busy server refused, after the delay that it names."""
 
 
 def generate(
@@ -123,7 +125,7 @@ async def stream(client: Any, request: Any, *, timeout_s: float | None = None, j
     answer = Answer(request.n or 1)
     encoder = msgspec.json.Encoder()
     try:
-        async for event in client.generate(request, timeout_s=timeout_s):
+        async for event in client.generate(request, timeout_s=timeout_s, retries=RETRIES):
             if json_lines:
                 print(encoder.encode(event).decode(), flush=True)
                 continue

@@ -81,17 +81,22 @@ def _weights_of(model: str, dtype: str) -> tuple["Weight", ...]:
     if model in MODELS:
         return weights_of(**MODELS[model], dtype=dtype)
     from services.worker.models.registry import translate
+    from services.worker.models.spec import Experts, Gated
     from shared.checkpoint import read_config
 
     spec = translate(read_config(model)).spec
+    mlp = spec.feed_forward
+    intermediate = mlp.shared_width if isinstance(mlp, Experts) else mlp.width
+    fused = isinstance(mlp, Experts) or (isinstance(mlp, Gated) and mlp.activation == "silu")
     return weights_of(
         hidden=spec.hidden_size,
         num_heads=spec.num_heads,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
-        intermediate=spec.intermediate_size,
+        intermediate=intermediate,
         vocab_size=spec.vocab_size,
         dtype=dtype,
+        up=None if fused else ("linear", intermediate * (2 if isinstance(mlp, Gated) else 1)),
     )
 
 

@@ -66,12 +66,16 @@ class Answer:
     ) -> None:
         self._options = options
         self._now = now
-        self._prompt_ids = prompt_ids
+        self.prompt_ids = prompt_ids
         self._texts = texts
         self._max_unread_bytes = max_unread_bytes
         self._unread_bytes = 0
         self._samples = [
-            _Sample(texts.stream(prompt_ids), StopMatcher(stops) if stops else None) for _ in range(options.n)
+            _Sample(
+                texts.stream(prompt_ids, skip_special_tokens=options.skip_special_tokens),
+                StopMatcher(stops) if stops else None,
+            )
+            for _ in range(options.n)
         ]
         self._changed = asyncio.Event()
         self._ticket: Ticket | None = None
@@ -110,7 +114,7 @@ class Answer:
     @property
     def usage(self) -> Usage:
         return Usage(
-            prompt_tokens=len(self._prompt_ids),
+            prompt_tokens=len(self.prompt_ids),
             completion_tokens=sum(sample.num_tokens for sample in self._samples),
             cached_tokens=self.release.cached_tokens if self.release else 0,
         )
@@ -215,7 +219,7 @@ class Answer:
     def _take_prompt_logprobs(self, given: Sequence[TokenLogprobs]) -> None:
         """They may come in several parts; `prompt_logprobs` is set once there is one per token."""
         self._prompt_given.extend(given)
-        first, *rest = self._prompt_ids
+        first, *rest = self.prompt_ids
         if len(self._prompt_given) >= len(rest):
             pairs = zip(rest, self._prompt_given, strict=True)
             self.prompt_logprobs = (TokenLogprob(first), *(self._logprob(one, its) for one, its in pairs))

@@ -11,8 +11,12 @@ import structlog
 
 from services.router.admission import Admission
 from services.router.fleet import Expected, Fleet
+from services.router.http.answering import Answering
+from services.router.http.door import Door
+from services.router.http.routes import Api
 from services.router.metrics import RouterMetrics
 from services.router.model import ServedModel, load_model
+from services.router.rejections import Rejections
 from services.router.servicer import RouterControl, RouterInference, add_servicers
 from services.router.session import Session
 from services.router.traces import Traces
@@ -21,12 +25,11 @@ from shared.config import RouterConfig, tracing_config
 from shared.ids import new_instance_id
 from shared.net.address import join_address
 from shared.net.health import Health
-from shared.net.http import HttpDoor
 from shared.net.server import bind, create_server
 from shared.outcome import AbortCause
 from shared.telemetry.lag import LoopLag
 from shared.telemetry.logs import configure_logs
-from shared.telemetry.otlp import Exporter
+from shared.telemetry.otlp import Exporter, warn_of_ignored
 
 log = structlog.get_logger("router")
 
@@ -66,9 +69,9 @@ class Router:
         self._tasks: list[asyncio.Task[None]] = []
         self._address = ""
         self._able = False
-        self._http: HttpDoor | None = None
         self._lag = LoopLag()
         self.metrics = RouterMetrics()
+        self._rejections = Rejections(self.metrics, monotonic_ns)
         self.admission = Admission(config.max_num_queued_reqs, monotonic_ns)
         self.fleet = Fleet(
             config.scheduler,
@@ -78,15 +81,18 @@ class Router:
         )
         self._tokenizing = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="tokenize")
         tracing = tracing_config(config.otlp_traces_endpoint)
+        warn_of_ignored(tracing.ignored)
         self._exporter = Exporter(tracing.export) if tracing.export else None
         self.traces = Traces(tracing.sampler, self._exporter.add if self._exporter else None)
         self._server = create_server(max_receive_bytes=config.max_request_bytes + SIZE_HEADROOM_BYTES)
         self._health_changed = asyncio.Event()
-        self._add_servicers(instance)
+        session = self._session(instance)
+        self._add_servicers(session, instance)
         self._health = Health(self._server, SERVICES)
+        self._http = self._http_door(session)
 
-    def _add_servicers(self, instance: str) -> None:
-        session = Session(
+    def _session(self, instance: str) -> Session:
+        return Session(
             model=self._model,
             fleet=self.fleet,
             admission=self.admission,
@@ -94,16 +100,19 @@ class Router:
             max_unread_bytes=self._config.max_unread_bytes,
             traces=self.traces,
             metrics=self.metrics,
+            rejections=self._rejections,
             instance=instance,
             now=monotonic_ns,
             log_content=self._config.log_content,
         )
+
+    def _add_servicers(self, session: Session, instance: str) -> None:
         inference = RouterInference(
             model=self._model,
             session=session,
             fleet=self.fleet,
             admission=self.admission,
-            metrics=self.metrics,
+            rejections=self._rejections,
             max_request_bytes=self._config.max_request_bytes,
             stall_timeout_ms=self._config.stall_timeout_ms,
         )
@@ -118,6 +127,27 @@ class Router:
         )
         add_servicers(self._server, inference, control)
 
+    def _http_door(self, session: Session) -> Door:
+        config, exporter = self._config, self._exporter
+        answering = Answering(
+            session=session,
+            admission=self.admission,
+            rejections=self._rejections,
+            max_request_bytes=config.max_request_bytes,
+            stall_timeout_ms=config.stall_timeout_ms,
+        )
+        api = Api(
+            model=self._model,
+            fleet=self.fleet,
+            answering=answering,
+            tokenizing=self._tokenizing,
+            collector=self.metrics.exposition(
+                lag=self._lag.histogram, num_dropped_spans=lambda: exporter.dropped_spans if exporter else 0
+            ),
+            healthy=lambda: self._able,
+        )
+        return Door(api.application(), config.host, config.port, flag="--port")
+
     async def serve(self) -> int:
         """Until told to stop. 0 after a drain, however it went; 1 when a second signal cut requests off."""
         try:
@@ -126,10 +156,8 @@ class Router:
                 await self._until_stopped()
                 return await self._drain()
         finally:
-            await self._server.stop(LAST_ANSWERS_S)
+            await asyncio.gather(self._server.stop(LAST_ANSWERS_S), self._http.close(LAST_ANSWERS_S))
             self._lag.stop()
-            if self._http is not None:
-                self._http.close()
             self._tokenizing.shutdown(wait=False, cancel_futures=True)
             for task in self._tasks:
                 task.cancel()
@@ -140,7 +168,7 @@ class Router:
     async def _open(self) -> None:
         port = bind(self._server, self._config.host, self._config.grpc_port, flag="--grpc-port")
         self._address = join_address(self._config.host, port)
-        self._http = self._open_http()
+        await self._http.start()
         self._lag.start()
         self.fleet.on_change(self._health_changed.set)
         await self._server.start()
@@ -152,14 +180,6 @@ class Router:
             schedulers=self._config.scheduler,
         )
         self._on_event("serving", self._where())
-
-    def _open_http(self) -> HttpDoor:
-        exporter = self._exporter
-        exposition = self.metrics.exposition(
-            lag=self._lag.histogram, num_dropped_spans=lambda: exporter.dropped_spans if exporter else 0
-        )
-        host, port = self._config.host, self._config.port
-        return HttpDoor(host, port, exposition, flag="--port", healthy=lambda: self._able)
 
     async def _until_stopped(self) -> None:
         """Neither the fleet nor the health report ends by itself: if one does it is a bug, and the process says so
@@ -177,8 +197,7 @@ class Router:
         self._stop.request()
 
     def _where(self) -> dict[str, Any]:
-        http = self._http.address if self._http is not None else ""
-        return {"grpc": self._address, "http": http, "models": list(self._model.names)}
+        return {"grpc": self._address, "http": self._http.address, "models": list(self._model.names)}
 
     async def _report_health(self) -> None:
         """Healthy is: would answer a request now."""

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from services.router.answer import Answer
-from services.router.fleet.values import Durations, Placed, Segment
+from services.router.fleet.values import Placed, Segment
 from services.router.request import Delta, GenerateOptions, Prompt, Timing
 from shared.clock import NS_PER_MS, NS_PER_S
 from shared.telemetry import names
@@ -154,6 +154,7 @@ def _asked(options: GenerateOptions, operation: str) -> dict[str, Attribute]:
     sampling = options.sampling
     attributes: dict[str, Attribute] = {
         names.OPERATION: operation,
+        names.DOOR: options.door,
         names.REQUEST_MODEL: options.model,
         names.RESPONSE_ID: options.request_id,
         names.REQUEST_ID: options.request_id,
@@ -210,7 +211,7 @@ def _inside(schedule: Span, answer: Answer, scheduler: str) -> list[Span]:
         end_ns=at,
     )
     spans = [link]
-    for index, segment in enumerate(segments):
+    for segment in segments:
         over = min(at + segment.ns, schedule.end_ns)
         spans.append(
             Span(
@@ -220,19 +221,14 @@ def _inside(schedule: Span, answer: Answer, scheduler: str) -> list[Span]:
                 parent=SCHEDULED,
                 start_ns=at,
                 end_ns=over,
-                attributes=_of_segment(segment, answer, _is_last(segments, index)),
+                attributes=_of_segment(segment),
             )
         )
         at = over
     return spans
 
 
-def _is_last(segments: tuple[Segment, ...], index: int) -> bool:
-    """Whether no later stretch is of the same phase: the totals of a phase stand there."""
-    return all(later.phase != segments[index].phase for later in segments[index + 1 :])
-
-
-def _of_segment(segment: Segment, answer: Answer, last: bool) -> dict[str, Attribute]:
+def _of_segment(segment: Segment) -> dict[str, Attribute]:
     if segment.phase == names.QUEUE:
         return _of_wait(segment.reason_ns)
     # The first step of a phase may have begun before it: another was under way.
@@ -240,20 +236,12 @@ def _of_segment(segment: Segment, answer: Answer, last: bool) -> dict[str, Attri
     attributes: dict[str, Attribute] = {names.STEPS: segment.steps, names.DEVICE_MS: _ms(device_ns)}
     if segment.steps:
         attributes[names.BATCH_MEAN] = round(segment.rows / segment.steps, 2)
-    if last:
-        attributes |= _totals(segment.phase, answer.durations, answer)
-    return attributes
-
-
-def _totals(phase: str, durations: Durations, answer: Answer) -> dict[str, Attribute]:
-    usage = answer.usage
-    if phase == names.DECODE:
-        return {names.DECODE_TOKENS: usage.completion_tokens, names.PREEMPTIONS: durations.preemptions}
-    computed = usage.prompt_tokens - usage.cached_tokens
-    return {
-        names.CHUNKS: durations.prefill_steps,
-        names.COMPUTED_TOKENS: computed,
-        names.PREFILL_CACHED_TOKENS: usage.cached_tokens,
+    if segment.phase == names.DECODE:
+        return attributes | {names.DECODE_TOKENS: segment.sampled_tokens, names.PREEMPTIONS: segment.preemptions}
+    return attributes | {
+        names.CHUNKS: segment.chunks,
+        names.COMPUTED_TOKENS: segment.computed_tokens,
+        names.PREFILL_CACHED_TOKENS: segment.cached_tokens,
     }
 
 

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -76,8 +77,23 @@ def check_range(field: str, value: float) -> None:
         raise invalid(field, f"{number(value)} is not allowed; it goes {RANGES[field]}")
 
 
+def check_depth(field: str, value: Any) -> None:
+    """Refuses JSON whose arrays and objects are too many inside each other."""
+    level, depth = [value], 0
+    while level and depth <= MAX_JSON_DEPTH:
+        depth += 1
+        groups = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [child for group in groups for child in group if isinstance(child, dict | list)]
+    if depth > MAX_JSON_DEPTH:
+        raise invalid(field, f"nests deeper than {MAX_JSON_DEPTH} levels")
+
+
+def is_request_id(text: str) -> bool:
+    return len(text) <= MAX_REQUEST_ID_CHARS and REQUEST_ID.fullmatch(text) is not None
+
+
 def check_request_id(request_id: str) -> None:
-    if len(request_id) > MAX_REQUEST_ID_CHARS or not REQUEST_ID.fullmatch(request_id):
+    if not is_request_id(request_id):
         raise invalid("request_id", f"1 to {MAX_REQUEST_ID_CHARS} letters, digits and . _ : / + = @ - are allowed")
 
 

@@ -11,6 +11,7 @@ from services.router.limits import RANGES, Limits
 from shared.checkpoint import CheckpointError, locate, open_checkpoint, read_config
 from shared.config import RouterConfig
 from shared.config.services import BUNDLED_MODEL
+from shared.outcome import refuse
 from shared.text.chat import ChatTemplate, load_chat_template
 from shared.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
@@ -46,6 +47,12 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     chat_template: ChatTemplate | None
     defaults: Defaults
     eos_token_ids: frozenset[int]
+
+    def check_name(self, name: str) -> None:
+        """Refuses a name that is not served."""
+        if name not in self.names:
+            known = ", ".join(self.names)
+            raise refuse("model_not_found", f"there is no model {name[:128]!r} here; served: {known}")
 
     @property
     def limits(self) -> Limits:

@@ -46,24 +46,30 @@ def _token_ids(model: ServedModel, prompt: Prompt, max_model_len: int) -> tuple[
         case TokenPrompt():
             return "token_ids", prompt.token_ids
         case TextPrompt():
-            return "prompt", _encode(model, "prompt", prompt.text, max_model_len)
-        case ChatPrompt():
-            return "chat", _encode(model, "chat", _rendered(model, prompt), max_model_len)
+            return "prompt", encode(model, "prompt", prompt.text, max_model_len, prompt.add_special_tokens)
+        case ChatPrompt():  # a template brings its own special tokens
+            return "chat", encode(model, "chat", rendered(model, prompt), max_model_len, False)
 
 
-def _rendered(model: ServedModel, prompt: ChatPrompt) -> str:
-    assert model.chat_template is not None  # wire refuses a chat without one
+def rendered(model: ServedModel, prompt: ChatPrompt) -> str:
+    """The conversation as text. Raises RefusedError."""
+    assert model.chat_template is not None  # both doors refuse a chat without one
     try:
-        return model.chat_template.render(prompt.messages, tools=prompt.tools, template_kwargs=prompt.template_kwargs)
+        return model.chat_template.render(
+            prompt.messages,
+            tools=prompt.tools,
+            template_kwargs=prompt.template_kwargs,
+            continue_final_message=prompt.continue_final_message,
+        )
     except ChatTemplateError as error:
         raise invalid("chat", str(error)) from None
 
 
-def _encode(model: ServedModel, field: str, text: str, max_model_len: int) -> list[int]:
-    """Text too long for any tokenization is refused before it costs one. A template brings its own special tokens."""
+def encode(model: ServedModel, field: str, text: str, max_model_len: int, add_special_tokens: bool) -> list[int]:
+    """The tokens of a text. Text too long for any tokenization is refused before it costs one."""
     if len(text) > max_model_len * model.tokenizer.longest_token_bytes:
         raise too_long(field, f"{len(text)} characters", max_model_len)
     try:
-        return model.tokenizer.encode(text, add_special_tokens=field != "chat")
+        return model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
     except UnicodeError:
         raise invalid(field, "is not valid Unicode") from None

@@ -1,6 +1,6 @@
 """What a client asks for and what it is told, as values: two doors (gRPC, HTTP), one hall (session.py)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -11,9 +11,10 @@ from shared.telemetry.context import Caller
 
 
 class TextPrompt(msgspec.Struct, frozen=True, tag=True):
-    """Text to be tokenized as it is, with the special tokens that the checkpoint adds."""
+    """Text to be tokenized as it is, with the special tokens that the checkpoint adds (`add_special_tokens`)."""
 
     text: str
+    add_special_tokens: bool = True
 
 
 class TokenPrompt(msgspec.Struct, frozen=True, tag=True):
@@ -23,11 +24,13 @@ class TokenPrompt(msgspec.Struct, frozen=True, tag=True):
 
 
 class ChatPrompt(msgspec.Struct, frozen=True, tag=True):
-    """A conversation for the chat template. Messages are mappings as templates expect them."""
+    """A conversation for the chat template. Messages are mappings as templates expect them. The answer is a message of
+    its own, or goes on with the last one (`continue_final_message`)."""
 
     messages: tuple[Mapping[str, Any], ...]
     tools: tuple[Any, ...] | None = None
     template_kwargs: Mapping[str, Any] = {}
+    continue_final_message: bool = False
 
 
 Prompt = TextPrompt | TokenPrompt | ChatPrompt
@@ -49,6 +52,10 @@ class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     deterministic: bool = False
     include_timing: bool = False
+    skip_special_tokens: bool = True
+    """Whether special tokens have no text in the answer."""
+    door: str = "grpc"
+    """By which the request came: grpc or http."""
     deadline_ns: int | None = None
     """Time left to the client when the request arrived."""
     caller: Caller | None = None
@@ -73,6 +80,7 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     request_id: str
     prompt_tokens: int
     seed: int
+    prompt_ids: Sequence[int] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 

@@ -6,12 +6,13 @@ from contextlib import aclosing
 from typing import TypeAlias
 
 import grpc
+import msgspec
 
 from services.router import wire
 from services.router.admission import Admission
 from services.router.fleet import Fleet
-from services.router.metrics import RouterMetrics
 from services.router.model import ServedModel
+from services.router.rejections import Rejections
 from services.router.request import Accepted, GenerateOptions, Prompt
 from services.router.session import Session
 from services.router.traces import Traces
@@ -41,7 +42,7 @@ class RouterInference(InferenceServicer):
         session: Session,
         fleet: Fleet,
         admission: Admission,
-        metrics: RouterMetrics,
+        rejections: Rejections,
         max_request_bytes: int,
         stall_timeout_ms: int,
     ) -> None:
@@ -49,7 +50,7 @@ class RouterInference(InferenceServicer):
         self._session = session
         self._fleet = fleet
         self._admission = admission
-        self._metrics = metrics
+        self._rejections = rejections
         self._max_request_bytes = max_request_bytes
         self._stall_timeout_s = stall_timeout_ms / 1000
 
@@ -57,10 +58,12 @@ class RouterInference(InferenceServicer):
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """One request."""
+        request_id = ""
         try:
-            prompt, options = self._understand(request, context)
+            request_id = wire.request_id_of(request, _header(context, REQUEST_ID_HEADER))
+            prompt, options = self._understand(request, request_id, context)
         except RefusedError as error:
-            self._metrics.reject(error.refusal.name)
+            self._rejections.reject(error.refusal, request_id=request_id, door="grpc")
             raise
         try:
             await self._answer(prompt, options, context)
@@ -69,14 +72,14 @@ class RouterInference(InferenceServicer):
         return
         yield  # an async generator, as grpc wants it
 
-    def _understand(self, request: inference_pb2.GenerateRequest, context: Context) -> tuple[Prompt, GenerateOptions]:
+    def _understand(
+        self, request: inference_pb2.GenerateRequest, request_id: str, context: Context
+    ) -> tuple[Prompt, GenerateOptions]:
         """What the message asks for. Raises RefusedError for what does not fit."""
         deadline_ns = remaining_ns(context)
-        request_id = wire.request_id_of(request, _header(context, REQUEST_ID_HEADER))
         context.set_trailing_metadata(((REQUEST_ID_HEADER, request_id),))  # for a refusal, which has no headers
-        if request.model and request.model not in self._model.names:
-            known = ", ".join(self._model.names)
-            raise refuse("model_not_found", f"there is no model {request.model[:128]!r} here; served: {known}")
+        if request.model:
+            self._model.check_name(request.model)
         length = self._fleet.max_model_len or self._model.max_model_len
         prompt = wire.prompt_of(request, self._model, max_bytes=self._max_request_bytes, max_model_len=length)
         caller = trace_context.parse(_header(context, trace_context.PARENT), _header(context, trace_context.STATE))
@@ -156,16 +159,7 @@ class RouterControl(ControlServicer):
 
     async def GetLoad(self, request: control_pb2.GetLoadRequest, context: Context) -> control_pb2.GetLoadResponse:
         groups = [
-            control_pb2.GroupLoad(
-                scheduler=scheduler,
-                group=load.group,
-                requests_running=load.requests_running,
-                requests_waiting=load.requests_waiting,
-                kv_blocks_total=load.kv_blocks_total,
-                kv_blocks_free=load.kv_blocks_free,
-                kv_blocks_cached=load.kv_blocks_cached,
-                kv_blocks_referenced=load.kv_blocks_referenced,
-            )
+            control_pb2.GroupLoad(scheduler=scheduler, **msgspec.structs.asdict(load))
             for scheduler, load in self._fleet.loads()
         ]
         return control_pb2.GetLoadResponse(groups=groups, requests_in_flight=len(self._admission))

@@ -27,6 +27,7 @@ from services.router.life import Life, Transcript
 from services.router.metrics import RouterMetrics
 from services.router.model import ServedModel
 from services.router.prepare import SALT, Prepared, prepare
+from services.router.rejections import Rejections
 from services.router.request import Accepted, ChatPrompt, Delta, Event, Finished, GenerateOptions, Prompt, TokenPrompt
 from services.router.traces import Traces
 from shared.clock import NS_PER_MS, NS_PER_S, NowNs
@@ -62,6 +63,7 @@ class Session:
         max_unread_bytes: int,
         traces: Traces,
         metrics: RouterMetrics,
+        rejections: Rejections,
         instance: str,
         now: NowNs,
         wall: NowNs = time.time_ns,
@@ -74,6 +76,7 @@ class Session:
         self._max_unread_bytes = max_unread_bytes
         self._traces = traces
         self._metrics = metrics
+        self._rejections = rejections
         self._instance = instance
         self._now = now
         self._wall = wall
@@ -228,14 +231,15 @@ class Session:
             self._close(options, life, end)
 
     def _close(self, options: GenerateOptions, life: Life, end: str) -> None:
-        """The request's trace, what it counts for, and its line in the log if it had a place: refusals may come in
-        floods."""
+        """The request's trace, what it counts for, and its line in the log."""
         now_ns = self._now()
         self._metrics.on_end(options, life, end, now_ns)
         trace = life.trace(options, instance=self._instance, end=end, now_ns=now_ns, wall_ns=self._wall())
         self._traces.add(trace)
         if life.admitted:
             self._log(options, life, end, now_ns)
+        else:
+            self._rejections.tell(end, request_id=options.request_id, door=options.door)
 
     def _log(self, options: GenerateOptions, life: Life, end: str, now_ns: int) -> None:
         """One wide event. Neither prompt nor answer, unless the operator wants both."""
@@ -243,6 +247,7 @@ class Session:
         facts: dict[str, Any] = {
             "trace_id": life.context.trace_id.hex(),
             "operation": life.operation,
+            "door": options.door,
             "model": options.model,
             "max_tokens": options.stopping.max_tokens,
             "priority": options.priority,
@@ -297,6 +302,7 @@ def _accepted(answer: Answer, options: GenerateOptions) -> Accepted:
         request_id=options.request_id,
         prompt_tokens=answer.usage.prompt_tokens,
         seed=options.sampling.seed,
+        prompt_ids=answer.prompt_ids,
         prompt_logprobs=answer.prompt_logprobs or (),
     )
 

@@ -7,13 +7,11 @@ import msgspec
 
 from services.router.limits import (
     MAX_JSON_BYTES,
-    MAX_JSON_DEPTH,
     MAX_MESSAGES,
     MAX_TOOLS,
-    check_range,
+    check_depth,
     check_request_id,
     invalid,
-    too_long,
 )
 from services.router.model import ServedModel
 from services.router.request import (
@@ -27,20 +25,16 @@ from services.router.request import (
     TextPrompt,
     Timing,
     TokenLogprob,
-    TokenPrompt,
 )
-from shared.ids import new_request_id, new_seed
+from services.router.resolve import Asked, resolve, token_prompt
+from shared.ids import new_request_id
 from shared.net.options import SPLIT_BYTES
 from shared.outcome import FinishReason, refuse
 from shared.rpc.sluice.v1 import control_pb2
 from shared.rpc.sluice.v1 import inference_pb2 as pb
-from shared.sampling import NO_LOGPROBS, Sampling, Stopping, Want
 from shared.telemetry.context import Caller
 from shared.telemetry.names import SERVICES
 from shared.telemetry.spans import Attribute, Trace
-
-GREEDY_BELOW = 1e-5
-"""Temperatures below are greedy: dividing logits by them would overflow float32."""
 
 
 def request_id_of(message: pb.GenerateRequest, header: str) -> str:
@@ -60,20 +54,10 @@ def prompt_of(message: pb.GenerateRequest, model: ServedModel, *, max_bytes: int
             raise invalid("prompt", "is empty")
         return TextPrompt(message.prompt)
     if kind == "token_ids":
-        return _token_prompt(message.token_ids, model, max_model_len)
+        return token_prompt(message.token_ids.ids, model, max_model_len)
     if kind == "chat":
         return _chat_prompt(message.chat, model)
     raise invalid("input", "one of prompt, token_ids and chat is needed")
-
-
-def _token_prompt(message: pb.TokenIds, model: ServedModel, max_model_len: int) -> TokenPrompt:
-    if not message.ids:
-        raise invalid("token_ids", "is empty")
-    if len(message.ids) >= max_model_len:
-        raise too_long("token_ids", f"{len(message.ids)} tokens", max_model_len)
-    token_ids = tuple(message.ids)
-    model.limits.check_token_ids("token_ids", token_ids)
-    return TokenPrompt(token_ids)
 
 
 def _chat_prompt(message: pb.Chat, model: ServedModel) -> ChatPrompt:
@@ -99,19 +83,8 @@ def _json(field: str, text: str, kind: type) -> Any:
         value: Any = msgspec.json.decode(text, type=kind)
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
         raise invalid(field, f"is not a JSON {'array' if kind is list else 'object'}") from None
-    if _depth(value) > MAX_JSON_DEPTH:
-        raise invalid(field, f"nests deeper than {MAX_JSON_DEPTH} levels")
+    check_depth(field, value)
     return value
-
-
-def _depth(value: Any) -> int:
-    """How many arrays and objects are inside each other, counted to one more than is allowed."""
-    level, depth = [value], 0
-    while level and depth <= MAX_JSON_DEPTH:
-        depth += 1
-        groups = (one.values() if isinstance(one, dict) else one for one in level)
-        level = [child for group in groups for child in group if isinstance(child, (dict, list))]
-    return depth
 
 
 def options_of(
@@ -121,77 +94,46 @@ def options_of(
     deadline_ns: int | None,
     caller: Caller | None = None,
 ) -> GenerateOptions:
-    """Every field resolved: the request, else generation_config, else the default. Raises RefusedError."""
+    """Every field resolved and within its limits. Raises RefusedError."""
     if message.structured.WhichOneof("constraint") is not None:
         raise refuse("unsupported", "structured output is not served by this version", field="structured")
-    n = _given(message.sampling, "sampling", "n", 1)
-    model.limits.check_stop(message.stopping.stop, message.stopping.stop_token_ids)
-    return GenerateOptions(
-        request_id=request_id,
-        model=message.model or model.names[0],
-        sampling=_sampling(message.sampling, model),
-        stopping=_stopping(message.stopping, model),
-        want=_want(message.response),
-        n=n,
-        stop=tuple(message.stopping.stop),
+    sampling, stopping, response = message.sampling, message.stopping, message.response
+    asked = Asked(
+        **_set(sampling, SAMPLING),
+        **_set(stopping, STOPPING),
+        **_set(response, RESPONSE),
+        logit_bias=sampling.logit_bias,
+        min_tokens=stopping.min_tokens,
+        stop=tuple(stopping.stop),
+        stop_token_ids=stopping.stop_token_ids,
+        ignore_eos=stopping.ignore_eos,
         priority=message.priority,
         deterministic=message.deterministic,
-        include_timing=message.response.include_timing,
-        deadline_ns=deadline_ns,
-        caller=caller,
+        include_timing=response.include_timing,
     )
+    name = message.model
+    return resolve(asked, model, request_id=request_id, name=name, deadline_ns=deadline_ns, caller=caller)
 
 
-def _given(message: Any, prefix: str, name: str, default: Any) -> Any:
-    """A field that was set, within its range, or the default."""
-    if not message.HasField(name):
-        return default
-    value = getattr(message, name)
-    check_range(f"{prefix}.{name}", value)
-    return value
+SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "n",
+)
+STOPPING = ("max_tokens",)
+RESPONSE = ("logprobs", "prompt_logprobs")
+"""Fields of a message that know whether they were set."""
 
 
-def _sampling(message: pb.Sampling, model: ServedModel) -> Sampling:
-    defaults = model.defaults
-    model.limits.check_logit_bias(message.logit_bias)
-    temperature = _given(message, "sampling", "temperature", _or(defaults.temperature, 1.0))
-    return Sampling(
-        seed=_given(message, "sampling", "seed", None) if message.HasField("seed") else new_seed(),
-        temperature=0.0 if temperature < GREEDY_BELOW else temperature,
-        top_p=_given(message, "sampling", "top_p", _or(defaults.top_p, 1.0)),
-        top_k=_given(message, "sampling", "top_k", _or(defaults.top_k, 0)),
-        min_p=_given(message, "sampling", "min_p", _or(defaults.min_p, 0.0)),
-        repetition_penalty=_given(message, "sampling", "repetition_penalty", _or(defaults.repetition_penalty, 1.0)),
-        presence_penalty=_given(message, "sampling", "presence_penalty", 0.0),
-        frequency_penalty=_given(message, "sampling", "frequency_penalty", 0.0),
-        logit_bias=tuple(sorted(message.logit_bias.items())),
-    )
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value
-
-
-def _stopping(message: pb.Stopping, model: ServedModel) -> Stopping:
-    max_tokens = _given(message, "stopping", "max_tokens", 0)
-    check_range("stopping.min_tokens", message.min_tokens)
-    if max_tokens and message.min_tokens > max_tokens:
-        raise invalid("stopping.min_tokens", f"{message.min_tokens} exceeds max_tokens, {max_tokens}")
-    own = frozenset() if message.ignore_eos else model.eos_token_ids
-    ends = own | frozenset(message.stop_token_ids)
-    return Stopping(
-        max_tokens=max_tokens,
-        min_tokens=message.min_tokens,
-        stop_token_ids=ends,
-        stops_on_text=bool(message.stop),
-    )
-
-
-def _want(message: pb.ResponseOptions) -> Want:
-    return Want(
-        logprobs=_given(message, "response", "logprobs", NO_LOGPROBS),
-        prompt_logprobs=_given(message, "response", "prompt_logprobs", NO_LOGPROBS),
-    )
+def _set(message: Any, names: Sequence[str]) -> dict[str, Any]:
+    """Of these fields those that were set."""
+    return {name: getattr(message, name) for name in names if message.HasField(name)}
 
 
 REASONS = {

@@ -30,7 +30,7 @@ from shared.net.health import Health
 from shared.net.http import HttpDoor
 from shared.net.options import INTERNAL_MESSAGE_BYTES
 from shared.net.server import bind, create_server, require_private
-from shared.telemetry.otlp import Exporter
+from shared.telemetry.otlp import Exporter, warn_of_ignored
 
 log = structlog.get_logger("worker")
 
@@ -166,8 +166,9 @@ async def _serving(config: WorkerConfig, instance: str) -> AsyncIterator[_Door]:
 
 def _exporter(config: WorkerConfig) -> Exporter | None:
     """Where slow steps are told of, if anywhere. Raises ConfigError."""
-    export = tracing_config(config.otlp_traces_endpoint).export if config.slow_step_ms else None
-    return Exporter(export) if export else None
+    tracing = tracing_config(config.otlp_traces_endpoint)
+    warn_of_ignored(tracing.ignored)
+    return Exporter(tracing.export) if tracing.export and config.slow_step_ms else None
 
 
 async def _execute(

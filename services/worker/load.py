@@ -22,6 +22,7 @@ from services.worker.memory.pool import PoolTooSmall, allocate_pool, count_block
 from services.worker.models.costs import costs_of
 from services.worker.models.decoder import Decoder, load_decoder, random_decoder
 from services.worker.models.registry import translate
+from services.worker.models.size import sizes_of
 from services.worker.models.spec import ModelSpec
 from services.worker.plan import Admit, StepPlan
 from services.worker.rehearsal import measure_steps
@@ -70,16 +71,18 @@ def load(config: WorkerConfig, progress: Progress) -> Loaded:
     if device == "cuda" and (refusal := refuse_expandable_segments(os.environ)):
         raise WorkerError(refusal)
     dtype = DTYPES[choose_dtype(config.dtype, checkpoint.dtype, flags, device)]
-    _require_room(spec, dtype, free_on(device))
+    num_parameters = sizes_of(spec).total
+    _require_room(num_parameters, dtype, free_on(device))
     layout = layout_of(spec, dtype, config.block_size)
-    twice = device == "cpu" and has_room_twice(config, spec, layout, free_on(device))
+    twice = device == "cpu" and has_room_twice(config, num_parameters, layout, free_on(device))
     if drawn:
         log.warning("weights_are_random", because="--load-format dummy", effect="answers mean nothing")
-        decoder = random_decoder(checkpoint.config, dtype, device=device)
+        decoder = random_decoder(checkpoint.config, dtype, device=device, max_model_len=config.max_model_len)
     else:
-        decoder = load_decoder(checkpoint, dtype, device, progress, by_rows=twice)
+        decoder = load_decoder(checkpoint, dtype, device, progress, by_rows=twice, max_model_len=config.max_model_len)
     _log_kernels(device, dtype, twice)
-    weight_bytes = spec.num_parameters * dtype.itemsize
+    _log_stretch(decoder.spec)
+    weight_bytes = num_parameters * dtype.itemsize
     progress(weight_bytes, weight_bytes)  # files also hold headers: without this the last report would fall short
     prepare = _prepare_on_cpu if device == "cpu" else _prepare_on_gpu
     runner, size = prepare(config, decoder, layout)
@@ -227,8 +230,8 @@ def free_bytes(cgroup: Path = CGROUP) -> int:
     return max(0, min(available, limit - used + int(stat.get("inactive_file", 0))))
 
 
-def _require_room(spec: ModelSpec, dtype: torch.dtype, free: int) -> None:
-    needed = spec.num_parameters * dtype.itemsize
+def _require_room(num_parameters: int, dtype: torch.dtype, free: int) -> None:
+    needed = num_parameters * dtype.itemsize
     if needed > free:
         raise WorkerError(
             f"the weights need {needed / GIB:.1f} GiB as {str(dtype).removeprefix('torch.')}, {free / GIB:.1f} GiB are "
@@ -236,11 +239,11 @@ def _require_room(spec: ModelSpec, dtype: torch.dtype, free: int) -> None:
         )
 
 
-def has_room_twice(config: WorkerConfig, spec: ModelSpec, layout: BlockLayout, free: int) -> bool:
+def has_room_twice(config: WorkerConfig, num_parameters: int, layout: BlockLayout, free: int) -> bool:
     """Whether a second copy of the weights, for steps of few rows, takes little enough of what is free beside the first
     one and a pool of a size that was asked for."""
     asked = config.num_gpu_blocks_override * layout.bytes_per_block or config.kv_cache_memory_bytes
-    weights = spec.num_parameters * layout.dtype.itemsize
+    weights = num_parameters * layout.dtype.itemsize
     return weights <= (free - weights - asked) * SECOND_COPY_SHARE
 
 
@@ -253,6 +256,17 @@ def _log_kernels(device: str, dtype: torch.dtype, twice: bool) -> None:
         log.warning("kernels", bodies="torch", instead_of="compiled", reason=why_not)
     else:
         log.info("kernels", bodies="compiled", weights_by_rows=twice)
+
+
+def _log_stretch(spec: ModelSpec) -> None:
+    """A longer context than is served can be had, at a price: an operator should hear of it once."""
+    if spec.stretched_positions:
+        log.info(
+            "context_limited",
+            by="longrope, whose factors for longer ones change all answers",
+            max_positions=spec.max_positions,
+            do=f"--max-model-len of up to {spec.stretched_positions} serves with those",
+        )
 
 
 def size_pool(

@@ -1,7 +1,7 @@
 """OpenTelemetry's own variables, as the standard spells them; the flag `--otlp-traces-endpoint` goes before them."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from urllib.parse import unquote, urlsplit
 
 import msgspec
@@ -10,10 +10,41 @@ from shared.config.load import ConfigError
 from shared.telemetry.context import Sampler, sampler_of
 
 PROTOCOLS = ("grpc", "http/protobuf")
+COMPRESSIONS = ("none", "gzip")
+EXPORTERS = ("otlp", "none")
+_FOR_TRACES = (
+    "ENDPOINT",
+    "PROTOCOL",
+    "HEADERS",
+    "TIMEOUT",
+    "COMPRESSION",
+    "INSECURE",
+    "CERTIFICATE",
+    "CLIENT_KEY",
+    "CLIENT_CERTIFICATE",
+)
+HONOURED = frozenset(
+    {
+        "OTEL_SDK_DISABLED",
+        "OTEL_SERVICE_NAME",
+        "OTEL_RESOURCE_ATTRIBUTES",
+        "OTEL_TRACES_EXPORTER",
+        "OTEL_TRACES_SAMPLER",
+        "OTEL_TRACES_SAMPLER_ARG",
+        "OTEL_BSP_SCHEDULE_DELAY",
+        "OTEL_BSP_MAX_QUEUE_SIZE",
+        "OTEL_BSP_MAX_EXPORT_BATCH_SIZE",
+        *(f"OTEL_EXPORTER_OTLP_{name}" for name in _FOR_TRACES),
+        *(f"OTEL_EXPORTER_OTLP_TRACES_{name}" for name in _FOR_TRACES),
+    }
+)
+_NOT_OURS = ("OTEL_METRICS_", "OTEL_METRIC_", "OTEL_LOGS_", "OTEL_BLRP_", "OTEL_PYTHON_", "OTEL_EXPORTER_OTLP_METRICS_")
+"""Of signals that go elsewhere: metrics are scraped, logs go to standard output."""
 
 
 class ExportConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Where traces go. `protocol` is grpc or http/protobuf; an `http://` endpoint of grpc is without TLS."""
+    """Where traces go. `protocol` is grpc or http/protobuf; an `http://` endpoint is without TLS. The three files are
+    PEM, empty where the system's authorities will do and no client certificate is shown."""
 
     endpoint: str
     protocol: str = "grpc"
@@ -22,16 +53,22 @@ class ExportConfig(msgspec.Struct, frozen=True, kw_only=True):
     delay_s: float = 1.0
     max_queued: int = 2048
     max_batch: int = 64
+    """Traces, of about nine spans each."""
+    gzip: bool = False
+    certificate: str = ""
+    client_key: str = ""
+    client_certificate: str = ""
     service_name: str = ""
     """Instead of "sluice-router" and its like, for all of this process's spans."""
     resource: Mapping[str, str] = {}
 
 
 class TracingConfig(msgspec.Struct, frozen=True):
-    """Which traces are kept, and where they go (None: nowhere)."""
+    """Which traces are kept, where they go (None: nowhere), and the variables that were set for nothing."""
 
     sampler: Sampler
     export: ExportConfig | None
+    ignored: tuple[str, ...] = ()
 
 
 def tracing_config(endpoint: str, environ: Mapping[str, str] | None = None) -> TracingConfig:
@@ -41,9 +78,12 @@ def tracing_config(endpoint: str, environ: Mapping[str, str] | None = None) -> T
         sampler = sampler_of(environ.get("OTEL_TRACES_SAMPLER", ""), environ.get("OTEL_TRACES_SAMPLER_ARG", ""))
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or environ.get("OTEL_TRACES_EXPORTER") == "none":
-        return TracingConfig(sampler, None)
-    return TracingConfig(sampler, _export(endpoint, environ))
+    stated = (name for name in environ if name.startswith("OTEL_") and not name.startswith(_NOT_OURS))
+    ignored = tuple(sorted(name for name in stated if name not in HONOURED))
+    exporter = _choice("OTEL_TRACES_EXPORTER", environ.get("OTEL_TRACES_EXPORTER") or "otlp", EXPORTERS)
+    if environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or exporter == "none":
+        return TracingConfig(sampler, None, ignored)
+    return TracingConfig(sampler, _export(endpoint, environ), ignored)
 
 
 def _export(flag: str, environ: Mapping[str, str]) -> ExportConfig | None:
@@ -55,10 +95,11 @@ def _export(flag: str, environ: Mapping[str, str]) -> ExportConfig | None:
     endpoint = flag or read("ENDPOINT")
     if not endpoint:
         return None
+    protocol = _choice("OTEL_EXPORTER_OTLP_PROTOCOL", read("PROTOCOL", "grpc"), PROTOCOLS)
+    if "://" not in endpoint:
+        insecure = _choice("OTEL_EXPORTER_OTLP_INSECURE", read("INSECURE", "true").lower(), ("true", "false"))
+        endpoint = f"{'http' if insecure == 'true' else 'https'}://{endpoint}"
     _require_address(endpoint)
-    protocol = read("PROTOCOL", "grpc")
-    if protocol not in PROTOCOLS:
-        raise ConfigError(f"OTEL_EXPORTER_OTLP_PROTOCOL={protocol}: known are {', '.join(PROTOCOLS)}")
     whole = flag or environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
     if protocol != "grpc" and not whole:
         endpoint = endpoint.rstrip("/") + "/v1/traces"
@@ -69,6 +110,11 @@ def _export(flag: str, environ: Mapping[str, str]) -> ExportConfig | None:
         timeout_s=_number("OTEL_EXPORTER_OTLP_TIMEOUT", read("TIMEOUT", "10000")) / 1000,
         delay_s=_number("OTEL_BSP_SCHEDULE_DELAY", environ.get("OTEL_BSP_SCHEDULE_DELAY", "1000")) / 1000,
         max_queued=_number("OTEL_BSP_MAX_QUEUE_SIZE", environ.get("OTEL_BSP_MAX_QUEUE_SIZE", "2048")),
+        max_batch=_number("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", environ.get("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "64")),
+        gzip=_choice("OTEL_EXPORTER_OTLP_COMPRESSION", read("COMPRESSION", "none"), COMPRESSIONS) == "gzip",
+        certificate=_file("OTEL_EXPORTER_OTLP_CERTIFICATE", read("CERTIFICATE")),
+        client_key=_file("OTEL_EXPORTER_OTLP_CLIENT_KEY", read("CLIENT_KEY")),
+        client_certificate=_file("OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE", read("CLIENT_CERTIFICATE")),
         service_name=environ.get("OTEL_SERVICE_NAME", ""),
         resource=_pairs("OTEL_RESOURCE_ATTRIBUTES", environ.get("OTEL_RESOURCE_ATTRIBUTES", "")),
     )
@@ -76,13 +122,25 @@ def _export(flag: str, environ: Mapping[str, str]) -> ExportConfig | None:
 
 def _require_address(endpoint: str) -> None:
     """A slip would only show as traces that never arrive."""
-    address = urlsplit(endpoint if "://" in endpoint else f"http://{endpoint}")
+    address = urlsplit(endpoint)
     try:
         usable = address.scheme in ("http", "https") and bool(address.hostname) and address.port != 0
     except ValueError:  # a port that is no number, or too large
         usable = False
     if not usable:
         raise ConfigError(f"traces cannot go to {endpoint!r}: give an address such as http://collector:4317")
+
+
+def _choice(name: str, value: str, known: Sequence[str]) -> str:
+    if value not in known:
+        raise ConfigError(f"{name}={value}: known are {', '.join(known)}")
+    return value
+
+
+def _file(name: str, path: str) -> str:
+    if path and not os.path.isfile(path):
+        raise ConfigError(f"{name}={path}: there is no such file")
+    return path
 
 
 def _pairs(name: str, text: str) -> dict[str, str]:

@@ -20,7 +20,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     host: str = "127.0.0.1"
     port: Port = 8000
-    """HTTP: /metrics and /health."""
+    """HTTP: OpenAI's API, /health and /metrics."""
     grpc_port: Port = 50051
     scheduler: tuple[str, ...] = ("127.0.0.1:50052",)
     model: str = BUNDLED_MODEL

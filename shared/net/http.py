@@ -1,5 +1,4 @@
-"""A small HTTP door: /metrics for Prometheus, and /health where a service has one. Its threads answer; the event loop
-only notices that somebody calls."""
+"""A small HTTP door: /metrics for Prometheus. Its threads answer; the event loop only notices that somebody calls."""
 
 import asyncio
 import contextlib
@@ -9,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
-from prometheus_client.exposition import ThreadingWSGIServer
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, ThreadingWSGIServer
 from prometheus_client.registry import Collector
 
 from shared.net.address import join_address
@@ -34,23 +33,19 @@ class _Handler(WSGIRequestHandler):
 class _Server(ThreadingWSGIServer):
     """One thread per call, few at a time."""
 
-    allow_reuse_port = False  # a second service on our port is to be refused, not to share it
     request_queue_size = 2 * MAX_CALLS
     timeout = 0.0  # whoever calls handle_request knows that somebody is there
 
-    def __init__(self, host: str, port: int) -> None:
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    def __init__(self, listening: socket.socket) -> None:
         self._places = threading.BoundedSemaphore(MAX_CALLS)
-        super().__init__((host, port), _Handler)
-        self.socket.setblocking(False)  # a caller that was gone before it was answered must not hold up the loop
-
-    def server_bind(self) -> None:
-        """Without asking a name server for our own name, as the standard library does."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
+        super().__init__(("", 0), _Handler, bind_and_activate=False)
+        self.socket.close()  # the one that the standard library made
+        self.socket = listening
+        self.server_address = listening.getsockname()
+        # Without asking a name server for our own name, as the standard library does.
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
         self.setup_environ()
+        self.server_activate()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if self._places.acquire(blocking=False):
@@ -71,15 +66,13 @@ class _Server(ThreadingWSGIServer):
 class HttpDoor:
     """Serves from construction until `close`, on the running event loop."""
 
-    def __init__(
-        self, host: str, port: int, collector: Collector, *, flag: str, healthy: Callable[[], bool] | None = None
-    ) -> None:
+    def __init__(self, host: str, port: int, collector: Collector, *, flag: str) -> None:
         """Raises BindError, naming `flag`."""
-        self._server: WSGIServer = _bind(host, port, flag)
-        self.address = join_address(host, self._server.server_port)
+        listening, self.address = listen(host, port, flag)
+        self._server: WSGIServer = _Server(listening)
         registry = CollectorRegistry(auto_describe=False)
         registry.register(collector)
-        self._server.set_app(_application(registry, healthy))
+        self._server.set_app(_application(registry))
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._server.fileno(), self._server.handle_request)
 
@@ -90,11 +83,18 @@ class HttpDoor:
         self._server.socket.close()
 
 
-def _bind(host: str, port: int, flag: str) -> WSGIServer:
+def listen(host: str, port: int, flag: str) -> tuple[socket.socket, str]:
+    """A bound socket that does not block, and its address. A second service on its port is refused, not let share it.
+    Raises BindError, naming `flag`."""
     bare = host.strip("[]")
+    listening = socket.socket(socket.AF_INET6 if ":" in bare else socket.AF_INET, socket.SOCK_STREAM)
     try:
-        return _Server(ANY_HOSTS.get(bare, bare), port)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((ANY_HOSTS.get(bare, bare), port))
+        listening.setblocking(False)  # a caller that was gone before it was answered must not hold up the loop
+        return listening, join_address(host, listening.getsockname()[1])
     except (OSError, UnicodeError):
+        listening.close()
         address = join_address(host, port)
         raise BindError(
             f"cannot listen on {address}: the port is taken or the address is not this machine's; "
@@ -102,15 +102,11 @@ def _bind(host: str, port: int, flag: str) -> WSGIServer:
         ) from None
 
 
-def _application(registry: CollectorRegistry, healthy: Callable[[], bool] | None) -> Callable[..., Any]:
-    metrics = make_wsgi_app(registry)
-
+def _application(registry: CollectorRegistry) -> Callable[..., Any]:
     def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         match environ["REQUEST_METHOD"], environ["PATH_INFO"]:
             case "GET", "/metrics":
-                return metrics(environ, start_response)
-            case "GET" | "HEAD", "/health" if healthy is not None:
-                return _say(start_response, "200 OK" if healthy() else "503 Service Unavailable")
+                return _send(start_response, "200 OK", *exposition(registry))
             case "GET" | "HEAD", _:
                 return _say(start_response, "404 Not Found")
         return _say(start_response, "405 Method Not Allowed")
@@ -118,7 +114,20 @@ def _application(registry: CollectorRegistry, healthy: Callable[[], bool] | None
     return answer
 
 
+def exposition(registry: Collector) -> tuple[str, bytes]:
+    """Content type and body of /metrics, in the text format that every Prometheus reads, whatever it asks for.
+
+    Asked for OpenMetrics as Prometheus 2 does, prometheus-client 0.26 writes `sluice_` for `sluice:`, which no query
+    finds.
+    """
+    return CONTENT_TYPE_PLAIN_0_0_4, generate_latest(registry)
+
+
 def _say(start_response: Callable[..., Any], status: str) -> list[bytes]:
     text = status.partition(" ")[2].lower().encode() + b"\n"
-    start_response(status, [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(text)))])
-    return [text]
+    return _send(start_response, status, "text/plain; charset=utf-8", text)
+
+
+def _send(start_response: Callable[..., Any], status: str, content_type: str, body: bytes) -> list[bytes]:
+    start_response(status, [("Content-Type", content_type), ("Content-Length", str(len(body)))])
+    return [body]

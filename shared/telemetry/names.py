@@ -34,6 +34,7 @@ LATENCY_DECODE = "gen_ai.latency.time_in_model_decode"
 
 # Ours.
 REQUEST_ID = "sluice.request.id"
+DOOR = "sluice.request.door"
 NUM_SAMPLES = "sluice.request.n"
 PRIORITY = "sluice.request.priority"
 DETERMINISTIC = "sluice.request.deterministic"
@@ -52,7 +53,7 @@ PREFILL_CACHED_TOKENS = "sluice.prefill.cached_tokens"
 DEVICE_MS = "sluice.device_ms"
 BATCH_MEAN = "sluice.batch_size_mean"
 DECODE_TOKENS = "sluice.decode.tokens"
-"""Of the whole request, on its last stretch of decoding."""
+"""Sampled in this stretch; the first token of an answer is its prefill's."""
 BLOCKED_MS = "sluice.client.blocked_ms"
 """How long its answers waited for a client that did not read."""
 

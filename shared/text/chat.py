@@ -176,8 +176,13 @@ class ChatTemplate:
         *,
         tools: Sequence[Any] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> str:
-        """The prompt, ending where the assistant speaks. Raises ChatTemplateError."""
+        """The prompt, ending where the assistant speaks; with `continue_final_message` it ends with the text of the
+        last message, which is to go on. Raises ChatTemplateError."""
+        if continue_final_message:
+            kwargs = {**(template_kwargs or {}), "add_generation_prompt": False}
+            return _open_ended(self.render(messages, tools=tools, template_kwargs=kwargs), messages[-1])
         if not messages:
             raise ChatTemplateError("the conversation is empty")
         template = self._choose(tools)
@@ -204,6 +209,17 @@ class ChatTemplate:
         if "default" in self._templates:
             return self._templates["default"]
         raise ChatTemplateError(f"the model has no default chat template, only {sorted(self._templates)}")
+
+
+def _open_ended(rendered: str, last: Mapping[str, Any]) -> str:
+    """Without what the template writes behind the last message's text; it may have stripped that of white space."""
+    text = last.get("content")
+    bare = text.strip() if isinstance(text, str) else ""
+    begin = rendered.rfind(bare) if bare else -1
+    if not isinstance(text, str) or begin < 0:
+        raise ChatTemplateError("the last message has no text that could be continued")
+    whole = text.lstrip()
+    return rendered[: begin + len(whole if rendered.startswith(whole, begin) else bare)]
 
 
 def _collect(pieces: Iterable[str]) -> str:

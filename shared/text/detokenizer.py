@@ -288,9 +288,10 @@ class TokenTexts:
         byte = fallback_byte(token)
         return bytes([byte]) if byte is not None else token.replace("\u2581", " ").encode()
 
-    def stream(self, prompt_ids: Sequence[int] = ()) -> "Detokenizer":
-        """A detokenizer for what follows `prompt_ids`."""
-        detokenizer = Detokenizer(self, [make() for make in self._stages])
+    def stream(self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> "Detokenizer":
+        """A detokenizer for what follows `prompt_ids`. Special tokens have no text, or their names."""
+        strings = self._visible if skip_special_tokens else self._tokens
+        detokenizer = Detokenizer(strings, [make() for make in self._stages])
         for token_id in self._context(prompt_ids):
             detokenizer.push(token_id)
         return detokenizer
@@ -303,14 +304,15 @@ class TokenTexts:
 class Detokenizer:
     """One sample's text. `push` returns the text that the token completed, `finish` what was still held."""
 
-    __slots__ = ("_stages", "_texts")
+    __slots__ = ("_stages", "_strings")
 
-    def __init__(self, texts: TokenTexts, stages: list[Stage]) -> None:
-        self._texts = texts
+    def __init__(self, strings: Sequence[str | None], stages: list[Stage]) -> None:
+        """`strings` are the vocabulary's by id, None where a token has no text."""
+        self._strings = strings
         self._stages = stages
 
     def push(self, token_id: int) -> str:
-        token = self._texts.visible(token_id)
+        token = self._strings[token_id] if 0 <= token_id < len(self._strings) else None
         if token is None:
             return ""
         pieces: Sequence[str] = (token,)

@@ -13,14 +13,18 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
 
 
 class Collector(TraceServiceServicer):
-    """`spans` are (service name, span) in the order of arrival."""
+    """`spans` are (service name, span) in the order of arrival. `credentials`: TLS, as grpc.ssl_server_credentials."""
 
-    def __init__(self) -> None:
+    def __init__(self, credentials: grpc.ServerCredentials | None = None) -> None:
         self.spans: list[tuple[str, Any]] = []
         self.metadata: dict[str, str] = {}
         self._server = grpc.server(futures.ThreadPoolExecutor(2))
         add_TraceServiceServicer_to_server(self, self._server)
-        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        anywhere = "127.0.0.1:0"
+        if credentials is None:
+            self.address = f"127.0.0.1:{self._server.add_insecure_port(anywhere)}"
+        else:
+            self.address = f"localhost:{self._server.add_secure_port(anywhere, credentials)}"
 
     def Export(self, request: pb.ExportTraceServiceRequest, context: grpc.ServicerContext) -> Any:
         self.metadata = dict(context.invocation_metadata())

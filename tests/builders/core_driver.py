@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from services.scheduler.core.events import Durations, Released, SampleEnded, Tokens
+from services.scheduler.core.events import Released, SampleEnded, Tokens
 from services.scheduler.core.invariants import violations
 from services.scheduler.core.phases import MOST_SEGMENTS
 from services.scheduler.core.plan import StepPlan, StepResult
@@ -186,14 +186,16 @@ class CoreDriver:
                     parts = durations.queue_ns + durations.prefill_ns + durations.decode_ns
                     assert parts == durations.total_ns
                     assert sum(durations.queue_reason_ns.values()) == durations.queue_ns
-                    _check_segments(durations)
+                    _check_segments(event)
                     self.released[event.key] = event
         if self.check:
             assert violations(self.core) == []
 
 
-def _check_segments(durations: Durations) -> None:
-    """They tell the same story in order: each phase's stretches sum to it, and so do the reasons to wait."""
+def _check_segments(released: Released) -> None:
+    """They tell the same story in order: each phase's stretches sum to it, and so do the reasons to wait and the
+    tokens."""
+    durations = released.durations
     for phase in ("queue", "prefill", "decode"):
         stretches = [segment.ns for segment in durations.segments if segment.phase == phase]
         assert sum(stretches) == getattr(durations, f"{phase}_ns")
@@ -202,6 +204,8 @@ def _check_segments(durations: Durations) -> None:
     neighbours = itertools.pairwise(segment.phase for segment in durations.segments)
     assert all(before != after for before, after in neighbours)
     assert len(durations.segments) <= MOST_SEGMENTS + 2
+    assert sum(segment.sampled_tokens for segment in durations.segments) == released.completion_tokens
+    assert sum(segment.preemptions for segment in durations.segments) == durations.preemptions
 
 
 def replay(plans: Sequence[StepPlan]) -> list[object]:

@@ -1,6 +1,7 @@
 """A pretend router for the client's tests: answers Generate from a script and keeps what it was asked."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 
 import grpc
@@ -34,11 +35,12 @@ LOGPROBS = pb.Logprobs(token_id=9, logprob=-0.5, rank=1)
 
 class FakeRouter(inference_pb2_grpc.InferenceServicer, control_pb2_grpc.ControlServicer):
     """Says the words of `answer`, each sample in turn. A prompt `refuse` is refused, `hang` never ends, `break` ends
-    with an error after the words."""
+    with an error after the words; `busy` is refused as often as `busy` says, `lost` ends so after Accepted."""
 
     def __init__(self, *, has_chat_template: bool = True) -> None:
         self.requests: list[pb.GenerateRequest] = []
         self.cancelled = 0
+        self.busy = 0
         self.answer = ("Hello", ", ", "wörld")
         self._has_chat_template = has_chat_template
 
@@ -59,10 +61,17 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer, control_pb2_grpc.ControlS
 
     async def _answer(self, request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
         if request.prompt == "refuse":
-            raise refuse("queue_full", "512 requests are waiting", retry_after_ms=1500)
+            raise refuse("queue_full", "512 requests are waiting", retry_after_ms=100)
+        if request.prompt == "busy" and self.busy:
+            self.busy -= 1
+            raise refuse("queue_full", "512 requests are waiting", retry_after_ms=50)
         if request.sampling.top_p > 1:
             raise refuse("invalid_argument", "top_p is at most 1", field="sampling.top_p")
         yield pb.GenerateResponse(accepted=pb.Accepted(request_id="req-1", prompt_tokens=4, seed=7))
+        if request.prompt == "lost" and self.busy:
+            self.busy -= 1
+            yield pb.GenerateResponse(finished=pb.Finished(reason=pb.FINISH_REASON_ERROR))
+            raise refuse("no_worker", "no worker is left", retry_after_ms=50)
         samples = request.sampling.n or 1
         for i in range(samples):
             for word in self.answer:
@@ -74,7 +83,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer, control_pb2_grpc.ControlS
             if last == "hang":
                 await asyncio.sleep(60)
             if last == "break":
-                raise refuse("queue_full", "it broke")
+                raise refuse("queue_full", "it broke", retry_after_ms=50)
             finished = pb.Finished(index=i, reason=pb.FINISH_REASON_STOP, stop_match=pb.StopMatch(stop="."))
             if i == samples - 1:
                 finished.usage.CopyFrom(pb.Usage(prompt_tokens=4, completion_tokens=3, cached_tokens=2))
@@ -110,3 +119,33 @@ async def serve(router: FakeRouter) -> tuple[grpc.aio.Server, str]:
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     return server, f"127.0.0.1:{port}"
+
+
+class Served:
+    """A pretend router on a thread of its own, for clients that are other processes."""
+
+    def __init__(self, router: FakeRouter) -> None:
+        self.router = router
+        self.address = ""
+        self._loop = asyncio.new_event_loop()
+        self._up = threading.Event()
+        self._done: asyncio.Event | None = None
+        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._run(),))
+
+    async def _run(self) -> None:
+        self._done = asyncio.Event()
+        server, self.address = await serve(self.router)
+        self._up.set()
+        await self._done.wait()
+        await server.stop(0)
+
+    def __enter__(self) -> "Served":
+        self._thread.start()
+        assert self._up.wait(10)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._done is not None
+        self._loop.call_soon_threadsafe(self._done.set)
+        self._thread.join(10)
+        self._loop.close()

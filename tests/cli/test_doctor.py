@@ -66,3 +66,45 @@ def test_what_to_do_about_a_missing_package_is_the_setup_script(monkeypatch: pyt
     monkeypatch.setattr(doctor, "_version", lambda name: None)
     monkeypatch.setattr(doctor.sys, "platform", "linux")
     assert {f.do for f in doctor.look_at_packages()} <= {"sh ops/scripts/setup", ""}
+
+
+def test_a_checkpoint_is_described_from_its_config_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((BUNDLED_FOLDER / "config.json").read_text())
+    done = sluice("doctor", "--model", str(tmp_path), "--device", "h100", "--context", "512", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    model, device = told["model"], told["device"]
+    assert (model["architecture"], model["dtype"], model["context"]) == ("llama", "bfloat16", 512)
+    assert model["weight_bytes"] == 2 * model["total_parameters"]
+    assert model["requests"] == model["num_blocks"] // 32
+    assert model["ratio"] == pytest.approx(device["flops"]["bfloat16"] / device["bytes_per_second"])
+
+
+def test_what_is_said_of_a_checkpoint_to_people_names_everything() -> None:
+    said = sluice("doctor", "--model", str(BUNDLED_FOLDER), "--device", "cpu").stdout
+    for word in (
+        "parameters",
+        "weights",
+        "cache of a token",
+        "blocks that fit",
+        "requests that fit",
+        "B*",
+        "(measured)",
+    ):
+        assert word in said, said
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--model", str(BUNDLED_FOLDER), "--device", "abacus"], "--device abacus"),
+        (["--model", str(BUNDLED_FOLDER), "--context", "99999999"], "--context 99999999"),
+        (["--model", str(BUNDLED_FOLDER), "--dtype", "int3"], "--dtype int3"),
+        (["--model", str(BUNDLED_FOLDER), "--block-size", "0"], "--block-size 0"),
+    ],
+    ids=["folder", "device", "context", "dtype", "block size"],
+)
+def test_a_checkpoint_or_an_option_that_cannot_be_is_refused_by_name(options: list[str], words: str) -> None:
+    done = sluice("doctor", *options)
+    assert (done.returncode, words in done.stderr, "Traceback" in done.stderr) == (2, True, False), done.stderr

@@ -8,47 +8,17 @@ import select
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
-from services.cli.client import Accepted, CallError, Client, Delta, Finished, Message, Request, Usage, _plainly
+from services.cli.client import Accepted, CallError, Client, Delta, Finished, Message, Request, Usage
+from services.cli.client.wire import plainly
 from services.cli.timing import PHASES, figures
 from shared.rpc.sluice.v1 import inference_pb2 as pb
-from tests.cli.fake_router import FakeRouter, serve
+from tests.cli.fake_router import FakeRouter, Served, serve
 from tests.cli.test_flags import flags_in_help, sluice
-
-
-class Served:
-    """A pretend router on a thread of its own, for clients that are other processes."""
-
-    def __init__(self, router: FakeRouter) -> None:
-        self.router = router
-        self.address = ""
-        self._loop = asyncio.new_event_loop()
-        self._up = threading.Event()
-        self._done: asyncio.Event | None = None
-        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._run(),))
-
-    async def _run(self) -> None:
-        self._done = asyncio.Event()
-        server, self.address = await serve(self.router)
-        self._up.set()
-        await self._done.wait()
-        await server.stop(0)
-
-    def __enter__(self) -> "Served":
-        self._thread.start()
-        assert self._up.wait(10)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self._done is not None
-        self._loop.call_soon_threadsafe(self._done.set)
-        self._thread.join(10)
-        self._loop.close()
 
 
 @pytest.fixture
@@ -108,7 +78,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(served: Served) -> None:
 def test_a_refusal_is_one_sentence_with_its_status_and_when_to_try_again(served: Served) -> None:
     done = generate(served, "refuse")
     assert done.returncode == 1
-    assert done.stderr == "error: RESOURCE_EXHAUSTED: 512 requests are waiting (try again in 1.5 s)\n"
+    assert done.stderr == "error: RESOURCE_EXHAUSTED: 512 requests are waiting (try again in 0.1 s)\n"
 
 
 def test_a_refused_field_is_named(served: Served) -> None:
@@ -408,4 +378,4 @@ def test_a_model_without_a_chat_template_is_a_clear_message() -> None:
     ],
 )
 def test_what_a_channel_met_is_said_in_plain_words(said, shown):
-    assert shown in _plainly(said)
+    assert shown in plainly(said)

@@ -15,19 +15,22 @@ from tests.models.twins import TWINS, make_twin
 
 pytestmark = pytest.mark.cluster
 
-FIRST = ("llama", "qwen2", "qwen3", "mistral-window")
-"""One twin per architecture; the full tier adds every odd setting."""
+FIRST = ("llama", "gemma2", "bloom", "qwen2-moe")
+"""Between them rope, ALiBi, windows, soft caps, experts and biases; the full tier takes every twin."""
 NAMES = (*FIRST, *(name for name in TWINS if name not in FIRST))[: count("cluster_twins")]
 LENGTHS = (1, 7, 31, 90)
 NEW_TOKENS = 64
-WITHIN = {"llama-dynamic": 48, "llama-longrope": 48}
+WITHIN = {"llama-dynamic": 48, "llama-longrope": 128, "phi3-longrope": 128}
 """Beyond so many tokens transformers scales all positions by the longest, as no cache can (ops/decisions): there
 tests/models compares token by token."""
 
 
 @cache
 def model_of(folder: Path) -> torch.nn.Module:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    attention = TWINS[folder.name].attention
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=attention
+    ).eval()
 
 
 def new_tokens(name: str) -> int:

@@ -3,11 +3,13 @@
 import asyncio
 import contextlib
 import json
+import urllib.request
 
 import pytest
 
 from services.cli.client import CallError, Client, Message, Request
 from tests.builders.answers import collect
+from tests.builders.collector import Collector
 
 pytestmark = pytest.mark.cluster
 
@@ -52,13 +54,26 @@ def test_a_canary_in_a_prompt_is_found_nowhere(own_cluster) -> None:
                         break
             doomed = asyncio.create_task(collect(client, Request(prompt=CANARY, max_tokens=400, ignore_eos=True)))
             await asyncio.sleep(0.2)
-            cluster.kill_service("worker-0")
+            killed = cluster.kill_service("worker-0")
             await doomed
+            await asyncio.to_thread(cluster.wait_restarted, "worker-0", killed)
             return repr(await client.traces(100))
 
-    with own_cluster(otlp_traces_endpoint="http://127.0.0.1:9") as cluster:
+    with (
+        Collector() as collector,
+        own_cluster(otlp_traces_endpoint=f"http://{collector.address}", slow_step_ms=1) as cluster,
+    ):
         traces = asyncio.run(ask(cluster.address))
+        metrics = [
+            urllib.request.urlopen(f"http://{cluster.http(name)}/metrics").read().decode()
+            for name in ("router", "scheduler", "worker-0")
+        ]
     assert "named" in traces
+    sent = repr(collector.spans)
+    assert "named" in sent
+    assert CANARY not in sent
+    assert all("sluice:" in text for text in metrics)
+    assert CANARY not in "".join(metrics)
     assert CANARY not in traces
     log = cluster.log_file.read_text()
     assert '"event": "request"' in log

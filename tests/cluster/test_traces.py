@@ -3,13 +3,14 @@
 import asyncio
 import contextlib
 import random
+import statistics
 import subprocess
 
 import pytest
 
 from services.cli.client import CallError, Client, Request, Trace, TraceSpan
 from tests.builders.answers import collect
-from tests.builders.cluster import SLUICE
+from tests.builders.cluster import SLUICE, RunningCluster
 from tests.builders.collector import Collector
 from tests.counts import count
 from tests.models.twins import make_twin
@@ -18,6 +19,8 @@ pytestmark = pytest.mark.cluster
 
 AT_ONCE = 24
 KEPT = 256
+LINK_NS = 20_000_000
+"""What the median request may spend between router and scheduler, on a machine that is busy."""
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,8 @@ def test_the_phases_of_mixed_requests_sum_to_their_time(cluster, twin: dict) -> 
     assert len([name for name in seen if name.startswith("mixed-")]) == count("traced_requests")
     for trace in seen.values():
         assert_adds_up(trace)
+    links = [span.duration_ns for trace in seen.values() for span in trace.spans if span.name == "link"]
+    assert 0 < statistics.median(links) < LINK_NS, "what nobody accounts for is no hiding place"
     wholes = [trace.spans[0].attributes for trace in seen.values()]
     ends = {whole["sluice.request.end"] for whole in wholes}
     assert {"answered", "left", "queue_full", "prompt_too_long"} <= ends
@@ -100,6 +105,31 @@ def test_the_phases_of_mixed_requests_sum_to_their_time(cluster, twin: dict) -> 
     assert any(int(whole.get("gen_ai.usage.cache_read.input_tokens", 0)) for whole in wholes)
     waits = [span.attributes for trace in seen.values() for span in trace.spans if span.name == "queue"]
     assert {wait["sluice.queue.reason"] for wait in waits if wait} >= {"blocks"}
+
+
+def test_a_request_whose_worker_died_says_that_it_waited_for_another(own_cluster, twin: dict) -> None:
+    requests = [Request(token_ids=(5, 6, 7, i), max_tokens=200, ignore_eos=True) for i in range(2, 10)]
+
+    async def run(running: RunningCluster) -> list[Trace]:
+        async with running.client() as client:
+            begun = asyncio.Event()
+            tasks = [asyncio.create_task(collect(client, each, on_delta=lambda _: begun.set())) for each in requests]
+            await begun.wait()
+            await asyncio.sleep(0.1)
+            running.kill_service("worker-0")
+            await asyncio.gather(*tasks)
+            return list(await client.traces(len(requests)))
+
+    with own_cluster(**twin, workers=2) as running:
+        traces = asyncio.run(run(running))
+    assert len(traces) == len(requests)
+    for trace in traces:
+        assert_adds_up(trace)
+    again = [trace for trace in traces if any("sluice.queue.worker_lost_ms" in s.attributes for s in trace.spans)]
+    assert 0 < len(again) < len(traces), "those of the other worker never waited"
+    for trace in again:
+        prefills = [span.attributes for span in trace.spans if span.name == "prefill"]
+        assert int(prefills[-1]["sluice.prefill.computed_tokens"]) > 4, "what had been generated is computed again"
 
 
 def test_sluice_trace_shows_the_last_request(cluster, twin: dict) -> None:

@@ -1,6 +1,7 @@
 """Builds paged caches: sequences of random K and V laid into shuffled blocks, all other slots holding huge numbers."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,8 +61,11 @@ class Cache:
         shape = (num_blocks, LAYERS, 2, heads.num_kv_heads, heads.block_size, heads.head_dim)
         self.pool = torch.full(shape, POISON, dtype=sequences[0].kv.dtype, device=device)
 
-    def step(self, chunks: list[Chunk], *, body=None, window: int | None = None, exact: bool = False) -> list[Tensor]:
-        """Write and attend the chunks in one step; the result of each. `body` defaults to the public door."""
+    def step(
+        self, chunks: list[Chunk], *, body=None, window: int | None = None, exact: bool = False, **scoring: Any
+    ) -> list[Tensor]:
+        """Write and attend the chunks in one step; the result of each. `body` defaults to the public door; `scoring`
+        goes to its paged_attention."""
         q = torch.cat([self.sequences[chunk.sequence_id].q[chunk.start : chunk.end] for chunk in chunks])
         kv = torch.cat([self.sequences[chunk.sequence_id].kv[chunk.start : chunk.end] for chunk in chunks])
         plan, write, attend = (
@@ -83,7 +87,7 @@ class Cache:
             exact=exact,
         )
         write(kv, self.pool, 1, planned)
-        out = attend(q, self.pool, 1, planned, self.heads.head_dim**-0.5)
+        out = attend(q, self.pool, 1, planned, self.heads.head_dim**-0.5, **scoring)
         return list(out.split([chunk.end - chunk.start for chunk in chunks]))
 
     def let_go(self, chunks: list[Chunk], window: int | None) -> None:

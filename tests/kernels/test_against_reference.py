@@ -139,6 +139,31 @@ def test_attention_over_a_mixed_step(dtype, heads, window, exact):
     assert torch.equal(fast.pool, spec.pool)
 
 
+SCORINGS = {
+    "capped": {"soft_cap": 1.5},
+    "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0])},
+    "sinks": {"sinks": torch.arange(4.0)},
+    "all": {"soft_cap": 2.0, "alibi_slopes": torch.tensor([0.3, 0.2, 0.1, 0.01]), "sinks": torch.arange(4.0) - 1},
+}
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
+@pytest.mark.parametrize("window", [None, 21])
+@pytest.mark.parametrize("name", SCORINGS)
+def test_every_way_of_scoring(dtype, name, window, exact):
+    lengths = [1, 17, 40, 150]
+    sequences = [draw(Heads(), length, dtype, seed) for seed, length in enumerate(lengths)]
+    fast, spec = Cache(Heads(), sequences), Cache(Heads(), sequences)
+    for step in ([Chunk(2, 0, 39), Chunk(3, 0, 100)], [Chunk(3, 100, 150), Chunk(0, 0, 1), Chunk(2, 39, 40)]):
+        actual = fast.step(step, body=attention, window=window, exact=exact, **SCORINGS[name])
+        expected = spec.step(step, body=attention_spec, window=window, **SCORINGS[name])
+        for mine, theirs in zip(actual, expected, strict=True):
+            assert_same(mine, theirs)
+    plain = spec.step(step, body=attention_spec, window=window)
+    with pytest.raises(AssertionError):
+        assert_same(actual[0], plain[0])
+
+
 def test_attention_reads_blocks_that_rows_share_and_that_are_written_in_this_step(dtype):
     heads = Heads()
     first = draw(heads, 40, dtype, 1)
@@ -177,19 +202,29 @@ def test_decode_rows_of_very_different_contexts(dtype):
 
 
 NORMS = pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
+ROTATIONS = {
+    "whole": (1.0, False),
+    "partial": (0.4, False),
+    "interleaved": (1.0, True),
+    "both": (0.6, True),
+    "none": (0, False),
+}
 
 
 @NORMS
+@pytest.mark.parametrize("rotation", ROTATIONS)
 @pytest.mark.parametrize("tokens", [1, 2, 37])
 @pytest.mark.parametrize("head_dim", [10, 64])
-def test_all_between_projection_and_attention(dtype, compiled, tokens, head_dim, normed):
+def test_all_between_projection_and_attention(dtype, compiled, tokens, head_dim, rotation, normed):
     if not compiled:
         dtype = torch.float32  # in bfloat16 torch's bodies round in between
     num_heads, num_kv_heads, block_size = 4, 2, 8
     heads = randn(tokens, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
     heads[0, num_heads, 0], heads[0, -1, 1] = float("nan"), float("inf")
-    angles = torch.rand(tokens, head_dim // 2).repeat(1, 2) * 6
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    share, interleaved = ROTATIONS[rotation]
+    angles = torch.rand(tokens, int(head_dim * share) // 2).repeat(1, 2) * 6
+    cos, sin = (angles.cos().to(dtype), angles.sin().to(dtype)) if share else (None, None)
+    flags = {"interleaved": interleaved, "plus_one": rotation == "partial"}
     weights = [randn(head_dim, dtype=dtype) if normed else None for _ in range(2)]
     pools = [torch.zeros(12, 3, 2, num_kv_heads, block_size, head_dim, dtype=dtype) for _ in range(2)]
     slots = torch.randperm(12 * block_size)[:tokens]
@@ -197,10 +232,10 @@ def test_all_between_projection_and_attention(dtype, compiled, tokens, head_dim,
     plan = attention.plan_attention(pools[0], starts, contexts, tables, slots, num_heads=num_heads)
     expected = rope_spec.rope_and_write_kv(
         heads.clone(), pools[1], 1, slots, torch.arange(tokens), cos, sin,
-        q_norm=weights[0], k_norm=weights[1], eps=1e-5,
+        q_norm=weights[0], k_norm=weights[1], eps=1e-5, **flags,
     )  # fmt: skip
     actual = attention.rotate_and_write(
-        heads.clone(), pools[0], 1, plan, cos, sin, q_norm=weights[0], k_norm=weights[1], eps=1e-5
+        heads.clone(), pools[0], 1, plan, cos, sin, q_norm=weights[0], k_norm=weights[1], eps=1e-5, **flags
     )
     assert_same(actual, expected)
     assert_same(pools[0], pools[1])

@@ -129,19 +129,27 @@ HEADS = st.sampled_from(
 @given(
     heads=HEADS,
     window=st.sampled_from([None, None, 5, 130]),
+    scored=st.sampled_from(
+        [(), (), ("soft_cap",), ("alibi_slopes",), ("sinks",), ("soft_cap", "alibi_slopes", "sinks")]
+    ),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     lengths=st.lists(st.integers(1, 420), min_size=1, max_size=5),
     seed=st.integers(0, 2**20),
 )
-def test_attention_does_not_depend_on_chunks_or_on_the_rows_beside(heads, window, dtype, lengths, seed):
+def test_attention_does_not_depend_on_chunks_or_on_the_rows_beside(heads, window, scored, dtype, lengths, seed):
+    per_head = torch.linspace(0.01, 0.7, heads.num_heads)
+    scoring = {name: 2.0 if name == "soft_cap" else per_head for name in scored}
     sequences = [draw(heads, length, dtype, seed) for seed, length in enumerate(lengths)]
     alone = []
     for sequence in sequences:
-        alone += Cache(heads, [sequence], seed=5).step([Chunk(0, 0, len(sequence.q))], window=window, exact=True)
+        alone += Cache(heads, [sequence], seed=5).step(
+            [Chunk(0, 0, len(sequence.q))], window=window, exact=True, **scoring
+        )
     cache = Cache(heads, sequences, seed=9)
     for chunks in random_schedule(lengths, random.Random(seed)):
         cache.let_go(chunks, window)
-        for chunk, result in zip(chunks, cache.step(chunks, window=window, exact=True), strict=True):
+        results = cache.step(chunks, window=window, exact=True, **scoring)
+        for chunk, result in zip(chunks, results, strict=True):
             assert torch.equal(result, alone[chunk.sequence_id][chunk.start : chunk.end]), chunk
 
 

@@ -111,10 +111,10 @@ def test_progress_reaches_the_end(folder):
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "LlamaForCausalLM"]),
+        ({"architectures": ["T5ForConditionalGeneration"]}, ["T5ForConditionalGeneration", "LlamaForCausalLM"]),
         ({"architectures": None}, ["no architecture"]),
         ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "awq"]),
-        ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
+        ({"hidden_act": "mish"}, ["hidden_act", "mish"]),
         ({"num_key_value_heads": 3}, ["num_key_value_heads", "3"]),
         ({"num_attention_heads": 5, "num_key_value_heads": 1}, ["num_attention_heads", "hidden_size"]),
         ({"head_dim": 7}, ["head_dim", "even"]),
@@ -135,6 +135,37 @@ def test_progress_reaches_the_end(folder):
         ),
         ({"architectures": ["MistralForCausalLM"], "layer_types": ["full_attention"] * 3}, ["layer_types"]),
         (
+            {"architectures": ["GPT2LMHeadModel"], "scale_attn_by_inverse_layer_idx": True},
+            ["inverse_layer_idx", "True"],
+        ),
+        ({"architectures": ["GPTBigCodeForCausalLM"], "add_cross_attention": True}, ["add_cross_attention"]),
+        ({"architectures": ["OPTForCausalLM"], "layer_norm_elementwise_affine": False}, ["elementwise_affine"]),
+        ({"architectures": ["GPTJForCausalLM"], "rotary_dim": 20}, ["rotary_dim", "at most 16"]),
+        ({"architectures": ["PhiForCausalLM"], "qk_layernorm": True}, ["qk_layernorm"]),
+        ({"architectures": ["GPTNeoXForCausalLM"], "rotary_pct": 0.2}, ["even", "3 elements"]),
+        (
+            {"architectures": ["BloomForCausalLM"], "apply_residual_connection_post_layernorm": True},
+            ["apply_residual_connection_post_layernorm"],
+        ),
+        ({"architectures": ["MptForCausalLM"], "attn_config": {"alibi": False}}, ["alibi", "False"]),
+        ({"architectures": ["MptForCausalLM"], "attn_config": {"qk_ln": True}}, ["qk_ln"]),
+        ({"architectures": ["MptForCausalLM"], "logit_scale": "inv_sqrt_d_model"}, ["logit_scale"]),
+        (
+            {"architectures": ["FalconForCausalLM"], "new_decoder_architecture": True, "parallel_attn": False},
+            ["parallel_attn"],
+        ),
+        ({"architectures": ["FalconForCausalLM"], "num_ln_in_parallel_attn": 2}, ["num_ln_in_parallel_attn"]),
+        ({"architectures": ["Gemma2ForCausalLM"], "use_bidirectional_attention": True}, ["use_bidirectional"]),
+        ({"architectures": ["Gemma3ForCausalLM"], "rope_parameters": {"rope_type": "linear"}}, ["rope_parameters"]),
+        ({"architectures": ["MixtralForCausalLM"], "num_experts_per_tok": 9}, ["num_experts_per_tok", "8"]),
+        ({"architectures": ["Qwen2MoeForCausalLM"], "mlp_only_layers": [1]}, ["mlp_only_layers"]),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 2}, ["decoder_sparse_step"]),
+        (
+            {"architectures": ["GptOssForCausalLM"], "quantization_config": {"quant_method": "mxfp4"}},
+            ["quantization_config", "mxfp4"],
+        ),
+        ({"architectures": ["GptOssForCausalLM"], "swiglu_limit": 5.0}, ["swiglu_limit", "5.0"]),
+        (
             {"architectures": ["Qwen3ForCausalLM"], "layer_types": ["full_attention", "chunked_attention", "x"]},
             ["layer_types", "chunked_attention"],
         ),
@@ -152,3 +183,82 @@ def test_mistral_without_a_word_about_windows_has_the_default_one():
     config = LLAMA | {"architectures": ["MistralForCausalLM"]}
     assert translate(config).spec.windows == (4096,) * 3
     assert translate(config | {"sliding_window": None}).spec.windows == (None,) * 3
+
+
+GPT2 = {
+    "architectures": ["GPT2LMHeadModel"],
+    "vocab_size": 384,
+    "n_embd": 64,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 512,
+}
+
+
+def test_a_family_may_spell_settings_its_own_way():
+    spec = translate(GPT2).spec
+    assert (spec.hidden_size, spec.num_layers, spec.num_heads, spec.max_positions) == (64, 3, 4, 512)
+    assert translate(GPT2 | {"num_key_value_heads": 2}).spec.num_kv_heads == 4, (
+        "GPT-2 has no groups, as in transformers"
+    )
+
+
+def test_a_merged_tensor_of_a_wrong_shape(twin_folder, tmp_path):
+    folder = shutil.copytree(make_twin("gpt-neox", twin_folder), tmp_path / "twin")
+    name = "gpt_neox.layers.1.attention.query_key_value.weight"
+    edit_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(191, 64)}))
+    refused(folder, name, "[191, 64]", "[192, 64]")
+
+
+def test_a_missing_expert(twin_folder, tmp_path):
+    folder = shutil.copytree(make_twin("mixtral", twin_folder), tmp_path / "twin")
+    name = "model.layers.2.block_sparse_moe.experts.3.w1.weight"
+    edit_tensors(folder, lambda tensors: tensors.pop(name))
+    refused(folder, name, "lack")
+
+
+def test_a_checkpoint_whose_names_lack_their_first_word_is_read(twin_folder, tmp_path):
+    """As GPT-2's on the hub, with the masks that it keeps among its tensors."""
+    folder = shutil.copytree(make_twin("gpt2", twin_folder), tmp_path / "twin")
+    expected = load(folder)._embedding
+
+    def rename(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
+
+    edit_tensors(folder, rename)
+    assert torch.equal(load(folder)._embedding, expected)
+
+
+@pytest.mark.parametrize(
+    ("rope", "longest"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
+        ({"rope_type": "yarn", "factor": 4.0}, 2048),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 512),
+        ({"type": "dynamic", "factor": 2.0}, 1024),
+        ({"rope_type": "linear", "factor": 8.0}, 4096),
+        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}, 512),
+        ({"rope_type": "default"}, 512),
+    ],
+    ids=lambda value: str(value.get("rope_type", "dynamic")) if isinstance(value, dict) else str(value),
+)
+def test_a_rope_that_stretches_what_was_trained_makes_the_longest_context_longer(rope, longest):
+    assert translate(LLAMA | {"rope_scaling": rope}).spec.max_positions == longest
+
+
+def test_a_longrope_serves_the_trained_length_unless_asked_for_more():
+    spec = make_longrope().spec
+    assert (spec.max_positions, spec.stretched_positions) == (64, 512)
+    assert spec.serving(64) == spec.serving(0) == spec
+    longer = spec.serving(65)
+    assert (longer.max_positions, longer.stretched_positions) == (512, 0)
+    assert all(rope.stretched for rope in longer.positions.ropes)
+    plain = translate(LLAMA).spec
+    assert plain.serving(10_000) == plain, "and the worker refuses it"
+
+
+def make_longrope():
+    rope = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    return translate(LLAMA | {"rope_scaling": rope, "original_max_position_embeddings": 64})

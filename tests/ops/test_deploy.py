@@ -85,6 +85,22 @@ def test_compose_itself_accepts_the_files():
         assert done.returncode == 0, done.stderr
 
 
+def test_each_worker_has_a_gpu_of_its_own():
+    """Compose gives the replicas of one service the same device, so that there is a service for each."""
+    gpu = yaml.safe_load((ROOT / "ops" / "docker" / "compose.gpu.yaml").read_text())["services"]
+    workers = {name: spec for name, spec in gpu.items() if name.startswith("worker")}
+    devices = {
+        name: spec["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"] for name, spec in workers.items()
+    }
+    assert devices == {name: [name.removeprefix("worker-") if "-" in name else "0"] for name in workers}
+    for count in (2, 4, 8):
+        started = [n for n, spec in workers.items() if f"{count}-gpus" in spec.get("profiles", [f"{count}-gpus"])]
+        assert len(started) == count
+    for spec in workers.values():
+        assert_understood(spec["command"], {})
+        assert spec["pid"] == spec["ipc"] == "service:namespaces"
+
+
 @pytest.mark.parametrize("folder", ["base", "overlays/gpu"])
 def test_manifests_are_valid_to_the_letter(folder):
     made = manifests(K8S / folder)

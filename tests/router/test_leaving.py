@@ -11,6 +11,7 @@ import structlog
 
 from services.router import session
 from services.router.answer import Answer
+from services.router.rejections import Rejections
 from services.router.request import GenerateOptions, TokenPrompt
 from services.router.session import Session
 from shared.clock import monotonic_ns
@@ -222,7 +223,7 @@ def test_unread_deltas_merge_and_are_bounded(tiny_model):
         async with running_router(tiny_model, scheduler, max_unread_bytes=100_000) as router:
             call = router.inference.Generate(ask(), timeout=20)
             request = await scheduler.request()
-            for _ in range(400):
+            for _ in range(60):
                 request.tokens([300] * 20_000)
             async with asyncio.timeout(5):
                 await request.aborted.wait()
@@ -373,6 +374,7 @@ def test_a_first_token_has_its_time_though_the_answer_was_over_before_it_was_rea
                 max_unread_bytes=1 << 20,
                 traces=router.router.traces,
                 metrics=router.router.metrics,
+                rejections=Rejections(router.router.metrics, monotonic_ns),
                 instance="test",
                 now=monotonic_ns,
             )

@@ -56,26 +56,57 @@ def test_an_answer_leaves_a_trace_that_adds_up(tiny_model):
             request.end()
             account = segments(
                 ("queue", 2_000_000, {"reason_ns": {"blocks": 1_500_000, "budget": 500_000}}),
-                ("prefill", 3_000_000, {"steps": 1, "rows": 4, "device_ns": 2_500_000}),
-                ("decode", 4_000_000, {"steps": 2, "rows": 6, "device_ns": 3_000_000}),
+                (
+                    "prefill",
+                    3_000_000,
+                    {
+                        "steps": 1,
+                        "rows": 4,
+                        "device_ns": 2_500_000,
+                        "chunks": 1,
+                        "computed_tokens": 7,
+                        "cached_tokens": 2,
+                        "sampled_tokens": 1,
+                    },
+                ),
+                (
+                    "decode",
+                    4_000_000,
+                    {
+                        "steps": 2,
+                        "rows": 6,
+                        "device_ns": 3_000_000,
+                        "chunks": 2,
+                        "computed_tokens": 2,
+                        "sampled_tokens": 2,
+                        "preemptions": 1,
+                    },
+                ),
+                ("queue", 1_000_000, {"reason_ns": {"blocks": 1_000_000}}),
+                ("prefill", 2_000_000, {"steps": 1, "rows": 1, "chunks": 1, "computed_tokens": 12}),
             )
             durations = scheduling_pb2.PhaseDurations(
-                total_ns=9_000_000, queue_ns=2_000_000, prefill_ns=3_000_000, decode_ns=4_000_000, segments=account
+                total_ns=12_000_000, queue_ns=3_000_000, prefill_ns=5_000_000, decode_ns=4_000_000, segments=account
             )
             request.release(durations=durations, cached_tokens=1)
             await call
             [trace] = await traces(router)
         assert trace.request_id == "one"
         assert [span.name for span in children(trace, 0)] == ["admit", "tokenize", "route", "schedule", "deliver"]
-        assert [span.name for span in children(trace, 4)] == ["link", "queue", "prefill", "decode"]
+        assert [span.name for span in children(trace, 4)] == ["link", "queue", "prefill", "decode", "queue", "prefill"]
         assert_adds_up(trace)
-        whole, queue, decode = trace.spans[0], trace.spans[7], trace.spans[9]
+        whole, queue, prefill, decode, again = trace.spans[0], *trace.spans[7:10], trace.spans[11]
         assert whole.attributes["gen_ai.response.id"] == "one"
         assert whole.attributes["gen_ai.usage.output_tokens"] == "2"
         assert whole.attributes["gen_ai.usage.cache_read.input_tokens"] == "1"
         assert (queue.service, queue.attributes["sluice.queue.reason"]) == ("sluice-scheduler", "blocks")
         assert queue.attributes["sluice.queue.blocks_ms"] == "1.5"
         assert (decode.attributes["sluice.steps"], decode.attributes["sluice.batch_size_mean"]) == ("2", "3")
+        assert (decode.attributes["sluice.decode.tokens"], decode.attributes["sluice.preemptions"]) == ("2", "1")
+        for span, computed, cached in ((prefill, "7", "2"), (again, "12", "0")):
+            assert span.attributes["sluice.prefill.computed_tokens"] == computed
+            assert span.attributes["sluice.prefill.cached_tokens"] == cached
+            assert span.attributes["sluice.prefill.chunks"] == "1"
         assert trace.spans[3].attributes["sluice.route.candidates"] == scheduler.address
 
     run(test())

@@ -3,9 +3,11 @@
 import random
 
 import pytest
+import structlog
 
 from shared.config import ConfigError, tracing_config
 from shared.telemetry.context import Caller, Sampler, begin, parse, sampler_of
+from shared.telemetry.otlp import warn_of_ignored
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 CALLER = Caller(bytes.fromhex(TRACE), bytes.fromhex(SPAN), sampled=True)
@@ -86,6 +88,10 @@ def test_a_ratio_keeps_about_that_share():
         ({"OTEL_EXPORTER_OTLP_PROTOCOL": "carrier-pigeon"}, "carrier-pigeon"),
         ({"OTEL_EXPORTER_OTLP_HEADERS": "nothing"}, "'nothing' is not key=value"),
         ({"OTEL_EXPORTER_OTLP_TIMEOUT": "soon"}, "OTEL_EXPORTER_OTLP_TIMEOUT=soon"),
+        ({"OTEL_EXPORTER_OTLP_COMPRESSION": "zip"}, "OTEL_EXPORTER_OTLP_COMPRESSION=zip"),
+        ({"OTEL_EXPORTER_OTLP_CERTIFICATE": "/nowhere.pem"}, "OTEL_EXPORTER_OTLP_CERTIFICATE=/nowhere.pem"),
+        ({"OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "0"}, "OTEL_BSP_MAX_EXPORT_BATCH_SIZE=0"),
+        ({"OTEL_TRACES_EXPORTER": "zipkin"}, "OTEL_TRACES_EXPORTER=zipkin"),
     ],
 )
 def test_a_variable_that_cannot_be_used_is_refused_by_name(environ, said):
@@ -111,3 +117,30 @@ def test_opentelemetrys_variables_say_where_traces_go():
     export = tracing_config("http://flag:4317", more).export
     assert export.headers == {"authorization": "Bearer x", "b": "2"}
     assert export.resource == {"zone": "a"}
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "insecure", "reached"),
+    [
+        ("collector:4317", "", "http://collector:4317"),
+        ("collector:4317", "false", "https://collector:4317"),
+        ("https://collector:4317", "true", "https://collector:4317"),
+    ],
+)
+def test_whether_tls_is_used_is_the_schemes_word_or_else_the_variables(endpoint, insecure, reached):
+    environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_EXPORTER_OTLP_INSECURE": insecure}
+    assert tracing_config("", environ).export.endpoint == reached
+
+
+def test_a_variable_that_does_nothing_here_is_told_of():
+    environ = {
+        "OTEL_PROPAGATORS": "b3",
+        "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT": "4",
+        "OTEL_METRICS_EXPORTER": "none",
+        "OTEL_SERVICE_NAME": "edge",
+    }
+    assert tracing_config("", environ).ignored == ("OTEL_PROPAGATORS", "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT")
+    with structlog.testing.capture_logs() as logs:
+        warn_of_ignored(("OTEL_PROPAGATORS",))
+        warn_of_ignored(())
+    assert [(line["event"], line["variables"]) for line in logs] == [("otel_variables_ignored", ["OTEL_PROPAGATORS"])]

@@ -7,7 +7,7 @@ import urllib.request
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
+from prometheus_client.parser import text_string_to_metric_families
 
 from shared.net.http import MAX_CALLS, HttpDoor
 from shared.net.server import BindError
@@ -142,27 +142,17 @@ def test_a_loop_that_is_held_up_is_late() -> None:
     assert histogram.total >= INTERVAL_S / 4
 
 
-def door(port: int = 0, *, healthy: bool | None = None) -> HttpDoor:
+def door(port: int = 0) -> HttpDoor:
     exposition = Exposition([metrics.PROMPT_TOKENS], {"prompt_tokens_total": lambda: 7})
-    return HttpDoor(
-        "127.0.0.1", port, exposition, flag="--metrics-port", healthy=None if healthy is None else lambda: healthy
-    )
+    return HttpDoor("127.0.0.1", port, exposition, flag="--metrics-port")
 
 
 @pytest.mark.parametrize(
-    ("path", "healthy", "status"),
-    [
-        ("/metrics", None, 200),
-        ("/health", True, 200),
-        ("/health", False, 503),
-        ("/health", None, 404),
-        ("/", None, 404),
-        ("/metrics/../etc/passwd", None, 404),
-    ],
+    ("path", "status"), [("/metrics", 200), ("/health", 404), ("/", 404), ("/metrics/../etc/passwd", 404)]
 )
-def test_the_http_door_answers_what_it_has(path: str, healthy: bool | None, status: int) -> None:
+def test_the_http_door_answers_what_it_has(path: str, status: int) -> None:
     async def run() -> tuple[int, str]:
-        opened = door(healthy=healthy)
+        opened = door()
         try:
             return await asyncio.to_thread(fetch, opened.address, path)
         finally:
@@ -209,15 +199,24 @@ def test_callers_who_make_no_sense_hold_up_neither_the_loop_nor_the_others(sent:
     asyncio.run(run())
 
 
+ACCEPTED = {
+    "prometheus 2": "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
+    "text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+    "prometheus 3": "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,"
+    "text/plain;version=0.0.4;q=0.3",
+    "curl": "*/*",
+}
+
+
+@pytest.mark.parametrize("accept", ACCEPTED.values(), ids=ACCEPTED.keys())
 @pytest.mark.parametrize("service", list(EXPORTED))
-def test_what_prometheus_3_asks_for_is_valid_openmetrics(service: str) -> None:
+def test_whoever_asks_gets_the_names_that_the_dashboard_queries(service: str, accept: str) -> None:
     def reading(metric: Metric) -> Reading:
         if metric.kind == "histogram":
             return Histogram(metric)
         return {tuple("x" for _ in metric.labels): 1} if metric.labels else 1
 
     readings = {metric.name: lambda metric=metric: reading(metric) for metric in EXPORTED[service]}
-    accept = "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,text/plain;version=0.0.4;q=0.3"
 
     async def run() -> tuple[str, str]:
         opened = HttpDoor("127.0.0.1", 0, Exposition(EXPORTED[service], readings), flag="--port")
@@ -233,7 +232,7 @@ def test_what_prometheus_3_asks_for_is_valid_openmetrics(service: str) -> None:
             opened.close()
 
     kind, text = asyncio.run(run())
-    assert kind.startswith("application/openmetrics-text")
-    families = {family.name: family.type for family in openmetrics(text)}
-    assert len(families) == len(EXPORTED[service])
+    assert kind.startswith("text/plain; version=0.0.4")
+    families = {family.name + "_total" * (family.type == "counter") for family in text_string_to_metric_families(text)}
+    assert families == {metric.full_name for metric in EXPORTED[service]}
     assert "_created" not in text

@@ -1,19 +1,24 @@
 """Traces on their way to a collector: what is sent, and what a collector that does not take them costs."""
 
 import contextlib
+import gzip
 import socket
+import ssl
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import grpc
 import pytest
 import structlog
+import trustme
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTracePartialSuccess,
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
 )
 
+from shared.config import ConfigError
 from shared.config.otel import ExportConfig
 from shared.telemetry.otlp import Exporter, SendError, encode
 from shared.telemetry.spans import Span, Trace
@@ -89,30 +94,90 @@ def test_a_collector_receives_them_over_grpc():
         assert collector.metadata["authorization"] == "Bearer x"
 
 
-def test_a_collector_receives_them_over_http():
-    posted = []
+class Posted:
+    """An HTTP collector: what was posted to it."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            posted.append((self.path, self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.end_headers()
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        bodies = self.bodies = []
 
-        def log_message(self, *_):
-            pass
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                bodies.append((self.path, self.headers["Content-Encoding"], body))
+                self.send_response(200)
+                self.end_headers()
 
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        exporter = Exporter(config(f"http://127.0.0.1:{server.server_port}/v1/traces", protocol="http/protobuf"))
+            def log_message(self, *_):
+                pass
+
+        self._server = HTTPServer(("127.0.0.1", 0), Handler)
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
+        self.port = self._server.server_port
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.mark.parametrize("gzipped", [False, True])
+def test_a_collector_receives_them_over_http(gzipped):
+    with Posted() as server:
+        endpoint = f"http://127.0.0.1:{server.port}/v1/traces"
+        exporter = Exporter(config(endpoint, protocol="http/protobuf", gzip=gzipped))
         exporter.add(trace())
         exporter.close(5)
-    finally:
-        server.shutdown()
-        server.server_close()
-    [(path, body)] = posted
-    assert path == "/v1/traces"
+    [(path, encoding, body)] = server.bodies
+    assert (path, encoding) == ("/v1/traces", "gzip" if gzipped else None)
+    body = gzip.decompress(body) if gzipped else body
     assert spans_of(ExportTraceServiceRequest.FromString(body)).keys() == {"generate", "schedule", "queue"}
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    """Files of an authority and of a client that it vouches for, and the server's side of both."""
+    folder, authority = tmp_path_factory.mktemp("tls"), trustme.CA()
+    client, server = authority.issue_cert("client"), authority.issue_cert("localhost", "127.0.0.1")
+    names = {name: str(folder / f"{name}.pem") for name in ("certificate", "client_key", "client_certificate")}
+    authority.cert_pem.write_to_path(names["certificate"])
+    client.private_key_pem.write_to_path(names["client_key"])
+    client.cert_chain_pems[0].write_to_path(names["client_certificate"])
+    return names, authority, server
+
+
+def test_a_collector_behind_tls_that_asks_for_a_certificate_receives_them_over_grpc(certificates):
+    files, authority, server = certificates
+    pair = (server.private_key_pem.bytes(), server.cert_chain_pems[0].bytes())
+    credentials = grpc.ssl_server_credentials([pair], authority.cert_pem.bytes(), require_client_auth=True)
+    with Collector(credentials) as collector:
+        for more, sent in ((files, 3), ({"certificate": files["certificate"]}, 0)):
+            exporter = Exporter(config(f"https://{collector.address}", timeout_s=2, gzip=True, **more))
+            exporter.add(trace())
+            exporter.close(5)
+            assert exporter.sent_spans == sent
+
+
+def test_a_collector_behind_tls_that_asks_for_a_certificate_receives_them_over_http(certificates):
+    files, authority, server = certificates
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.configure_cert(tls)
+    authority.configure_trust(tls)
+    tls.verify_mode = ssl.CERT_REQUIRED
+    with Posted(tls) as collector:
+        exporter = Exporter(config(f"https://localhost:{collector.port}/v1/traces", protocol="http/protobuf", **files))
+        exporter.add(trace())
+        exporter.close(5)
+    assert exporter.sent_spans == 3
+
+
+def test_certificates_that_are_none_are_refused_at_the_start(tmp_path):
+    (tmp_path / "bad.pem").write_text("nothing of the kind")
+    with pytest.raises(ConfigError, match="cannot be sent to https://localhost"):
+        Exporter(config("https://localhost", protocol="http/protobuf", certificate=str(tmp_path / "bad.pem")))
 
 
 def test_a_dead_collector_costs_its_traces_and_no_time():

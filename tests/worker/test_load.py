@@ -2,7 +2,6 @@ import asyncio
 import math
 import os
 import signal
-from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -129,16 +128,15 @@ def test_a_pool_takes_half_of_its_share_of_the_free_memory_at_most_and_the_conte
 
 
 def test_weights_are_kept_twice_only_beside_all_that_was_asked_for():
-    spec = SimpleNamespace(num_parameters=1000)
     weights = 1000 * LAYOUT.dtype.itemsize
     enough = weights + math.ceil(weights / SECOND_COPY_SHARE)
     told = WorkerConfig(num_gpu_blocks_override=3)
     pool = 3 * LAYOUT.bytes_per_block
-    assert has_room_twice(WorkerConfig(), spec, LAYOUT, enough)
-    assert not has_room_twice(WorkerConfig(), spec, LAYOUT, enough - 1)
-    assert has_room_twice(told, spec, LAYOUT, enough + pool)
-    assert not has_room_twice(told, spec, LAYOUT, enough + pool - 1)
-    assert not has_room_twice(WorkerConfig(kv_cache_memory_bytes=pool), spec, LAYOUT, enough + pool - 1)
+    assert has_room_twice(WorkerConfig(), 1000, LAYOUT, enough)
+    assert not has_room_twice(WorkerConfig(), 1000, LAYOUT, enough - 1)
+    assert has_room_twice(told, 1000, LAYOUT, enough + pool)
+    assert not has_room_twice(told, 1000, LAYOUT, enough + pool - 1)
+    assert not has_room_twice(WorkerConfig(kv_cache_memory_bytes=pool), 1000, LAYOUT, enough + pool - 1)
 
 
 def test_windows_make_room_for_contexts_beyond_the_pool():

@@ -5,6 +5,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from services.worker.metrics import WorkerMetrics
 from services.worker.models.costs import costs_of
 from services.worker.models.registry import translate
+from services.worker.models.size import sizes_of
 from services.worker.plan import StepResult
 from services.worker.work import StepCosts, WorkMeter
 from shared.telemetry.metrics import CACHE_CONFIG_INFO
@@ -79,7 +80,7 @@ def test_a_models_costs_follow_from_its_shape():
     costs = costs_of(spec, 2)
     matrices = 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16)
     norms = 2 * 2 * 8 + 8
-    assert spec.num_parameters == matrices + 2 * 32 * 8 + norms
+    assert sizes_of(spec).total == matrices + 2 * 32 * 8 + norms
     assert (costs.flops_per_token, costs.layer_bytes) == (2 * matrices, 2 * matrices)
     assert (costs.flops_per_logits, costs.head_bytes) == (2 * 32 * 8, 2 * 32 * 8)
     assert (costs.kv_bytes_per_position, dict(costs.windows)) == (2 * 4 * 2, {None: 2})

@@ -24,6 +24,7 @@ from kernels.cpu.compiled.threads import (
     COUNT,
     NUMBER,
     bits_at,
+    float32_at,
     inlined,
     int32_at,
     int64_at,
@@ -32,7 +33,7 @@ from kernels.cpu.compiled.threads import (
     structure,
     this_thread,
 )  # fmt: skip
-from kernels.cpu.compiled.vectors import LANES, add_weighted, dot_heads, exp, narrow, prefetch_page, widen
+from kernels.cpu.compiled.vectors import LANES, add_weighted, dot_heads, exp, narrow, prefetch_page, tanh, widen
 
 REGISTERS = 16
 """Vectors that the sums of the heads attended together may fill; the rest of 32 holds values and weights."""
@@ -42,7 +43,7 @@ _Arguments = structure(
     "_Arguments",
     q=ADDRESS, out=ADDRESS, pages=ADDRESS, block_bytes=COUNT, value_bytes=COUNT, num_tokens=COUNT, num_kv_heads=COUNT,
     tokens=ADDRESS, contexts=ADDRESS, firsts=ADDRESS, tables=ADDRESS, num_rows=COUNT, max_blocks=COUNT,
-    borders=ADDRESS, scale=NUMBER,
+    borders=ADDRESS, slopes=ADDRESS, sinks=ADDRESS, scale=NUMBER, soft_cap=NUMBER,
 )  # fmt: skip
 
 
@@ -84,8 +85,19 @@ def plan_rows(
     )
 
 
-def attend(q: Tensor, out: Tensor, pool: Tensor, layer_id: int, rows: DecodeRows, scale: float) -> None:
-    """Writes the rows' tokens of `out`; q and out are [tokens, heads, head_dim], contiguous."""
+def attend(
+    q: Tensor,
+    out: Tensor,
+    pool: Tensor,
+    layer_id: int,
+    rows: DecodeRows,
+    scale: float,
+    soft_cap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> None:
+    """Writes the rows' tokens of `out`; q and out are [tokens, heads, head_dim], contiguous. kernels.ops.attention says
+    what is made of the scores."""
     num_tokens, num_heads, head_dim = q.shape
     _, _, _, num_kv_heads, block_size, _ = pool.shape
     block_bytes, layer_bytes, value_bytes = (stride * pool.element_size() for stride in pool.stride()[:3])
@@ -93,7 +105,8 @@ def attend(q: Tensor, out: Tensor, pool: Tensor, layer_id: int, rows: DecodeRows
     decode(
         q.data_ptr(), out.data_ptr(), pool.data_ptr() + layer_id * layer_bytes, block_bytes, value_bytes,
         num_tokens, num_kv_heads, rows.tokens.ctypes.data, rows.contexts.ctypes.data, rows.firsts.ctypes.data,
-        rows.tables.ctypes.data, *rows.tables.shape, rows.borders.ctypes.data, scale,
+        rows.tables.ctypes.data, *rows.tables.shape, rows.borders.ctypes.data,
+        *(0 if each is None else each.data_ptr() for each in (alibi_slopes, sinks)), scale, soft_cap,
         num_shares=rows.num_shares,
     )  # fmt: skip
 
@@ -120,8 +133,25 @@ def _score(keys, block_bytes, table, first, end, queries, scores, together, grou
 
 
 @inlined
-def _softmax(scores, count):
-    """Each row's first `count` columns become weights that sum to one. Up to 15 columns behind them are overwritten."""
+def _reshape_scores(scores, count, soft_cap, slopes, first_head):
+    """Caps the first `count` scores of each head where `soft_cap` is not 0, and slants them by the head's slope where
+    there is an address of slopes; the last score is the query's own."""
+    num_heads = scores.shape[0]
+    if soft_cap > np.float32(0):
+        for head in range(num_heads):
+            for at in range(count):
+                scores[head, at] = soft_cap * tanh(scores[head, at] / soft_cap)
+    if slopes != 0:
+        slope = float32_at(slopes, (first_head + num_heads,))
+        for head in range(num_heads):
+            for at in range(count):
+                scores[head, at] += slope[first_head + head] * np.float32(at - count + 1)
+
+
+@inlined
+def _softmax(scores, count, sinks, first_head):
+    """Each row's first `count` columns become weights that sum to one, less what the head's sink takes where there is
+    an address of sinks. Up to 15 columns behind them are overwritten."""
     padded = (count + LANES - 1) // LANES * LANES
     largest = np.empty(LANES, np.float32)
     for head in range(scores.shape[0]):
@@ -132,6 +162,10 @@ def _softmax(scores, count):
                 largest[lane] = max(largest[lane], scores[head, at + lane])
         top = largest.max()
         total = np.float32(0)
+        if sinks != 0:
+            sink = float32_at(sinks, (first_head + scores.shape[0],))[first_head + head]
+            top = max(top, sink)
+            total = exp(sink - top)
         for at in range(count):
             weight = exp(scores[head, at] - top)
             scores[head, at] = weight
@@ -190,7 +224,8 @@ def _decode_kernel(heads_per_kv: int, head_dim: int, block_size: int) -> Callabl
                     keys, given.block_bytes, table, first, end, queries, scores, together, groups, head_dim, block_size
                 )
                 prefetch_page(values + table[first // block_size] * given.block_bytes, block_size, head_dim)
-                _softmax(scores, end - first)
+                _reshape_scores(scores, end - first, given.soft_cap, given.slopes, head)
+                _softmax(scores, end - first, given.sinks, head)
                 sums[:] = np.float32(0)
                 _weigh(
                     values, given.block_bytes, table, first, end, scores, sums, together, groups, head_dim, block_size

@@ -139,6 +139,11 @@ def bits_at(address, shape):
 
 
 @inlined
+def float32_at(address, shape):
+    return numba.carray(_pointer(address, types.float32), shape)
+
+
+@inlined
 def int64_at(address, shape):
     return numba.carray(_pointer(address, types.int64), shape)
 

@@ -15,6 +15,7 @@ from ops.bench.gpu.shapes import LLAMA_8B, TOY
 from services.worker.memory.layout import layout_of
 from services.worker.memory.pool import allocate_pool
 from services.worker.models.decoder import Decoder, random_decoder
+from services.worker.models.size import sizes_of
 
 BLOCK = 16
 NUM_KERNELS = 16
@@ -41,7 +42,7 @@ def _decode(device: Device, decoder: Decoder, batch: int, context: int, ceilings
     pool = allocate_pool(layout, batch * layout.blocks_for(context), device.name).pages
     pool.normal_()
     prepared = decoder.prepare(build_batch([(1, context)] * batch, BLOCK, vocab_size=decoder.spec.vocab_size), pool)
-    weight_bytes = (decoder.spec.num_parameters - decoder.spec.vocab_size * decoder.spec.hidden_size) * 2
+    weight_bytes = (sizes_of(decoder.spec).total - decoder.spec.vocab_size * decoder.spec.hidden_size) * 2
     floor_us = (weight_bytes + batch * context * layout.bytes_per_token) / ceilings["memory_gb_per_s"] / 1e3
     eager_us = device.eager_us(lambda: decoder.compute(prepared))
     graph_us = device.median_us([lambda: decoder.compute(prepared)])

@@ -134,6 +134,7 @@ def load_of(message: pb.LinkLoad) -> Load:
         kv_blocks_free=message.kv_blocks_free,
         kv_blocks_cached=message.kv_blocks_cached,
         kv_blocks_referenced=message.kv_blocks_referenced,
+        waiting_by_reason=dict(message.waiting_by_reason),
     )
 
 
@@ -163,8 +164,6 @@ def _durations_of(message: pb.PhaseDurations) -> Durations:
         prefill_ns=message.prefill_ns,
         decode_ns=message.decode_ns,
         preemptions=message.preemptions,
-        prefill_steps=message.prefill_steps,
-        decode_steps=message.decode_steps,
         queue_reason_ns=dict(message.queue_reason_ns),
         segments=tuple(
             Segment(
@@ -173,6 +172,11 @@ def _durations_of(message: pb.PhaseDurations) -> Durations:
                 steps=segment.steps,
                 rows=segment.rows,
                 device_ns=segment.device_ns,
+                chunks=segment.chunks,
+                computed_tokens=segment.computed_tokens,
+                cached_tokens=segment.cached_tokens,
+                sampled_tokens=segment.sampled_tokens,
+                preemptions=segment.preemptions,
                 reason_ns=dict(segment.reason_ns),
             )
             for segment in message.segments

@@ -27,7 +27,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True):
-    """A stretch of a request's time in one phase, and the steps of its worker group that ended in it; see
+    """A stretch of a request's time in one phase, the steps of its worker group that ended in it, and its own work; see
     scheduling.proto."""
 
     phase: str
@@ -35,6 +35,11 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
     steps: int = 0
     rows: int = 0
     device_ns: int = 0
+    chunks: int = 0
+    computed_tokens: int = 0
+    cached_tokens: int = 0
+    sampled_tokens: int = 0
+    preemptions: int = 0
     reason_ns: Mapping[str, int] = {}
 
 
@@ -46,8 +51,6 @@ class Durations(msgspec.Struct, frozen=True, kw_only=True):
     prefill_ns: int = 0
     decode_ns: int = 0
     preemptions: int = 0
-    prefill_steps: int = 0
-    decode_steps: int = 0
     queue_reason_ns: Mapping[str, int] = {}
     segments: tuple[Segment, ...] = ()
 
@@ -108,6 +111,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     kv_blocks_free: int = 0
     kv_blocks_cached: int = 0
     kv_blocks_referenced: int = 0
+    waiting_by_reason: Mapping[str, int] = {}
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):

@@ -34,7 +34,9 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
     """A stretch of a request's time in one phase ("queue", "prefill" or "decode").
 
     `steps`, `rows` and `device_ns` are of the steps that its worker group finished meanwhile: how many, the rows in all
-    of them, and how long they ran. `reason_ns` says why it waited, where the phase is queue.
+    of them, and how long they ran. The others are the request's own: the rows that computed for it (`chunks`) and
+    their tokens, those that it found in the cache, those that it sampled, and the preemptions that cut in. `reason_ns`
+    says why it waited, where the phase is queue.
     """
 
     phase: str
@@ -42,6 +44,11 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
     steps: int = 0
     rows: int = 0
     device_ns: int = 0
+    chunks: int = 0
+    computed_tokens: int = 0
+    cached_tokens: int = 0
+    sampled_tokens: int = 0
+    preemptions: int = 0
     reason_ns: dict[str, int] = {}
 
 
@@ -56,8 +63,6 @@ class Durations(msgspec.Struct, frozen=True, kw_only=True):
     prefill_ns: int = 0
     decode_ns: int = 0
     preemptions: int = 0
-    prefill_steps: int = 0
-    decode_steps: int = 0
     queue_reason_ns: dict[str, int] = {}
     segments: tuple[Segment, ...] = ()
 

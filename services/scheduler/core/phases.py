@@ -72,19 +72,30 @@ class _Stretch:
     phase: Phase
     ns: int = 0
     work: list[int] = field(default_factory=lambda: [0, 0, 0])
+    own: list[int] = field(default_factory=lambda: [0, 0, 0, 0, 0])
     reason_ns: dict[str, int] = field(default_factory=dict)
 
     def seal(self) -> Segment:
         steps, rows, device_ns = self.work
-        name = self.phase.name.lower()
+        chunks, computed, cached, sampled, preemptions = self.own
         return Segment(
-            phase=name, ns=self.ns, steps=steps, rows=rows, device_ns=device_ns, reason_ns=dict(self.reason_ns)
+            phase=self.phase.name.lower(),
+            ns=self.ns,
+            steps=steps,
+            rows=rows,
+            device_ns=device_ns,
+            chunks=chunks,
+            computed_tokens=computed,
+            cached_tokens=cached,
+            sampled_tokens=sampled,
+            preemptions=preemptions,
+            reason_ns=dict(self.reason_ns),
         )
 
 
 @dataclass(slots=True)
 class Ledger:
-    """One request's time. `in_phase[p]` counts its live samples in phase p."""
+    """One request's time, and its own work meanwhile. `in_phase[p]` counts its live samples in phase p."""
 
     since_ns: int
     num_samples: int
@@ -96,11 +107,15 @@ class Ledger:
     phase: Phase = Phase.QUEUE
     reading: dict[WaitReason, int] = field(init=False)
     work_before: tuple[int, int, int] = field(init=False)
+    own_before: tuple[int, ...] = (0, 0, 0, 0, 0)
     own_reason: WaitReason | None = None
     """Why the request waits from now on, whatever the queue says: a lost worker, or one that overtook it."""
     preemptions: int = 0
-    prefill_steps: int = 0
-    decode_steps: int = 0
+    chunks: int = 0
+    """Rows of steps that computed for it, and their tokens; those found in the cache; those it sampled."""
+    computed_tokens: int = 0
+    cached_tokens: int = 0
+    sampled_tokens: int = 0
 
     def __post_init__(self) -> None:
         self.started_ns = self.since_ns
@@ -150,8 +165,6 @@ class Ledger:
             prefill_ns=prefill,
             decode_ns=decode,
             preemptions=self.preemptions,
-            prefill_steps=self.prefill_steps,
-            decode_steps=self.decode_steps,
             queue_reason_ns=reason_ns,
             segments=tuple(stretch.seal() for stretch in self.stretches),
         )
@@ -175,6 +188,9 @@ class Ledger:
         done = self.clock.work
         stretch.work = [had + now - then for had, now, then in zip(stretch.work, done, self.work_before, strict=True)]
         self.work_before = done
+        own = (self.chunks, self.computed_tokens, self.cached_tokens, self.sampled_tokens, self.preemptions)
+        stretch.own = [had + now - then for had, now, then in zip(stretch.own, own, self.own_before, strict=True)]
+        self.own_before = own
         if self.phase is not Phase.QUEUE:
             return
         if self.own_reason is not None:

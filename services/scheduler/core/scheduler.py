@@ -261,6 +261,7 @@ class Scheduler:
         sample.planned = sample.computed = sample.num_indexed * group.spec.block_size
         sample.move(Status.RUNNING)
         self._move_phase(sample, Phase.PREFILL, group, now_ns)
+        sample.request.ledger.cached_tokens += sample.planned
         if sample.request.cached_tokens is None:
             sample.request.cached_tokens = sample.planned
         if not sample.incarnation and not sample.wants_prompt_logprobs and self.config.enable_prefix_caching:
@@ -311,12 +312,11 @@ class Scheduler:
             sample.unknown -= 1
             sample.tokens.append(token)
         if sample.incarnation == flight.incarnations[row]:
-            sample.computed += flight.plan.counts[row]
+            count = flight.plan.counts[row]
+            sample.computed += count
             ledger = sample.request.ledger
-            if sample.phase is Phase.DECODE:
-                ledger.decode_steps += 1
-            else:
-                ledger.prefill_steps += 1
+            ledger.chunks += 1
+            ledger.computed_tokens += count
             if sample.computed // group.spec.block_size > sample.num_indexed:
                 group.index_full_blocks(sample, sample.computed)
         if token is not None:
@@ -332,6 +332,7 @@ class Scheduler:
             prompt_logprobs = tuple(sample.prompt_logprobs)
             sample.wants_prompt_logprobs = False
             sample.prompt_logprobs = []
+        request.ledger.sampled_tokens += 1
         if sample.phase is Phase.PREFILL:
             self._move_phase(sample, Phase.DECODE, group, now_ns)
         self._events.append(

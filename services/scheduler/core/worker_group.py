@@ -43,6 +43,7 @@ class GroupLoad(msgspec.Struct, frozen=True, kw_only=True):
     kv_blocks_free: int
     kv_blocks_cached: int
     kv_blocks_referenced: int
+    waiting_by_reason: dict[str, int] = {}
 
 
 @dataclass(slots=True)
@@ -176,6 +177,7 @@ class WorkerGroup:
             kv_blocks_free=len(pool.free),
             kv_blocks_cached=len(pool.cached),
             kv_blocks_referenced=pool.num_referenced,
+            waiting_by_reason={reason.value: count for reason, count in self.waiting_by_reason().items()},
         )
 
     def waiting_by_reason(self) -> Counter[WaitReason]:

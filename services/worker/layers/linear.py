@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from kernels.ops.activation import Activation, activate, activate_and_mul
+from kernels.ops.forms import Products
 from kernels.ops.linear import PackedGate, PackedLinear, gated_linear, linear, linear_add, pack_gated, pack_linear
 
 
@@ -30,3 +32,31 @@ class GatedLinear:
 
     def __call__(self, x: Tensor, *, exact: bool) -> Tensor:
         return gated_linear(x, self.packed, exact=exact)
+
+    def products(self) -> Products:
+        return [("gated_linear", self.packed)]
+
+
+class ActivatedLinear:
+    """y = act(x · Wᵀ + b) or, `gated`, act(g) * u with [g, u] = x · Wᵀ + b."""
+
+    __slots__ = ("activation", "gated", "linear")
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        activation: Activation,
+        gated: bool,
+        by_rows: bool = False,
+    ) -> None:
+        self.linear = Linear(weight, bias, by_rows=by_rows)
+        self.activation, self.gated = activation, gated
+
+    def __call__(self, x: Tensor, *, exact: bool) -> Tensor:
+        function = activate_and_mul if self.gated else activate
+        return function(self.linear(x, exact=exact), self.activation, exact=exact)
+
+    def products(self) -> Products:
+        return [("linear", self.linear.packed)]

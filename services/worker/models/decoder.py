@@ -1,4 +1,4 @@
-"""The one decoder, built from a spec: embed, for each layer attend and feed forward, norm, project to logits."""
+"""The one decoder, built from a spec: embed, run the layers, norm, project to logits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +10,10 @@ from torch import Tensor
 from kernels.ops import choice
 from kernels.ops.attention import plan_attention, plan_decode, plan_mixed
 from kernels.ops.forms import Products
-from services.worker.layers.attention import Attention, AttentionStep
-from services.worker.layers.linear import GatedLinear, Linear
-from services.worker.layers.mlp import GatedMlp
-from services.worker.layers.norm import RmsNorm
-from services.worker.layers.positions import RopeTable
+from services.worker.layers.attention import AttentionStep
+from services.worker.layers.linear import Linear
+from services.worker.layers.positions import Learned, Places, Turns
+from services.worker.models.build import LayerBuilder
 from services.worker.models.registry import translate
 from services.worker.models.spec import Family, ModelSpec
 from services.worker.models.weights import CheckpointWeights, Progress, RandomWeights, WeightSource
@@ -95,29 +94,13 @@ class MixedRows:
 
 @dataclass(frozen=True, slots=True)
 class PreparedStep:
-    """A batch on the device: what `Decoder.compute` needs, and nothing that it has to wait for. `logit_rows` None: all
-    tokens want logits."""
+    """A batch on the device: what `Decoder.compute` needs, and nothing that it has to wait for. `added` [T,
+    hidden_size], if any, goes to the embeddings; `logit_rows` None: all tokens want logits."""
 
     attention: AttentionStep
     token_ids: Tensor
+    added: Tensor | None
     logit_rows: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderLayer:
-    """One pre-norm block."""
-
-    attention_norm: RmsNorm
-    attention: Attention
-    mlp_norm: RmsNorm
-    mlp: GatedMlp
-
-    def forward(self, hidden: Tensor, step: AttentionStep, wanted: Tensor | None = None) -> Tensor:
-        """`wanted` [S]: of these tokens only; behind the last layer nobody needs the others."""
-        hidden = self.attention.add(self.attention_norm(hidden, exact=step.exact), hidden, step, wanted)
-        if hidden.shape[0] == 0:
-            return hidden
-        return self.mlp.add(self.mlp_norm(hidden, exact=step.exact), hidden, exact=step.exact)
 
 
 class Decoder:
@@ -131,20 +114,24 @@ class Decoder:
     ) -> None:
         self.spec: ModelSpec = family.spec
         self.dtype, self.device = dtype, torch.device(device)
-        groups = group_layers(self.spec.windows)
-        self._windows = groups.windows
-        names = family.names
-        head_name = names.head if weights.has(names.head) else names.embedding
-        embedding_name = names.embedding if weights.has(names.embedding) else names.head
-        self._embedding = weights.take(embedding_name).to(device)
-        self._layers = [
-            _build_layer(family, layer_id, groups.places[layer_id], weights, device, by_rows)
-            for layer_id in range(self.spec.num_layers)
-        ]
-        self._norm = RmsNorm(weights.take(names.final_norm).to(device), self.spec.norm_eps)
-        head = self._embedding if head_name == embedding_name else weights.take(head_name).to(device)
-        self._head = Linear(head, by_rows=by_rows or head is self._embedding)
-        self._rope = RopeTable(self.spec.rope, self.spec.head_dim, dtype, device)
+        self._windows = group_layers(self.spec.windows).windows
+        build = LayerBuilder(family, weights, str(device), by_rows)
+        spec, names = self.spec, build.names
+        head_name, embedding_name = f"{names.head}.weight", f"{names.base}{names.embedding}.weight"
+        head_name = head_name if weights.has(head_name) else embedding_name
+        embedding_name = embedding_name if weights.has(embedding_name) else head_name
+        self._embedding = build.take(embedding_name)
+        self._embedding_scale = float(torch.tensor(spec.embedding_scale, dtype=dtype))
+        self._embedding_norm = build.norm(names.base + names.embedding_norm) if spec.embedding_norm else None
+        self._project_in = build.plain(names.base + names.project_in) if spec.embedding_width else None
+        learned = build.take(f"{names.base}{names.positions}.weight") if isinstance(spec.positions, Learned) else None
+        self._places = Places(spec.positions, spec.hidden_size, dtype, device, learned)
+        self._layers = [build.layer(layer_id) for layer_id in range(spec.num_layers)]
+        self._norm = build.norm(names.base + names.final_norm) if spec.final_norm else None
+        self._project_out = build.plain(names.base + names.project_out) if spec.embedding_width else None
+        head = self._embedding if head_name == embedding_name else build.take(head_name)
+        bias = build.take(f"{names.head}.bias") if spec.head_bias else None
+        self._head = Linear(head, bias, by_rows=by_rows or head is self._embedding)
         self.layers_done = 0
         """Over all forwards: tells a slow step from a stuck one."""
         self._pairs_lone_rows = not choice.is_fused(self._embedding)
@@ -164,7 +151,10 @@ class Decoder:
         """Everything that comes from the host, and what all layers share."""
         exact = batch.exact or self.dtype == torch.float32
         logit_rows = batch.logit_rows.to(self.device, non_blocking=True)
-        return PreparedStep(self._plan(batch, pool, exact), self._per_token(batch.token_ids, exact), logit_rows)
+        positions, end = self._per_token(batch.positions, exact), max(batch.context_lens)
+        step = self._plan(batch, pool, self._places.turns(positions, end), exact)
+        added = self._places.rows(positions, end)
+        return PreparedStep(step, self._per_token(batch.token_ids, exact), added, logit_rows)
 
     @torch.inference_mode()
     def compute(self, prepared: PreparedStep) -> Tensor:
@@ -172,25 +162,48 @@ class Decoder:
         return self._logits(prepared).float()
 
     def _logits(self, prepared: PreparedStep) -> Tensor:
-        """In the decoder's dtype, [S, vocab_size]."""
+        """[S, vocab_size], in the decoder's dtype or wider."""
         step, exact = prepared.attention, prepared.attention.exact
-        hidden = self._embedding.index_select(0, prepared.token_ids)
+        hidden = self._embedded(prepared, exact)
         for layer in self._layers[:-1]:
             hidden = layer.forward(hidden, step)
             self.layers_done += 1
         hidden = self._layers[-1].forward(hidden, step, prepared.logit_rows)
         if hidden.shape[0] == 0:
             return hidden.new_empty((0, self.spec.vocab_size))
-        return self._head(self._norm(hidden, exact=exact), exact=exact)
+        if self._norm is not None:
+            hidden = self._norm(hidden, exact=exact)
+        if self._project_out is not None:
+            hidden = self._project_out(hidden, exact=exact)
+        return self._rescaled(self._head(hidden, exact=exact))
+
+    def _embedded(self, prepared: PreparedStep, exact: bool) -> Tensor:
+        hidden = self._embedding.index_select(0, prepared.token_ids)
+        if self._embedding_scale != 1:
+            hidden = hidden * self._embedding_scale
+        if self._project_in is not None:
+            hidden = self._project_in(hidden, exact=exact)
+        if prepared.added is not None:
+            hidden = hidden + prepared.added
+        return hidden if self._embedding_norm is None else self._embedding_norm(hidden, exact=exact)
+
+    def _rescaled(self, logits: Tensor) -> Tensor:
+        scale, cap = self.spec.logit_scale, self.spec.logit_soft_cap
+        if scale == 1 and cap == 0:
+            return logits
+        logits = logits.float() * scale
+        return torch.tanh(logits / cap) * cap if cap > 0 else logits
 
     def products(self) -> Products:
         """Each of its products once, by operation and shape: one layer stands for all."""
-        layer = self._layers[0]
+        attention, mlp = self._layers[0].attention, self._layers[0].mlp
+        projections = [each.packed for each in (self._project_in, self._project_out) if each is not None]
         return [
-            ("linear", layer.attention.qkv.packed),
-            ("linear_add", layer.attention.out.packed),
-            ("gated_linear", layer.mlp.gate_up.packed),
-            ("linear_add", layer.mlp.down.packed),
+            ("linear", attention.qkv.packed),
+            ("linear", attention.out.packed),
+            ("linear_add", attention.out.packed),
+            *mlp.products(),
+            *(("linear", packed) for packed in projections),
             ("linear", self._head.packed),
         ]
 
@@ -201,7 +214,7 @@ class Decoder:
 
     def reserve(self, max_model_len: int) -> None:
         """Before anything is captured: whatever would grow with a context."""
-        self._rope.reserve(max_model_len)
+        self._places.reserve(max_model_len)
 
     @torch.inference_mode()
     def decode(self, rows: DecodeRows, pool: Tensor, out: Tensor) -> None:
@@ -209,7 +222,6 @@ class Decoder:
 
         A row's logits may differ in their last bits from those of `forward`: not for exact steps.
         """
-        cos, sin = self._rope.gather(rows.positions, 0)
         plans = tuple(
             plan_decode(
                 pool,
@@ -222,13 +234,12 @@ class Decoder:
             )
             for group, window in enumerate(self._windows)
         )
-        step = AttentionStep(pool, plans, cos, sin, exact=False)
-        out.copy_(self._logits(PreparedStep(step, rows.token_ids, None)))
+        step = AttentionStep(pool, plans, self._places.turns(rows.positions, 0), exact=False)
+        out.copy_(self._logits(PreparedStep(step, rows.token_ids, self._places.rows(rows.positions, 0), None)))
 
     @torch.inference_mode()
     def compute_mixed(self, rows: MixedRows, pool: Tensor, out: Tensor) -> None:
         """The same of a step with prompt tokens: the logits of `logit_rows` to `out` [S, vocab_size]."""
-        cos, sin = self._rope.gather(rows.positions, 0)
         plans = tuple(
             plan_mixed(
                 pool,
@@ -244,12 +255,12 @@ class Decoder:
             )
             for group, window in enumerate(self._windows)
         )
-        step = AttentionStep(pool, plans, cos, sin, exact=False)
-        out.copy_(self._logits(PreparedStep(step, rows.token_ids, rows.logit_rows)))
+        step = AttentionStep(pool, plans, self._places.turns(rows.positions, 0), exact=False)
+        added = self._places.rows(rows.positions, 0)
+        out.copy_(self._logits(PreparedStep(step, rows.token_ids, added, rows.logit_rows)))
 
-    def _plan(self, batch: StepBatch, pool: Tensor, exact: bool) -> AttentionStep:
+    def _plan(self, batch: StepBatch, pool: Tensor, turns: Turns, exact: bool) -> AttentionStep:
         starts, contexts = list(batch.query_starts), list(batch.context_lens)
-        cos, sin = self._rope.gather(self._per_token(batch.positions, exact), max(contexts))
         plans = tuple(
             plan_attention(
                 pool,
@@ -263,7 +274,7 @@ class Decoder:
             )
             for group, window in enumerate(self._windows)
         )
-        return AttentionStep(pool, plans, cos, sin, exact)
+        return AttentionStep(pool, plans, turns, exact)
 
     def _per_token(self, values: Tensor, exact: bool) -> Tensor:
         """On the device. On a CPU a lone token of an exact step gets a twin: oneDNN multiplies one row unlike two."""
@@ -279,46 +290,26 @@ def load_decoder(
     progress: Progress | None = None,
     *,
     by_rows: bool = True,
+    max_model_len: int = 0,
 ) -> Decoder:
-    """Build the decoder of an opened checkpoint; raises CheckpointError naming file and tensor or setting."""
-    family = translate(checkpoint.config)
+    """Build the decoder of an opened checkpoint, for contexts of up to `max_model_len` tokens (0: what its spec says).
+
+    Raises CheckpointError naming file and tensor or setting.
+    """
+    family = translate(checkpoint.config).serving(max_model_len)
     with CheckpointWeights(checkpoint, family, dtype, progress) as weights:
         return Decoder(family, weights, dtype, device, by_rows=by_rows)
 
 
 def random_decoder(
-    config: dict[str, Any], dtype: torch.dtype, seed: int = 0, device: str = "cpu", scale: float = 0.02
+    config: dict[str, Any],
+    dtype: torch.dtype,
+    seed: int = 0,
+    device: str = "cpu",
+    scale: float = 0.02,
+    max_model_len: int = 0,
 ) -> Decoder:
     """The decoder of a config.json with random weights of standard deviation `scale`, the same for the same seed on one
     kind of device."""
-    family = translate(config)
+    family = translate(config).serving(max_model_len)
     return Decoder(family, RandomWeights(family, dtype, seed, scale, device), dtype, device)
-
-
-def _build_layer(
-    family: Family, layer_id: int, place: tuple[int, int], weights: WeightSource, device: str, by_rows: bool
-) -> DecoderLayer:
-    spec, names = family.spec, family.names.layer_names
-    prefix = family.names.layer.format(layer_id)
-
-    def norm(name: str) -> RmsNorm:
-        return RmsNorm(weights.take(f"{prefix}{name}.weight").to(device), spec.norm_eps)
-
-    def merged(*parts: str, biased: bool) -> tuple[Tensor, Tensor | None]:
-        weight = weights.take(*(f"{prefix}{part}.weight" for part in parts)).to(device)
-        bias = weights.take(*(f"{prefix}{part}.bias" for part in parts)).to(device) if biased else None
-        return weight, bias
-
-    attention = Attention(
-        place,
-        spec.heads,
-        Linear(*merged(names.query, names.key, names.value, biased=spec.qkv_bias), by_rows=by_rows),
-        Linear(*merged(names.out, biased=spec.out_bias), by_rows=by_rows),
-        q_norm=norm(names.query_norm) if spec.qk_norm else None,
-        k_norm=norm(names.key_norm) if spec.qk_norm else None,
-    )
-    mlp = GatedMlp(
-        GatedLinear(*merged(names.gate, names.up, biased=spec.mlp_bias), by_rows=by_rows),
-        Linear(*merged(names.down, biased=spec.mlp_bias), by_rows=by_rows),
-    )
-    return DecoderLayer(norm(names.attention_norm), attention, norm(names.mlp_norm), mlp)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from services.worker.models.settings import Settings
-from services.worker.models.spec import Family, ModelSpec, WeightNames
+from services.worker.models.spec import Family, Gated, ModelSpec, RmsNormSpec, WeightNames
 
 DEFAULTS = {
     "head_dim": 128,
@@ -17,24 +17,16 @@ DEFAULTS = {
 
 def translate(config: dict[str, Any]) -> Family:
     settings = Settings(config, DEFAULTS)
-    settings.require("hidden_act", "silu", "swish")
     biased = settings.flag("attention_bias")
     spec = ModelSpec(
         architecture="qwen3",
-        vocab_size=settings.integer("vocab_size"),
-        hidden_size=settings.integer("hidden_size"),
-        intermediate_size=settings.integer("intermediate_size"),
-        num_layers=settings.integer("num_hidden_layers"),
-        num_heads=settings.integer("num_attention_heads"),
-        num_kv_heads=settings.num_kv_heads(),
-        head_dim=settings.head_dim(),
-        norm_eps=settings.number("rms_norm_eps"),
-        max_positions=settings.integer("max_position_embeddings"),
-        rope=settings.rope(),
+        **settings.shape(),
         windows=settings.layer_windows(),
-        tied_embeddings=settings.flag("tie_word_embeddings"),
+        positions=settings.rotary(),
+        norm=RmsNormSpec(settings.number("rms_norm_eps")),
+        feed_forward=Gated(settings.integer("intermediate_size"), settings.activation("hidden_act")),
         qkv_bias=biased,
         out_bias=biased,
-        qk_norm=True,
+        qk_norm="heads",
     )
     return Family(spec, WeightNames())

@@ -3,15 +3,64 @@
 from collections.abc import Callable
 from typing import Any
 
-from services.worker.models import llama, mistral, qwen2, qwen3
+from services.worker.models import (
+    bloom,
+    cohere,
+    cohere2,
+    falcon,
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_bigcode,
+    gpt_neox,
+    gpt_oss,
+    gptj,
+    llama,
+    mistral,
+    mixtral,
+    mpt,
+    olmoe,
+    opt,
+    phi,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    starcoder2,
+    xglm,
+)
 from services.worker.models.spec import Family
 from shared.checkpoint import CheckpointError
 
 FAMILIES: dict[str, Callable[[dict[str, Any]], Family]] = {
+    "BloomForCausalLM": bloom.translate,
+    "Cohere2ForCausalLM": cohere2.translate,
+    "CohereForCausalLM": cohere.translate,
+    "FalconForCausalLM": falcon.translate,
+    "GPT2LMHeadModel": gpt2.translate,
+    "GPTBigCodeForCausalLM": gpt_bigcode.translate,
+    "GPTJForCausalLM": gptj.translate,
+    "GPTNeoXForCausalLM": gpt_neox.translate,
+    "Gemma2ForCausalLM": gemma2.translate,
+    "Gemma3ForCausalLM": gemma3.translate,
+    "GemmaForCausalLM": gemma.translate,
+    "GptOssForCausalLM": gpt_oss.translate,
     "LlamaForCausalLM": llama.translate,
     "MistralForCausalLM": mistral.translate,
+    "MixtralForCausalLM": mixtral.translate,
+    "MptForCausalLM": mpt.translate,
+    "OPTForCausalLM": opt.translate,
+    "OlmoeForCausalLM": olmoe.translate,
+    "Phi3ForCausalLM": phi3.translate,
+    "PhiForCausalLM": phi.translate,
     "Qwen2ForCausalLM": qwen2.translate,
+    "Qwen2MoeForCausalLM": qwen2_moe.translate,
     "Qwen3ForCausalLM": qwen3.translate,
+    "Qwen3MoeForCausalLM": qwen3_moe.translate,
+    "Starcoder2ForCausalLM": starcoder2.translate,
+    "XGLMForCausalLM": xglm.translate,
 }
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from kernels.ops.activation import Activation
 from services.worker.layers.positions import (
     DefaultRope,
     DynamicRope,
@@ -11,23 +12,70 @@ from services.worker.layers.positions import (
     Llama3Rope,
     LongRope,
     Rope,
+    Rotary,
     YarnRope,
 )
 from shared.checkpoint import CheckpointError
 
 DEFAULT_THETA = 10_000.0
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu_squared",
+}
+"""transformers' names; its three approximations by tanh differ in the last bits only."""
 
 
 class Settings:
-    """A configuration and the defaults that its family assumes for keys left out."""
+    """A configuration and the defaults that its family assumes for keys left out. `spellings` are the family's own
+    names of some keys."""
 
-    def __init__(self, config: dict[str, Any], defaults: dict[str, Any]) -> None:
-        self._config, self._defaults = config, defaults
+    def __init__(
+        self, config: dict[str, Any], defaults: dict[str, Any], spellings: dict[str, str] | None = None
+    ) -> None:
+        self._config, self._defaults, self._spellings = config, defaults, spellings or {}
         self.family = config.get("model_type") or (config.get("architectures") or ["this model"])[0]
 
     def get(self, key: str) -> Any:
-        value = self._config.get(key)
+        value = self._config.get(self._spellings.get(key, key))
+        value = self._config.get(key) if value is None else value
         return self._defaults.get(key) if value is None else value
+
+    def shape(self, *, grouped: bool = True) -> dict[str, Any]:
+        """What every ModelSpec states, by its fields. Not `grouped`: the family has a KV head for each query head,
+        whatever the configuration says of them."""
+        return {
+            "vocab_size": self.integer("vocab_size"),
+            "hidden_size": self.integer("hidden_size"),
+            "num_layers": self.integer("num_hidden_layers"),
+            "num_heads": self.integer("num_attention_heads"),
+            "num_kv_heads": self.num_kv_heads() if grouped else self.integer("num_attention_heads"),
+            "head_dim": self.head_dim(),
+            **self.lengths(),
+            "tied_embeddings": self.flag("tie_word_embeddings"),
+        }
+
+    def lengths(self) -> dict[str, int]:
+        """The longest contexts, unasked and stretched: `max_position_embeddings`, times the factor of a rope that
+        stretches what was trained (vLLM counts so too). A llama3 rope states its stretched length; so does a longrope,
+        which is only served with it where that is asked for."""
+        stated = self.integer("max_position_embeddings")
+        parameters = self._stated_rope()
+        if any(isinstance(value, dict) for value in parameters.values()):
+            return {"max_positions": stated}  # a rope for each kind of layer: all of them reach the stated length
+        kind, factor = parameters.get("rope_type", parameters.get("type")), parameters.get("factor")
+        trained = parameters.get("original_max_position_embeddings", self.get("original_max_position_embeddings"))
+        if kind == "longrope" and isinstance(trained, int) and 0 < trained < stated:
+            return {"max_positions": trained, "stretched_positions": stated}
+        if kind not in ("linear", "dynamic", "yarn") or not isinstance(factor, int | float):
+            return {"max_positions": stated}
+        begin = trained if kind == "yarn" and isinstance(trained, int) else stated
+        return {"max_positions": max(stated, int(begin * factor))}
 
     def integer(self, key: str, *, at_least: int = 1) -> int:
         value = self.get(key)
@@ -40,6 +88,10 @@ class Settings:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise self.refusal(key, "must be a number")
         return float(value)
+
+    def optional(self, key: str) -> float:
+        """A number, or 0 where there is none."""
+        return 0.0 if self.get(key) is None else self.number(key)
 
     def flag(self, key: str) -> bool:
         value = self.get(key)
@@ -59,10 +111,13 @@ class Settings:
         hidden_size, num_heads = self.integer("hidden_size"), self.integer("num_attention_heads")
         if self.get("head_dim") is None and hidden_size % num_heads:
             raise self.refusal("num_attention_heads", f"does not divide hidden_size = {hidden_size}")
-        head_dim = hidden_size // num_heads if self.get("head_dim") is None else self.integer("head_dim")
-        if head_dim % 2:
-            raise self.refusal("head_dim", "must be even for rotary positions")
-        return head_dim
+        return hidden_size // num_heads if self.get("head_dim") is None else self.integer("head_dim")
+
+    def activation(self, key: str) -> Activation:
+        """One of kernels.ops.activation by the name that transformers gives it."""
+        if self.get(key) not in ACTIVATIONS:
+            raise self.refusal(key, f"is not implemented, only {', '.join(ACTIVATIONS)} are")
+        return ACTIVATIONS[self.get(key)]
 
     def num_kv_heads(self) -> int:
         num_heads = self.integer("num_attention_heads")
@@ -73,9 +128,48 @@ class Settings:
             raise self.refusal("num_key_value_heads", f"does not divide num_attention_heads = {num_heads}")
         return num_kv_heads
 
-    def rope(self) -> Rope:
-        """The rotary scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
-        return _Rotary(self, self._rope_parameters()).choice()
+    def experts(self, count: str) -> dict[str, Any]:
+        """How many experts, by the key `count`, and how many of them a token uses."""
+        num_experts, top_k = self.integer(count), self.integer("num_experts_per_tok")
+        if top_k > num_experts:
+            raise self.refusal("num_experts_per_tok", f"is more than {count} = {num_experts}")
+        return {"count": num_experts, "top_k": top_k}
+
+    def rotary(self, *, partial: float | None = None, interleaved: bool = False) -> Rotary:
+        """One rope for all layers, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`.
+        `partial`: the share of a head that is turned where nothing is said; None refuses to turn less than all."""
+        parameters = self._rope_parameters()
+        dim = self._rotary_dim(parameters, partial)
+        return Rotary((_Rotary(self, parameters, dim).choice(),) * self.integer("num_hidden_layers"), dim, interleaved)
+
+    def rotary_by_type(self, types: tuple[str, ...], parameters: dict[str, dict[str, Any]]) -> Rotary:
+        """A rope for each kind of layer, `types` being that of each layer."""
+        dim = self._rotary_dim({}, None)
+        ropes = {kind: _Rotary(self, stated, dim).choice() for kind, stated in parameters.items()}
+        return Rotary(tuple(ropes[kind] for kind in types), dim)
+
+    def layer_types(self, every: int | None) -> tuple[str, ...]:
+        """full_attention or sliding_attention for each layer: as stated, or full in each `every`-th one."""
+        num_layers, types = self.integer("num_hidden_layers"), self.get("layer_types")
+        if types is None and every is not None:
+            types = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(num_layers)]
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(types, list) or len(types) != num_layers or not all(kind in known for kind in types):
+            raise self.refusal("layer_types", f"must be {num_layers} times full_attention or sliding_attention")
+        return tuple(types)
+
+    def windows_of(self, types: tuple[str, ...]) -> tuple[int | None, ...]:
+        """`sliding_window` where a layer slides."""
+        sliding = self.integer("sliding_window") if "sliding_attention" in types else None
+        return tuple(sliding if kind == "sliding_attention" else None for kind in types)
+
+    def one_window(self) -> tuple[int | None, ...]:
+        """`sliding_window` for every layer, or none."""
+        window = None if self.get("sliding_window") is None else self.integer("sliding_window")
+        return (window,) * self.integer("num_hidden_layers")
+
+    def no_windows(self) -> tuple[None, ...]:
+        return (None,) * self.integer("num_hidden_layers")
 
     def layer_windows(self) -> tuple[int | None, ...]:
         """Per-layer windows of the Qwen families: `layer_types`, else the layers from `max_window_layers` on."""
@@ -83,37 +177,47 @@ class Settings:
         window = (
             self.integer("sliding_window") if self.flag("use_sliding_window") and self.get("sliding_window") else None
         )
-        types = self.get("layer_types")
-        if types is None:
+        if self.get("layer_types") is None:
             first = self.integer("max_window_layers", at_least=0)
             return tuple(window if layer_id >= first else None for layer_id in range(num_layers))
-        known = {"full_attention": None, "sliding_attention": window}
-        if not isinstance(types, list) or len(types) != num_layers or not all(kind in known for kind in types):
-            raise self.refusal("layer_types", f"must be {num_layers} times full_attention or sliding_attention")
-        return tuple(known[kind] for kind in types)
+        return tuple(window if kind == "sliding_attention" else None for kind in self.layer_types(None))
 
-    def _rope_parameters(self) -> dict[str, Any]:
+    def _stated_rope(self) -> dict[str, Any]:
         # transformers lets rope_scaling win where both are given
         stated = self.get("rope_scaling") or self.get("rope_parameters") or {}
-        if not isinstance(stated, dict) or any(isinstance(value, dict) for value in stated.values()):
+        if not isinstance(stated, dict):
+            raise self.refusal("rope_parameters", "must be an object")
+        return stated
+
+    def _rotary_dim(self, parameters: dict[str, Any], partial: float | None) -> int:
+        head_dim, share = self.head_dim(), parameters.get("partial_rotary_factor", self.get("partial_rotary_factor"))
+        if partial is None and share not in (None, 1, 1.0):
+            raise CheckpointError(f"config.json: partial_rotary_factor = {share!r} is not implemented ({self.family})")
+        if share is None:
+            share = 1.0 if partial is None else partial
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+            raise CheckpointError(f"config.json: partial_rotary_factor = {share!r} must be above 0, at most 1")
+        dim = int(head_dim * share)
+        if dim % 2 or dim == 0:
+            raise self.refusal("head_dim", f"must be even for rotary positions, as must the {dim} elements turned")
+        return dim
+
+    def _rope_parameters(self) -> dict[str, Any]:
+        stated = self._stated_rope()
+        if any(isinstance(value, dict) for value in stated.values()):
             raise self.refusal("rope_parameters", "is not implemented per layer type, only for the whole model")
         parameters = {key: value for key, value in stated.items() if value is not None}
         parameters.setdefault("rope_theta", self.get("rope_theta") or DEFAULT_THETA)
         if self.get("original_max_position_embeddings") is not None:
             parameters["original_max_position_embeddings"] = self.get("original_max_position_embeddings")
-        partial = parameters.get("partial_rotary_factor", self.get("partial_rotary_factor"))
-        if partial not in (None, 1, 1.0):
-            raise CheckpointError(
-                f"config.json: partial_rotary_factor = {partial!r} is not implemented ({self.family})"
-            )
         return parameters
 
 
 class _Rotary:
     """Translates one set of rope parameters."""
 
-    def __init__(self, settings: Settings, parameters: dict[str, Any]) -> None:
-        self._settings, self._parameters = settings, parameters
+    def __init__(self, settings: Settings, parameters: dict[str, Any], dim: int) -> None:
+        self._settings, self._parameters, self._dim = settings, parameters, dim
         self._theta = self._number("rope_theta")
 
     def choice(self) -> Rope:
@@ -189,7 +293,7 @@ class _Rotary:
         return float(value)
 
     def _numbers(self, key: str) -> tuple[float, ...]:
-        values, size = self._parameters.get(key), self._settings.head_dim() // 2
+        values, size = self._parameters.get(key), self._dim // 2
         if not isinstance(values, list) or len(values) != size:
             raise self._refusal(key, f"must be a list of {size} numbers")
         return tuple(float(value) for value in values)

@@ -55,7 +55,14 @@ def soak(runner, rng, num_groups):
     runner.run(plan(6, [rows[0], (4, 1, True, ())], exact=True))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2-window"])
+SOAKED = (
+    "llama", "qwen2-window", "gpt2", "opt-post-norm", "phi3", "gptj", "mpt-clipped", "falcon-rw", "gemma2", "cohere2",
+    "cohere-qk-norm", "qwen2-moe", "olmoe", "gpt-oss",
+)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # the interpreter's; gelu_tanh is 0
+@pytest.mark.parametrize("name", SOAKED)
 def test_a_soak_of_mixed_steps_asks_for_declared_forms_only(name, tmp_path, device):
     decoder = load_decoder(open_checkpoint(make_twin(name, tmp_path)), torch.bfloat16, device)
     runner = make_runner(decoder, max_num_seqs=6, copies=LateCopies(), device=device)

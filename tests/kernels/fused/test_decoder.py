@@ -8,10 +8,12 @@ from kernels.ops import choice
 from services.worker.models.decoder import load_decoder
 from shared.checkpoint import open_checkpoint
 from tests.models.paging import Harness
+from tests.models.twins import TWINS as KNOWN
 from tests.models.twins import make_twin
 
 PROMPT_TOKENS, NUM_GREEDY = 21, 4
-TWINS = ("llama", "qwen3", "qwen2-window")
+TWINS = ("llama", "qwen3", "qwen2-window", "gpt2", "bloom", "gptj", "gemma3", "cohere-qk-norm", "olmoe", "gpt-oss")
+"""Between them every kind of position, norm, block and feed-forward that has a kernel of its own."""
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +28,9 @@ def prompt_of(name: str) -> list[int]:
 @pytest.mark.parametrize("name", TWINS)
 def test_logits_and_greedy_tokens_equal_transformers(name, tmp_path, device):
     path = make_twin(name, tmp_path)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation=KNOWN[name].attention
+    ).eval()
     prompt = prompt_of(name)
     harness = Harness(load_decoder(open_checkpoint(path), torch.float32, device))
     logits, tokens = harness.generate(prompt, NUM_GREEDY, chunks=[8, 1, 12])

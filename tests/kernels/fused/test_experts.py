@@ -131,6 +131,23 @@ def test_layers(shape, exact, dtype, body, small_tiles, device):
     assert_same(got, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
+@pytest.mark.parametrize("clamp", [0.0, 0.7], ids=["swiglu", "clamped"])
+def test_layers_with_biases_and_a_clamped_gate(clamp, exact, dtype, body, small_tiles, device):
+    x, gate_up, down, weights, ids = layer(13, 48, 40, 5, 2, dtype, device)
+    biases = {"gate_up_bias": torch.randn(5, 80), "down_bias": torch.randn(5, 48)}
+    options = {name: bias.to(dtype).to(device) for name, bias in biases.items()} | {"clamp": clamp}
+    got = body.experts(x, body.pack_experts(gate_up, down, **options), weights, ids, exact=exact)
+    expected = spec.experts(x, spec.pack_experts(gate_up, down, **options), weights, ids)
+    assert_same(got, expected)
+    alone = body.experts(x[4:5], body.pack_experts(gate_up, down, **options), weights[4:5], ids[4:5], exact=exact)
+    assert not exact or torch.equal(alone, got[4:5])
+    plain = spec.experts(x, spec.pack_experts(gate_up, down), weights, ids)
+    with pytest.raises(AssertionError):
+        assert_same(got, plain)
+
+
 def test_a_layer_in_its_real_tiles(device):
     x, gate_up, down, weights, ids = layer(20, 160, 96, 4, 2, torch.bfloat16, device)
     got = fused.experts(x, fused.pack_experts(gate_up, down), weights, ids)
@@ -182,6 +199,8 @@ def test_what_does_not_fit_is_refused(device):
     packed = fused.pack_experts(gate_up, down)
     with pytest.raises(ValueError, match="gate_up is"):
         fused.pack_experts(gate_up[:, :20], down)
+    with pytest.raises(ValueError, match="down_bias must be"):
+        fused.pack_experts(gate_up, down, down_bias=torch.zeros(4, 16, device=device))
     with pytest.raises(ValueError, match="x must be"):
         fused.experts(x.bfloat16(), packed, weights, ids)
     with pytest.raises(ValueError, match="x must be"):

@@ -383,6 +383,25 @@ def test_the_account_opens_the_queue_again_after_a_preemption():
     assert durations.segments[3].reason_ns.keys() == {"blocks"}
 
 
+def test_each_stretch_counts_its_own_tokens_those_computed_again_among_them():
+    d = driver(num_blocks=14)
+    for key, first in (("a", 0), ("b", 40)):
+        d.submit(submission(key, range(first, first + 10), max_tokens=40))
+    d.run()
+    segments = d.released["b"].durations.segments
+    prefills = [segment for segment in segments if segment.phase == "prefill"]
+    decodes = [segment for segment in segments if segment.phase == "decode"]
+    assert (prefills[0].computed_tokens, prefills[0].cached_tokens, prefills[0].chunks) == (10, 0, 1)
+    known = 10
+    for prefill, decode in zip(prefills, decodes, strict=True):
+        assert prefill.computed_tokens + prefill.cached_tokens == known
+        assert prefill.sampled_tokens == 1
+        assert decode.computed_tokens == decode.chunks
+        known += prefill.sampled_tokens + decode.sampled_tokens
+    assert known == 50
+    assert [decode.preemptions for decode in decodes] == [1] * (len(decodes) - 1) + [0]
+
+
 def test_a_segment_knows_the_steps_that_its_group_finished_meanwhile():
     d = driver()
     for key in ("a", "b"):

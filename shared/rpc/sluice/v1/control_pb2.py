@@ -24,13 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"shared/rpc/sluice/v1/control.proto\x12\tsluice.v1\"\x16\n\x14GetServerInfoRequest\"\x80\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\x12\x11\n\tuptime_ms\x18\x04 \x01(\x04\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x0e\n\x06models\x18\x06 \x03(\t\"\x10\n\x0eGetLoadRequest\"S\n\x0fGetLoadResponse\x12$\n\x06groups\x18\x01 \x03(\x0b\x32\x14.sluice.v1.GroupLoad\x12\x1a\n\x12requests_in_flight\x18\x02 \x01(\r\"\xca\x01\n\tGroupLoad\x12\x11\n\tscheduler\x18\x01 \x01(\t\x12\r\n\x05group\x18\x02 \x01(\t\x12\x18\n\x10requests_running\x18\x03 \x01(\r\x12\x18\n\x10requests_waiting\x18\x04 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x05 \x01(\r\x12\x16\n\x0ekv_blocks_free\x18\x06 \x01(\r\x12\x18\n\x10kv_blocks_cached\x18\x07 \x01(\r\x12\x1c\n\x14kv_blocks_referenced\x18\x08 \x01(\r\"\"\n\x0c\x44rainRequest\x12\x12\n\ntimeout_ms\x18\x01 \x01(\x04\"+\n\rDrainResponse\x12\x1a\n\x12requests_in_flight\x18\x01 \x01(\r\"6\n\x11ListTracesRequest\x12\r\n\x05limit\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"6\n\x12ListTracesResponse\x12 \n\x06traces\x18\x01 \x03(\x0b\x32\x10.sluice.v1.Trace\"k\n\x05Trace\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08trace_id\x18\x02 \x01(\t\x12\x17\n\x0f\x61rrived_unix_ns\x18\x03 \x01(\x04\x12#\n\x05spans\x18\x04 \x03(\x0b\x32\x14.sluice.v1.TraceSpan\"\xef\x01\n\tTraceSpan\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07service\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\x12\x0e\n\x06parent\x18\x04 \x01(\x11\x12\x10\n\x08start_ns\x18\x05 \x01(\x04\x12\x13\n\x0b\x64uration_ns\x18\x06 \x01(\x04\x12\x38\n\nattributes\x18\x07 \x03(\x0b\x32$.sluice.v1.TraceSpan.AttributesEntry\x12\r\n\x05\x65rror\x18\x08 \x01(\t\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xa6\x02\n\x07\x43ontrol\x12R\n\rGetServerInfo\x12\x1f.sluice.v1.GetServerInfoRequest\x1a .sluice.v1.GetServerInfoResponse\x12@\n\x07GetLoad\x12\x19.sluice.v1.GetLoadRequest\x1a\x1a.sluice.v1.GetLoadResponse\x12I\n\nListTraces\x12\x1c.sluice.v1.ListTracesRequest\x1a\x1d.sluice.v1.ListTracesResponse\x12:\n\x05\x44rain\x12\x17.sluice.v1.DrainRequest\x1a\x18.sluice.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"shared/rpc/sluice/v1/control.proto\x12\tsluice.v1\"\x16\n\x14GetServerInfoRequest\"\x80\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\x12\x11\n\tuptime_ms\x18\x04 \x01(\x04\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x0e\n\x06models\x18\x06 \x03(\t\"\x10\n\x0eGetLoadRequest\"S\n\x0fGetLoadResponse\x12$\n\x06groups\x18\x01 \x03(\x0b\x32\x14.sluice.v1.GroupLoad\x12\x1a\n\x12requests_in_flight\x18\x02 \x01(\r\"\xc8\x02\n\tGroupLoad\x12\x11\n\tscheduler\x18\x01 \x01(\t\x12\r\n\x05group\x18\x02 \x01(\t\x12\x18\n\x10requests_running\x18\x03 \x01(\r\x12\x18\n\x10requests_waiting\x18\x04 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x05 \x01(\r\x12\x16\n\x0ekv_blocks_free\x18\x06 \x01(\r\x12\x18\n\x10kv_blocks_cached\x18\x07 \x01(\r\x12\x1c\n\x14kv_blocks_referenced\x18\x08 \x01(\r\x12\x44\n\x11waiting_by_reason\x18\t \x03(\x0b\x32).sluice.v1.GroupLoad.WaitingByReasonEntry\x1a\x36\n\x14WaitingByReasonEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"\"\n\x0c\x44rainRequest\x12\x12\n\ntimeout_ms\x18\x01 \x01(\x04\"+\n\rDrainResponse\x12\x1a\n\x12requests_in_flight\x18\x01 \x01(\r\"6\n\x11ListTracesRequest\x12\r\n\x05limit\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"6\n\x12ListTracesResponse\x12 \n\x06traces\x18\x01 \x03(\x0b\x32\x10.sluice.v1.Trace\"k\n\x05Trace\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08trace_id\x18\x02 \x01(\t\x12\x17\n\x0f\x61rrived_unix_ns\x18\x03 \x01(\x04\x12#\n\x05spans\x18\x04 \x03(\x0b\x32\x14.sluice.v1.TraceSpan\"\xef\x01\n\tTraceSpan\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07service\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\x12\x0e\n\x06parent\x18\x04 \x01(\x11\x12\x10\n\x08start_ns\x18\x05 \x01(\x04\x12\x13\n\x0b\x64uration_ns\x18\x06 \x01(\x04\x12\x38\n\nattributes\x18\x07 \x03(\x0b\x32$.sluice.v1.TraceSpan.AttributesEntry\x12\r\n\x05\x65rror\x18\x08 \x01(\t\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xa6\x02\n\x07\x43ontrol\x12R\n\rGetServerInfo\x12\x1f.sluice.v1.GetServerInfoRequest\x1a .sluice.v1.GetServerInfoResponse\x12@\n\x07GetLoad\x12\x19.sluice.v1.GetLoadRequest\x1a\x1a.sluice.v1.GetLoadResponse\x12I\n\nListTraces\x12\x1c.sluice.v1.ListTracesRequest\x1a\x1d.sluice.v1.ListTracesResponse\x12:\n\x05\x44rain\x12\x17.sluice.v1.DrainRequest\x1a\x18.sluice.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shared.rpc.sluice.v1.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_GROUPLOAD_WAITINGBYREASONENTRY']._loaded_options = None
+  _globals['_GROUPLOAD_WAITINGBYREASONENTRY']._serialized_options = b'8\001'
   _globals['_TRACESPAN_ATTRIBUTESENTRY']._loaded_options = None
   _globals['_TRACESPAN_ATTRIBUTESENTRY']._serialized_options = b'8\001'
   _globals['_GETSERVERINFOREQUEST']._serialized_start=49
@@ -42,21 +44,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETLOADRESPONSE']._serialized_start=222
   _globals['_GETLOADRESPONSE']._serialized_end=305
   _globals['_GROUPLOAD']._serialized_start=308
-  _globals['_GROUPLOAD']._serialized_end=510
-  _globals['_DRAINREQUEST']._serialized_start=512
-  _globals['_DRAINREQUEST']._serialized_end=546
-  _globals['_DRAINRESPONSE']._serialized_start=548
-  _globals['_DRAINRESPONSE']._serialized_end=591
-  _globals['_LISTTRACESREQUEST']._serialized_start=593
-  _globals['_LISTTRACESREQUEST']._serialized_end=647
-  _globals['_LISTTRACESRESPONSE']._serialized_start=649
-  _globals['_LISTTRACESRESPONSE']._serialized_end=703
-  _globals['_TRACE']._serialized_start=705
-  _globals['_TRACE']._serialized_end=812
-  _globals['_TRACESPAN']._serialized_start=815
-  _globals['_TRACESPAN']._serialized_end=1054
-  _globals['_TRACESPAN_ATTRIBUTESENTRY']._serialized_start=1005
-  _globals['_TRACESPAN_ATTRIBUTESENTRY']._serialized_end=1054
-  _globals['_CONTROL']._serialized_start=1057
-  _globals['_CONTROL']._serialized_end=1351
+  _globals['_GROUPLOAD']._serialized_end=636
+  _globals['_GROUPLOAD_WAITINGBYREASONENTRY']._serialized_start=582
+  _globals['_GROUPLOAD_WAITINGBYREASONENTRY']._serialized_end=636
+  _globals['_DRAINREQUEST']._serialized_start=638
+  _globals['_DRAINREQUEST']._serialized_end=672
+  _globals['_DRAINRESPONSE']._serialized_start=674
+  _globals['_DRAINRESPONSE']._serialized_end=717
+  _globals['_LISTTRACESREQUEST']._serialized_start=719
+  _globals['_LISTTRACESREQUEST']._serialized_end=773
+  _globals['_LISTTRACESRESPONSE']._serialized_start=775
+  _globals['_LISTTRACESRESPONSE']._serialized_end=829
+  _globals['_TRACE']._serialized_start=831
+  _globals['_TRACE']._serialized_end=938
+  _globals['_TRACESPAN']._serialized_start=941
+  _globals['_TRACESPAN']._serialized_end=1180
+  _globals['_TRACESPAN_ATTRIBUTESENTRY']._serialized_start=1131
+  _globals['_TRACESPAN_ATTRIBUTESENTRY']._serialized_end=1180
+  _globals['_CONTROL']._serialized_start=1183
+  _globals['_CONTROL']._serialized_end=1477
 # @@protoc_insertion_point(module_scope)

@@ -39,7 +39,14 @@ class GetLoadResponse(_message.Message):
     def __init__(self, groups: _Optional[_Iterable[_Union[GroupLoad, _Mapping]]] = ..., requests_in_flight: _Optional[int] = ...) -> None: ...
 
 class GroupLoad(_message.Message):
-    __slots__ = ("scheduler", "group", "requests_running", "requests_waiting", "kv_blocks_total", "kv_blocks_free", "kv_blocks_cached", "kv_blocks_referenced")
+    __slots__ = ("scheduler", "group", "requests_running", "requests_waiting", "kv_blocks_total", "kv_blocks_free", "kv_blocks_cached", "kv_blocks_referenced", "waiting_by_reason")
+    class WaitingByReasonEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     SCHEDULER_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +55,7 @@ class GroupLoad(_message.Message):
     KV_BLOCKS_FREE_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_CACHED_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_REFERENCED_FIELD_NUMBER: _ClassVar[int]
+    WAITING_BY_REASON_FIELD_NUMBER: _ClassVar[int]
     scheduler: str
     group: str
     requests_running: int
@@ -56,7 +64,8 @@ class GroupLoad(_message.Message):
     kv_blocks_free: int
     kv_blocks_cached: int
     kv_blocks_referenced: int
-    def __init__(self, scheduler: _Optional[str] = ..., group: _Optional[str] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., kv_blocks_referenced: _Optional[int] = ...) -> None: ...
+    waiting_by_reason: _containers.ScalarMap[str, int]
+    def __init__(self, scheduler: _Optional[str] = ..., group: _Optional[str] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., kv_blocks_referenced: _Optional[int] = ..., waiting_by_reason: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("timeout_ms",)

@@ -166,7 +166,14 @@ class LinkLoads(_message.Message):
     def __init__(self, groups: _Optional[_Iterable[_Union[LinkLoad, _Mapping]]] = ...) -> None: ...
 
 class LinkLoad(_message.Message):
-    __slots__ = ("group", "requests_running", "requests_waiting", "kv_blocks_total", "kv_blocks_free", "kv_blocks_cached", "kv_blocks_referenced")
+    __slots__ = ("group", "requests_running", "requests_waiting", "kv_blocks_total", "kv_blocks_free", "kv_blocks_cached", "kv_blocks_referenced", "waiting_by_reason")
+    class WaitingByReasonEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     GROUP_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_RUNNING_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -174,6 +181,7 @@ class LinkLoad(_message.Message):
     KV_BLOCKS_FREE_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_CACHED_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_REFERENCED_FIELD_NUMBER: _ClassVar[int]
+    WAITING_BY_REASON_FIELD_NUMBER: _ClassVar[int]
     group: str
     requests_running: int
     requests_waiting: int
@@ -181,7 +189,8 @@ class LinkLoad(_message.Message):
     kv_blocks_free: int
     kv_blocks_cached: int
     kv_blocks_referenced: int
-    def __init__(self, group: _Optional[str] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., kv_blocks_referenced: _Optional[int] = ...) -> None: ...
+    waiting_by_reason: _containers.ScalarMap[str, int]
+    def __init__(self, group: _Optional[str] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., kv_blocks_referenced: _Optional[int] = ..., waiting_by_reason: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class TokensEvent(_message.Message):
     __slots__ = ("key", "index", "token_ids", "logprobs", "prompt_logprobs")
@@ -242,7 +251,7 @@ class Released(_message.Message):
     def __init__(self, key: _Optional[int] = ..., refusal: _Optional[str] = ..., message: _Optional[str] = ..., retry_after_ms: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., durations: _Optional[_Union[PhaseDurations, _Mapping]] = ..., field: _Optional[str] = ...) -> None: ...
 
 class PhaseDurations(_message.Message):
-    __slots__ = ("total_ns", "queue_ns", "prefill_ns", "decode_ns", "preemptions", "prefill_steps", "decode_steps", "queue_reason_ns", "segments")
+    __slots__ = ("total_ns", "queue_ns", "prefill_ns", "decode_ns", "preemptions", "queue_reason_ns", "segments")
     class QueueReasonNsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -255,8 +264,6 @@ class PhaseDurations(_message.Message):
     PREFILL_NS_FIELD_NUMBER: _ClassVar[int]
     DECODE_NS_FIELD_NUMBER: _ClassVar[int]
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
-    PREFILL_STEPS_FIELD_NUMBER: _ClassVar[int]
-    DECODE_STEPS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_REASON_NS_FIELD_NUMBER: _ClassVar[int]
     SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     total_ns: int
@@ -264,14 +271,12 @@ class PhaseDurations(_message.Message):
     prefill_ns: int
     decode_ns: int
     preemptions: int
-    prefill_steps: int
-    decode_steps: int
     queue_reason_ns: _containers.ScalarMap[str, int]
     segments: _containers.RepeatedCompositeFieldContainer[PhaseSegment]
-    def __init__(self, total_ns: _Optional[int] = ..., queue_ns: _Optional[int] = ..., prefill_ns: _Optional[int] = ..., decode_ns: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefill_steps: _Optional[int] = ..., decode_steps: _Optional[int] = ..., queue_reason_ns: _Optional[_Mapping[str, int]] = ..., segments: _Optional[_Iterable[_Union[PhaseSegment, _Mapping]]] = ...) -> None: ...
+    def __init__(self, total_ns: _Optional[int] = ..., queue_ns: _Optional[int] = ..., prefill_ns: _Optional[int] = ..., decode_ns: _Optional[int] = ..., preemptions: _Optional[int] = ..., queue_reason_ns: _Optional[_Mapping[str, int]] = ..., segments: _Optional[_Iterable[_Union[PhaseSegment, _Mapping]]] = ...) -> None: ...
 
 class PhaseSegment(_message.Message):
-    __slots__ = ("phase", "ns", "steps", "rows", "device_ns", "reason_ns")
+    __slots__ = ("phase", "ns", "steps", "rows", "device_ns", "chunks", "computed_tokens", "cached_tokens", "sampled_tokens", "preemptions", "reason_ns")
     class ReasonNsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -284,11 +289,21 @@ class PhaseSegment(_message.Message):
     STEPS_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_NS_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     REASON_NS_FIELD_NUMBER: _ClassVar[int]
     phase: str
     ns: int
     steps: int
     rows: int
     device_ns: int
+    chunks: int
+    computed_tokens: int
+    cached_tokens: int
+    sampled_tokens: int
+    preemptions: int
     reason_ns: _containers.ScalarMap[str, int]
-    def __init__(self, phase: _Optional[str] = ..., ns: _Optional[int] = ..., steps: _Optional[int] = ..., rows: _Optional[int] = ..., device_ns: _Optional[int] = ..., reason_ns: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    def __init__(self, phase: _Optional[str] = ..., ns: _Optional[int] = ..., steps: _Optional[int] = ..., rows: _Optional[int] = ..., device_ns: _Optional[int] = ..., chunks: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., sampled_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., reason_ns: _Optional[_Mapping[str, int]] = ...) -> None: ...

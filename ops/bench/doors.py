@@ -1,0 +1,78 @@
+"""What a token costs the router by each of its doors: the same streams through gRPC and through HTTP, in turn.
+
+`python -m ops.bench.doors` prints medians of the router's CPU time per token.
+"""
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+
+from ops.bench.cluster import Cluster
+from ops.bench.machine import exact_cpu_seconds
+from services.cli.client import Client, Delta, Request
+
+PROMPT = "def read_lines(path):\n"
+HEAD = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n"
+
+
+async def by_grpc(cluster: Cluster, streams: int, tokens: int) -> int:
+    """The number of tokens that came."""
+
+    async def one(client: Client) -> int:
+        request = Request(prompt=PROMPT, max_tokens=tokens, ignore_eos=True)
+        return sum([len(event.token_ids) async for event in client.generate(request) if isinstance(event, Delta)])
+
+    async with Client(cluster.address) as client:
+        return sum(await asyncio.gather(*(one(client) for _ in range(streams))))
+
+
+async def by_http(cluster: Cluster, streams: int, tokens: int) -> int:
+    """The number of tokens that came. A bare socket: this client is to take as little of the machine as it can."""
+    host, _, port = cluster.http["router"].rpartition(":")
+    ask = {"prompt": PROMPT, "max_tokens": tokens, "ignore_eos": True, "stream": True}
+    body = json.dumps({**ask, "stream_options": {"include_usage": True}})
+
+    async def one() -> int:
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write((HEAD.format(len(body)) + body).encode())
+        said = await reader.readuntil(b"data: [DONE]\n\n")
+        writer.close()
+        usage = said[said.rindex(b'"completion_tokens":') :]
+        return int(usage.partition(b":")[2].partition(b",")[0])
+
+    return sum(await asyncio.gather(*(one() for _ in range(streams))))
+
+
+DOORS = {"grpc": by_grpc, "http": by_http}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("up_flags", nargs="*", help="flags for `sluice up`, after --")
+    options = parser.parse_args()
+    cluster = Cluster(["--port=0", "--metrics-port=0", "--threads=1", *options.up_flags])
+    found: dict[str, list[float]] = {name: [] for name in DOORS}
+    try:
+        for repeat in range(options.repeats + 1):
+            for name, door in DOORS.items():
+                before = exact_cpu_seconds(cluster.pids["router"])
+                tokens = asyncio.run(door(cluster, options.streams, options.tokens))
+                spent = exact_cpu_seconds(cluster.pids["router"]) - before
+                if repeat:  # the first is a warm-up
+                    found[name].append(spent / tokens * 1e6)
+    finally:
+        cluster.close()
+    medians = {name: round(statistics.median(values), 1) for name, values in found.items()}
+    print(
+        json.dumps({"router_cpu_us_per_token": medians, "http_over_grpc": round(medians["http"] / medians["grpc"], 3)})
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

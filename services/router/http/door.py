@@ -1,0 +1,93 @@
+"""The listening socket of the HTTP door: uvicorn in the router's own loop."""
+
+import asyncio
+import socket
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp, Scope
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from shared.net.http import listen
+
+MAX_HEAD_BYTES = 64 * 2**10
+"""Of a request line and its headers."""
+FIRST_BYTE_TIMEOUT_S = 30.0
+"""For a caller that connects and sends nothing."""
+KEEP_ALIVE_S = 65
+"""For a connection without a request: longer than proxies and clients keep theirs, so that they are the ones to end
+it."""
+_TRANSPORT = "sluice.transport"
+
+
+class Door:
+    """Serves an ASGI application from `start` until `close`, on the running event loop."""
+
+    def __init__(self, app: ASGIApp, host: str, port: int, *, flag: str) -> None:
+        self._where = (host, port, flag)
+        self.address = ""
+        self._sockets: list[socket.socket] = []
+        config = uvicorn.Config(
+            app,
+            http=_Protocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="critical",  # what matters is in our own log
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+        )
+        config.load()
+        self._server = uvicorn.Server(config)
+        self._server.lifespan = config.lifespan_class(config)
+        self._ticking: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Returns once calls are answered. Raises BindError."""
+        listening, self.address = listen(*self._where)
+        self._sockets.append(listening)
+        await self._server.startup(self._sockets)
+        self._ticking = asyncio.create_task(self._server.main_loop(), name="http")  # it keeps the Date of answers
+
+    async def close(self, grace_s: float) -> None:
+        """Calls in flight have so long to end."""
+        if self._ticking is None:
+            return
+        self._ticking.cancel()
+        self._server.config.timeout_graceful_shutdown = grace_s  # type: ignore[assignment]  # any number does
+        await self._server.shutdown(self._sockets)
+
+
+class _Protocol(HttpToolsProtocol):
+    """With bounds on what a caller may send before it is heard, and a way to hang up on one who does not read."""
+
+    _in_head = False
+    _head_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.timeout_keep_alive_task = self.loop.call_later(FIRST_BYTE_TIMEOUT_S, self.timeout_keep_alive_handler)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self.send_400_response(f"The head of the request exceeds {MAX_HEAD_BYTES} bytes.")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head, self._head_bytes = True, 0
+        scope: dict[str, Any] = self.scope  # type: ignore[assignment]
+        scope[_TRANSPORT] = self.transport
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        super().on_headers_complete()
+
+
+def hang_up(scope: Scope) -> None:
+    """Closes the connection of a call at once, with whatever was still to be sent."""
+    scope[_TRANSPORT].abort()
