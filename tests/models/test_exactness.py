@@ -114,8 +114,8 @@ def run_schedule(harness: Harness, prompts: list[list[int]], num_shared: int, rn
                 grants.append((row, granted))
         planned = first.computed + sum(granted for row, granted in grants if row is first)
         if waiting and planned >= num_shared:  # the shared blocks are written in this very step at the latest
-            joining = harness.row(waiting.pop(), shared=first.blocks[: num_shared // 16])
-            if len(first.blocks) * 16 >= num_shared:
+            joining = harness.row(waiting.pop(), shared=[table[: num_shared // 16] for table in first.tables])
+            if len(first.tables[0]) * 16 >= num_shared:
                 rows.append(joining)
                 grants.append((joining, 1))
             else:

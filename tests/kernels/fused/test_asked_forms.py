@@ -1,5 +1,6 @@
 """No compilation in live traffic: what a soak of mixed steps asks for was declared, and so compiled, before."""
 
+import functools
 import random
 
 import pytest
@@ -41,17 +42,18 @@ def as_on_a_gpu(monkeypatch):
     )
 
 
-def soak(runner, rng):
+def soak(runner, rng, num_groups):
     """Prompts of all kinds whole and in chunks, decoding rows alone and beside them, exact steps."""
     admits = [make_admit(i, [rng.randint(2, 380) for _ in range(3 + i)], **kind) for i, kind in enumerate(KINDS)]
+    plan = functools.partial(make_plan, num_groups=num_groups)
     counts = [len(admit.token_ids) for admit in admits]
-    runner.run(make_plan(1, [(i, counts[i], True, (2 * i, 2 * i + 1)) for i in range(3)], admits[:3]))
+    runner.run(plan(1, [(i, counts[i], True, (2 * i, 2 * i + 1)) for i in range(3)], admits[:3]))
     rows = [(i, 1, True, ()) for i in range(3)]
-    runner.run(make_plan(2, [*rows[:2], (3, 4, False, (6, 7)), (4, counts[4], True, (8, 9))], admits[3:]))
-    runner.run(make_plan(3, [(3, counts[3] - 4, True, ()), rows[2]]))
-    runner.run(make_plan(4, rows))
-    runner.run(make_plan(5, [rows[1]]))
-    runner.run(make_plan(6, [rows[0], (4, 1, True, ())], exact=True))
+    runner.run(plan(2, [*rows[:2], (3, 4, False, (6, 7)), (4, counts[4], True, (8, 9))], admits[3:]))
+    runner.run(plan(3, [(3, counts[3] - 4, True, ()), rows[2]]))
+    runner.run(plan(4, rows))
+    runner.run(plan(5, [rows[1]]))
+    runner.run(plan(6, [rows[0], (4, 1, True, ())], exact=True))
 
 
 SOAKED = (
@@ -69,7 +71,7 @@ def test_a_soak_of_mixed_steps_asks_for_declared_forms_only(name, tmp_path, devi
     declared = forms.forms(decoder.products(), **shape_of(decoder.spec, layout, 256))
     with observed() as asked:
         runner.capture_graphs(decoder, CalledAgain(), max_num_tokens=16)
-        soak(runner, random.Random(0))
+        soak(runner, random.Random(0), decoder.num_groups)
     strangers = set(asked) - set(declared)
     assert not strangers, [(form.name, nearest(form, declared)) for form in strangers]
     assert len({form.name for form in asked}) > 15, "the soak is to need most kernels"
