@@ -16,7 +16,8 @@ def call_object(read: Reader, say: Speaker, names: Collection[str] = ()) -> Wait
     False where it is none: a name that is not one of `names` (any, where empty), other JSON, or a text that ends. What
     was read and not told is recorded then, if the reader is recording.
     """
-    name, kept, told = "", [], False
+    name, told = "", False
+    kept: list[str] = []
     if not (yield from read.literal("{")):
         return False
     while True:

@@ -19,6 +19,11 @@ class Parsing(msgspec.Struct, frozen=True, kw_only=True):
     parallel: bool = True
     """Whether more than the first call is told."""
 
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What the parser must see of the text, where the tokens are special too."""
+        return (*(self.thinking.marks if self.thinking else ()), *(self.tool_calls.marks if self.tool_calls else ()))
+
 
 class Parser:
     """Takes one answer apart. What `push` and `finish` return, put together, does not depend on how the text is cut."""
