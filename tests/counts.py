@@ -5,6 +5,7 @@ import os
 COUNTS: dict[str, tuple[int, int]] = {
     "fuzz_messages": (2_000, 100_000),
     "fuzz_parameters": (1_000, 20_000),
+    "fuzz_bodies": (800, 20_000),
     "router_cancels": (50, 1_000),
     "detokenizer_streams": (300, 20_000),
     "cut_answers": (50, 5_000),

@@ -23,6 +23,18 @@ def require_free(host: str, port: int, *, flag: str) -> None:
         _bind(host, port, flag=flag)
 
 
+def bind_shared(host: str, port: int, *, flag: str) -> socket.socket:
+    """A socket that holds a port for processes that share it: bound, not listening. Raises ConfigError."""
+    held = socket.socket(_family(host))
+    try:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind((_bare(host), port))
+        return held
+    except (OSError, UnicodeError):
+        held.close()
+        raise ConfigError(f"cannot listen on {join_address(host, port)}; choose another with {flag}") from None
+
+
 def _bind(host: str, port: int, *, flag: str) -> int:
     """Binds for a moment and returns the port."""
     try:

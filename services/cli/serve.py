@@ -18,6 +18,7 @@ ConfigFile = Annotated[
 ]
 EventFd = Annotated[int, typer.Option("--event-fd", hidden=True)]
 ParentPid = Annotated[int, typer.Option("--parent-pid", hidden=True)]
+PeersOption = Annotated[str, typer.Option("--peers", hidden=True, help="FOLDER:INDEX:COUNT, see router_processes.py.")]
 
 ABOUT = {
     "router": "Serve the edge: text outside, tokens inside.",
@@ -31,14 +32,19 @@ def add_service(app: typer.Typer, section: str) -> None:
     kind: Kind = KINDS[section]
 
     def command(
-        config: ConfigFile = "", event_fd: EventFd = -1, parent_pid: ParentPid = 0, *, flags: dict[str, Any]
+        config: ConfigFile = "",
+        event_fd: EventFd = -1,
+        parent_pid: ParentPid = 0,
+        peers: PeersOption = "",
+        *,
+        flags: dict[str, Any],
     ) -> None:
         if section == "worker":
             _start_again_with(worker_environment(os.environ))
         if parent_pid:
             die_with(parent_pid)
         on_event = write_events(event_fd) if event_fd >= 0 else _terminal_events(section)
-        raise typer.Exit(run_service(section, file=config, flags=flags, on_event=on_event))
+        raise typer.Exit(run_service(section, file=config, flags=flags, on_event=on_event, peers=peers))
 
     command.__doc__ = ABOUT[section]
     command.__name__ = section
@@ -51,12 +57,17 @@ def _start_again_with(added: dict[str, str]) -> None:
         os.execve(sys.executable, sys.orig_argv, {**os.environ, **added})
 
 
-def run_service(section: str, *, file: str, flags: dict[str, Any], on_event: OnEvent) -> int:
+def run_service(section: str, *, file: str, flags: dict[str, Any], on_event: OnEvent, peers: str = "") -> int:
     """Runs the service and returns its exit code. What a user can mend is one sentence, not a traceback."""
     try:
         config = build(section, file=file, flags=flags)
+        if section == "router" and config.router_processes > 1 and not peers:
+            from services.cli.router_processes import run_processes
+
+            return run_processes(config, file=file, flags=flags, on_event=on_event)
         app = importlib.import_module(f"services.{section}.app")
-        return _run(app.serve(config, on_event=on_event))
+        place = {"place": _place_of(peers)} if peers else {}
+        return _run(app.serve(config, on_event=on_event, **place))
     except (Exception, KeyboardInterrupt) as error:
         message = user_message(error)
         if message is None:
@@ -64,6 +75,13 @@ def run_service(section: str, *, file: str, flags: dict[str, Any], on_event: OnE
         on_event("refused", {"message": message})
         fail(message)
         return REFUSED
+
+
+def _place_of(peers: str) -> Any:
+    from services.router.peers import PeerPlace
+
+    folder, index, count = peers.rsplit(":", 2)
+    return PeerPlace(folder, int(index), int(count))
 
 
 def _run(serving: Any) -> int:

@@ -8,17 +8,21 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import structlog
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from services.router.admission import Admission
 from services.router.fleet import Expected, Fleet
 from services.router.gate import Gate
 from services.router.guard import KeyInterceptor
 from services.router.http.answering import Answering
+from services.router.http.certificate import Certificate
 from services.router.http.door import Door
 from services.router.http.guard import Guard
 from services.router.http.routes import Api
 from services.router.metrics import RouterMetrics
 from services.router.model import ServedModel, load_model
+from services.router.peers import OwnAnswers, PeerPlace, Peers
 from services.router.rejections import Rejections
 from services.router.servicer import RouterControl, RouterInference, add_servicers
 from services.router.session import Session
@@ -30,6 +34,7 @@ from shared.net.address import join_address
 from shared.net.health import Health
 from shared.net.server import bind, create_server
 from shared.outcome import AbortCause
+from shared.telemetry.exposition import Exposition
 from shared.telemetry.lag import LoopLag
 from shared.telemetry.logs import configure_logs
 from shared.telemetry.otlp import Exporter, warn_of_ignored
@@ -48,22 +53,29 @@ LAST_ANSWERS_S = 0.5
 """What answers already given, Drain's own among them, may take to leave."""
 
 
-async def serve(config: RouterConfig, *, on_event: OnEvent | None = None) -> int:
+async def serve(config: RouterConfig, *, on_event: OnEvent | None = None, place: PeerPlace | None = None) -> int:
     """Runs the router until SIGTERM, SIGINT or Drain; returns the exit code.
 
-    `on_event("serving", …)` once the port is open, `on_event("ready", …)` once a scheduler can answer too. Raises
-    BindError, ModelError, CheckpointError.
+    `on_event("serving", …)` once the port is open, `on_event("ready", …)` once a scheduler can answer too. `place`:
+    this is one of several processes on the same ports. Raises BindError, ModelError, CheckpointError.
     """
     instance = new_instance_id("router")
     configure_logs("sluice-router", instance, config.log_format)
     model = await asyncio.to_thread(load_model, config)
-    return await Router(config, model, instance, on_event or (lambda name, data: None)).serve()
+    return await Router(config, model, instance, on_event or (lambda name, data: None), place).serve()
 
 
 class Router:
     """Every long-lived object of one router, and how they end."""
 
-    def __init__(self, config: RouterConfig, model: ServedModel, instance: str, on_event: OnEvent) -> None:
+    def __init__(
+        self,
+        config: RouterConfig,
+        model: ServedModel,
+        instance: str,
+        on_event: OnEvent,
+        place: PeerPlace | None = None,
+    ) -> None:
         self._config = config
         self._model = model
         self._on_event = on_event
@@ -88,15 +100,25 @@ class Router:
         warn_of_ignored(tracing.ignored)
         self._exporter = Exporter(tracing.export) if tracing.export else None
         self.traces = Traces(tracing.sampler, self._exporter.add if self._exporter else None)
+        self._shares_ports = place is not None
         self._server = create_server(
             max_receive_bytes=config.max_request_bytes + SIZE_HEADROOM_BYTES,
             interceptors=[KeyInterceptor(self._gate, self._rejections)],
+            reuse_port=self._shares_ports,
         )
+        self._exposition = self._make_exposition()
+        self.peers = Peers(place)
         self._health_changed = asyncio.Event()
         session = self._session(instance)
         self._add_servicers(session, instance)
         self._health = Health(self._server, SERVICES)
         self._http = self._http_door(session)
+
+    def _make_exposition(self) -> Exposition:
+        exporter = self._exporter
+        return self.metrics.exposition(
+            lag=self._lag.histogram, num_dropped_spans=lambda: exporter.dropped_spans if exporter else 0
+        )
 
     def _session(self, instance: str) -> Session:
         return Session(
@@ -121,6 +143,7 @@ class Router:
             admission=self.admission,
             gate=self._gate,
             rejections=self._rejections,
+            peers=self.peers,
             max_request_bytes=self._config.max_request_bytes,
             stall_timeout_ms=self._config.stall_timeout_ms,
         )
@@ -130,13 +153,14 @@ class Router:
             admission=self.admission,
             traces=self.traces,
             instance=instance,
+            peers=self.peers,
             drain=_drainer(self.admission, self._health_changed, self._stop),
             now=monotonic_ns,
         )
         add_servicers(self._server, inference, control)
 
     def _http_door(self, session: Session) -> Door:
-        config, exporter = self._config, self._exporter
+        config = self._config
         answering = Answering(
             session=session,
             admission=self.admission,
@@ -149,13 +173,23 @@ class Router:
             fleet=self.fleet,
             answering=answering,
             tokenizing=self._tokenizing,
-            collector=self.metrics.exposition(
-                lag=self._lag.histogram, num_dropped_spans=lambda: exporter.dropped_spans if exporter else 0
-            ),
+            exposition=self._exposition,
+            peers=self.peers,
             healthy=lambda: self._able,
         )
-        guarded = Guard(api.application(), self._gate, self._rejections)
-        return Door(guarded, config.host, config.port, flag="--port")
+        guarded: ASGIApp = Guard(api.application(), self._gate, self._rejections)
+        if config.allowed_origins:  # a page's first question brings no key
+            guarded = CORSMiddleware(guarded, config.allowed_origins, allow_methods=["*"], allow_headers=["*"])
+        tls = config.ssl_certfile or config.ssl_keyfile
+        certificate = Certificate(config.ssl_certfile, config.ssl_keyfile) if tls else None
+        return Door(
+            guarded,
+            config.host,
+            config.port,
+            flag="--port",
+            certificate=certificate,
+            shares_port=self._shares_ports,
+        )
 
     async def serve(self) -> int:
         """Until told to stop. 0 after a drain, however it went; 1 when a second signal cut requests off."""
@@ -166,6 +200,7 @@ class Router:
                 return await self._drain()
         finally:
             await asyncio.gather(self._server.stop(LAST_ANSWERS_S), self._http.close(LAST_ANSWERS_S))
+            await self.peers.close()
             self._lag.stop()
             self._tokenizing.shutdown(wait=False, cancel_futures=True)
             for task in self._tasks:
@@ -177,6 +212,14 @@ class Router:
     async def _open(self) -> None:
         port = bind(self._server, self._config.host, self._config.grpc_port, flag="--grpc-port")
         self._address = join_address(self._config.host, port)
+        await self.peers.open(
+            OwnAnswers(
+                admission=self.admission,
+                traces=self.traces,
+                exposition=self._exposition,
+                drain=_drainer(self.admission, self._health_changed, self._stop),
+            )
+        )
         await self._http.start()
         self._lag.start()
         self.fleet.on_change(self._health_changed.set)
@@ -262,6 +305,7 @@ class _Stop:
     def __init__(self) -> None:
         self._asked = asyncio.Event()
         self._forced = asyncio.Event()
+        self._signals = 0
         self.timeout_s: float | None = None
 
     def request(self, timeout_s: float | None = None) -> None:
@@ -270,7 +314,8 @@ class _Stop:
             self._asked.set()
 
     def _signalled(self) -> None:
-        if self._asked.is_set():
+        self._signals += 1
+        if self._signals > 1:
             self._forced.set()
         self.request()
 

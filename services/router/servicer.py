@@ -14,6 +14,7 @@ from services.router.fleet import Fleet
 from services.router.gate import Gate, Key
 from services.router.guard import AUTHORIZATION
 from services.router.model import ServedModel
+from services.router.peers import Peers
 from services.router.rejections import Rejections
 from services.router.request import Accepted, GenerateOptions, Prompt
 from services.router.session import Session
@@ -46,10 +47,12 @@ class RouterInference(InferenceServicer):
         admission: Admission,
         gate: Gate,
         rejections: Rejections,
+        peers: Peers,
         max_request_bytes: int,
         stall_timeout_ms: int,
     ) -> None:
         self._model = model
+        self._peers = peers
         self._session = session
         self._fleet = fleet
         self._admission = admission
@@ -131,7 +134,9 @@ class RouterInference(InferenceServicer):
         return inference_pb2.ListModelsResponse(models=models)
 
     async def Abort(self, request: inference_pb2.AbortRequest, context: Context) -> inference_pb2.AbortResponse:
-        found = self._admission.abort(request.request_id, AbortCause.CLIENT, self._key(context))
+        key = self._key(context)
+        found = self._admission.abort(request.request_id, AbortCause.CLIENT, key)
+        found = found or await self._peers.abort(request.request_id, key.tenant)
         return inference_pb2.AbortResponse(found=found)
 
 
@@ -146,10 +151,12 @@ class RouterControl(ControlServicer):
         admission: Admission,
         traces: Traces,
         instance: str,
+        peers: Peers,
         drain: Callable[[float | None], Awaitable[None]],
         now: NowNs,
     ) -> None:
         self._model = model
+        self._peers = peers
         self._fleet = fleet
         self._admission = admission
         self._traces = traces
@@ -175,24 +182,33 @@ class RouterControl(ControlServicer):
             control_pb2.GroupLoad(scheduler=scheduler, **msgspec.structs.asdict(load))
             for scheduler, load in self._fleet.loads()
         ]
-        return control_pb2.GetLoadResponse(groups=groups, requests_in_flight=len(self._admission))
+        in_flight = len(self._admission) + await self._peers.requests_in_flight()
+        return control_pb2.GetLoadResponse(groups=groups, requests_in_flight=in_flight)
 
     async def ListTraces(
         self, request: control_pb2.ListTracesRequest, context: Context
     ) -> control_pb2.ListTracesResponse:
-        found = self._traces.latest(request.limit or DEFAULT_TRACES, request.request_id)
-        return control_pb2.ListTracesResponse(traces=[wire.trace_message(trace) for trace in found])
+        limit = request.limit or DEFAULT_TRACES
+        own = [wire.trace_message(trace) for trace in self._traces.latest(limit, request.request_id)]
+        found = own + await self._peers.traces(limit, request.request_id)
+        found.sort(key=_ended_ns, reverse=True)
+        return control_pb2.ListTracesResponse(traces=found[:limit])
 
     async def Drain(self, request: control_pb2.DrainRequest, context: Context) -> control_pb2.DrainResponse:
         require_local(context, "Control.Drain", "call it there, or send the router SIGTERM")
+        elsewhere = await self._peers.drain(request.timeout_ms)
         await self._drain(request.timeout_ms / 1000 if request.timeout_ms else None)
-        return control_pb2.DrainResponse(requests_in_flight=len(self._admission))
+        return control_pb2.DrainResponse(requests_in_flight=len(self._admission) + elsewhere)
 
 
 def add_servicers(server: grpc.aio.Server, inference: RouterInference, control: RouterControl) -> None:
     """Puts both on a server that is not started yet."""
     add_InferenceServicer_to_server(inference, server)
     add_ControlServicer_to_server(control, server)
+
+
+def _ended_ns(trace: control_pb2.Trace) -> int:
+    return trace.arrived_unix_ns + max(span.start_ns + span.duration_ns for span in trace.spans)
 
 
 def _header(context: Context, name: str) -> str:

@@ -40,13 +40,20 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_unread_bytes: Positive = 4 * 2**20
     shutdown_timeout: Annotated[float, Meta(ge=0)] = 30.0
     """Seconds that a drain may take."""
+    router_processes: Positive = 1
+    """Processes on the same ports, for more streams than one can carry."""
     tokenizer_threads: Positive = 2
     otlp_traces_endpoint: str = ""
     """Where traces go; empty: where OTEL_EXPORTER_OTLP_ENDPOINT says, or nowhere."""
+    allowed_origins: tuple[str, ...] = ()
+    """Whose web pages may call the HTTP door; none unless named."""
     api_key: str = ""
     """A key that clients must send, and that may do everything."""
     api_key_file: str = ""
     """TOML: a table per key with its `sha256`, its `tenant` and its limits. Read again when it changes."""
+    ssl_certfile: str = ""
+    """Of the HTTP door, which then speaks HTTPS alone. Read again when it changes."""
+    ssl_keyfile: str = ""
     internal_token: str = ""
     log_content: bool = False
     """Prompts and answers go into the log, which they otherwise never do."""

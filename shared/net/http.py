@@ -83,13 +83,13 @@ class HttpDoor:
         self._server.socket.close()
 
 
-def listen(host: str, port: int, flag: str) -> tuple[socket.socket, str]:
-    """A bound socket that does not block, and its address. A second service on its port is refused, not let share it.
-    Raises BindError, naming `flag`."""
+def listen(host: str, port: int, flag: str, *, shares_port: bool = False) -> tuple[socket.socket, str]:
+    """A bound socket that does not block, and its address. A second service on its port is refused, not let share it,
+    unless both want to. Raises BindError, naming `flag`."""
     bare = host.strip("[]")
     listening = socket.socket(socket.AF_INET6 if ":" in bare else socket.AF_INET, socket.SOCK_STREAM)
     try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT if shares_port else socket.SO_REUSEADDR, 1)
         listening.bind((ANY_HOSTS.get(bare, bare), port))
         listening.setblocking(False)  # a caller that was gone before it was answered must not hold up the loop
         return listening, join_address(host, listening.getsockname()[1])
@@ -106,7 +106,7 @@ def _application(registry: CollectorRegistry) -> Callable[..., Any]:
     def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         match environ["REQUEST_METHOD"], environ["PATH_INFO"]:
             case "GET", "/metrics":
-                return _send(start_response, "200 OK", *exposition(registry))
+                return _send(start_response, "200 OK", *text_of(registry))
             case "GET" | "HEAD", _:
                 return _say(start_response, "404 Not Found")
         return _say(start_response, "405 Method Not Allowed")
@@ -114,7 +114,7 @@ def _application(registry: CollectorRegistry) -> Callable[..., Any]:
     return answer
 
 
-def exposition(registry: Collector) -> tuple[str, bytes]:
+def text_of(registry: Collector) -> tuple[str, bytes]:
     """Content type and body of /metrics, in the text format that every Prometheus reads, whatever it asks for.
 
     Asked for OpenMetrics as Prometheus 2 does, prometheus-client 0.26 writes `sluice_` for `sluice:`, which no query

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
 from typing import Any
 
+import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
@@ -53,6 +54,44 @@ class Exposition(Collector):
     def collect(self) -> Iterable[Family]:
         for metric in self._metrics:
             yield _family(metric, self._readings[metric.name]())
+
+    def snapshot(self) -> bytes:
+        """What is read now, for `merged_with` in another process."""
+        return msgspec.json.encode({metric.name: _plain(self._readings[metric.name]()) for metric in self._metrics})
+
+    def merged_with(self, snapshots: Iterable[bytes]) -> "Exposition":
+        """Of several processes as if they were one: every number is the sum of theirs. For what adds up, as counters
+        and histograms do."""
+        read = [msgspec.json.decode(snapshot) for snapshot in (self.snapshot(), *snapshots)]
+        sums = {metric.name: _sum(metric, [numbers[metric.name] for numbers in read]) for metric in self._metrics}
+        return Exposition(self._metrics, {name: _constant(reading) for name, reading in sums.items()})
+
+
+def _constant(reading: Reading) -> Callable[[], Reading]:
+    return lambda: reading
+
+
+def _plain(reading: Reading) -> Any:
+    """As JSON: a number, pairs of labels and number, or a histogram's parts."""
+    if isinstance(reading, Histogram):
+        return {"counts": list(reading.counts), "total": reading.total}
+    if isinstance(reading, Mapping):
+        return [[[key] if isinstance(key, str) else list(key), value] for key, value in reading.items()]
+    return reading
+
+
+def _sum(metric: Metric, plain: list[Any]) -> Reading:
+    if metric.kind == "histogram":
+        whole = Histogram(metric)
+        whole.counts = [sum(counts) for counts in zip(*(one["counts"] for one in plain), strict=True)]
+        whole.total = sum(one["total"] for one in plain)
+        return whole
+    if metric.labels:
+        by_labels: dict[tuple[str, ...], float] = {}
+        for labels, value in (pair for one in plain for pair in one):
+            by_labels[tuple(labels)] = by_labels.get(tuple(labels), 0) + value
+        return by_labels
+    return float(sum(plain))
 
 
 def _family(metric: Metric, reading: Reading) -> Family:

@@ -106,6 +106,23 @@ def test_without_a_key_nothing_but_health_and_the_page_is_open_by_http(tiny_mode
     run(test())
 
 
+def test_pages_of_allowed_origins_may_call_and_no_others(tiny_model):
+    async def test():
+        settings = {"api_key": "right", "allowed_origins": ("https://chat.example",)}
+        async with running_router(tiny_model, FakeScheduler(), **settings) as router, asking(router) as client:
+            first = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+            for origin, status in (("https://chat.example", 200), ("https://other.example", 400)):
+                said = await client.options(COMPLETIONS, headers={"origin": origin, **first})
+                assert said.status_code == status
+                assert (said.headers.get("access-control-allow-origin") == origin) == (status == 200)
+            headers = {"origin": "https://chat.example", **bearer("right")}
+            said = await client.post(COMPLETIONS, json=ASK | {"stream": True}, headers=headers)
+            assert said.headers["access-control-allow-origin"] == "https://chat.example"
+            assert (await client.post(COMPLETIONS, json=ASK, headers=headers | bearer("wrong"))).status_code == 401
+
+    run(test())
+
+
 def test_control_and_metrics_need_an_admin(tiny_model, tmp_path):
     async def test():
         keys = write_keys(tmp_path / "keys.toml", ann="", root="admin = true")

@@ -236,3 +236,27 @@ def test_whoever_asks_gets_the_names_that_the_dashboard_queries(service: str, ac
     families = {family.name + "_total" * (family.type == "counter") for family in text_string_to_metric_families(text)}
     assert families == {metric.full_name for metric in EXPORTED[service]}
     assert "_created" not in text
+
+
+def test_processes_that_share_the_work_are_one_in_the_metrics() -> None:
+    exported = (metrics.PROMPT_TOKENS, metrics.REQUEST_SUCCESS, metrics.TIME_TO_FIRST_TOKEN)
+
+    def process(tokens: int, ends: dict[str, int], seconds: list[float]) -> Exposition:
+        histogram = Histogram(metrics.TIME_TO_FIRST_TOKEN)
+        for value in seconds:
+            histogram.observe(value)
+        readings = {
+            "prompt_tokens_total": lambda: tokens,
+            "request_success_total": lambda: ends,
+            "time_to_first_token_seconds": lambda: histogram,
+        }
+        return Exposition(exported, readings)
+
+    one, other = process(5, {"stop": 1, "length": 2}, [0.003, 2.0]), process(7, {"stop": 10, "abort": 1}, [0.003])
+    merged = parse(generate_latest(one.merged_with([other.snapshot()])).decode())
+    assert merged("prompt_tokens_total") == 12
+    assert merged.labels("request_success_total", "finished_reason") == {"stop": 11, "length": 2, "abort": 1}
+    assert merged("time_to_first_token_seconds_count") == 3
+    assert merged("time_to_first_token_seconds_sum") == pytest.approx(2.006)
+    alone = parse(generate_latest(one.merged_with([])).decode())
+    assert alone("prompt_tokens_total") == 5

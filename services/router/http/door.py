@@ -8,6 +8,7 @@ import uvicorn
 from starlette.types import ASGIApp, Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from services.router.http.certificate import Certificate
 from shared.net.http import listen
 
 MAX_HEAD_BYTES = 64 * 2**10
@@ -17,14 +18,27 @@ FIRST_BYTE_TIMEOUT_S = 30.0
 KEEP_ALIVE_S = 65
 """For a connection without a request: longer than proxies and clients keep theirs, so that they are the ones to end
 it."""
+RELOAD_S = 1
+"""The certificate's files are looked at so often."""
 _TRANSPORT = "sluice.transport"
 
 
 class Door:
     """Serves an ASGI application from `start` until `close`, on the running event loop."""
 
-    def __init__(self, app: ASGIApp, host: str, port: int, *, flag: str) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        host: str,
+        port: int,
+        *,
+        flag: str,
+        certificate: Certificate | None = None,
+        shares_port: bool = False,
+    ) -> None:
+        """With a certificate it speaks HTTPS alone."""
         self._where = (host, port, flag)
+        self._shares_port = shares_port
         self.address = ""
         self._sockets: list[socket.socket] = []
         config = uvicorn.Config(
@@ -38,15 +52,18 @@ class Door:
             server_header=False,
             proxy_headers=False,
             timeout_keep_alive=KEEP_ALIVE_S,
+            callback_notify=certificate.reload if certificate else None,
+            timeout_notify=RELOAD_S,
         )
         config.load()
+        config.ssl = certificate.context if certificate else None
         self._server = uvicorn.Server(config)
         self._server.lifespan = config.lifespan_class(config)
         self._ticking: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Returns once calls are answered. Raises BindError."""
-        listening, self.address = listen(*self._where)
+        listening, self.address = listen(*self._where, shares_port=self._shares_port)
         self._sockets.append(listening)
         await self._server.startup(self._sockets)
         self._ticking = asyncio.create_task(self._server.main_loop(), name="http")  # it keeps the Date of answers

@@ -7,7 +7,6 @@ from concurrent.futures import Executor
 from typing import Any
 
 import msgspec
-from prometheus_client.registry import Collector
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -30,11 +29,13 @@ from services.router.http.responses import ChatTelling, CompletionTelling
 from services.router.http.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from services.router.limits import invalid
 from services.router.model import ServedModel
+from services.router.peers import Peers
 from services.router.prepare import encode, rendered
 from services.router.request import TextPrompt
 from shared import __version__
-from shared.net.http import exposition
+from shared.net.http import text_of
 from shared.outcome import RefusedError
+from shared.telemetry.exposition import Exposition
 
 MAX_DETOKENIZED = 2**20
 """Token ids in one call of /detokenize."""
@@ -52,7 +53,8 @@ class Api:
         fleet: Fleet,
         answering: Answering,
         tokenizing: Executor,
-        collector: Collector,
+        exposition: Exposition,
+        peers: Peers,
         healthy: Callable[[], bool],
     ) -> None:
         self._model = model
@@ -61,7 +63,8 @@ class Api:
         self._tokenizing = tokenizing
         self._healthy = healthy
         self._created = int(time.time())
-        self._collector = collector
+        self._exposition = exposition
+        self._peers = peers
 
     def application(self) -> Starlette:
         """The ASGI application."""
@@ -78,7 +81,7 @@ class Api:
             Route("/health", _guarded(self.health), methods=["GET"]),
             Route("/version", _guarded(self.version), methods=["GET"]),
             Route("/metrics", _guarded(self.metrics), methods=["GET"]),
-            *page.routes(self._model, self._fleet, self._answering.admission),
+            *page.routes(self._model, self._fleet, self._answering.admission, self._peers),
         ]
         return Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
 
@@ -159,8 +162,10 @@ class Api:
         return _json({"version": __version__})
 
     async def metrics(self, request: Request) -> Response:
-        """On a thread: a scrape takes longer than a token may wait."""
-        content_type, body = await asyncio.to_thread(exposition, self._collector)
+        """Of all processes of this router. On a thread: a scrape takes longer than a token may wait."""
+        snapshots = await self._peers.snapshots()
+        whole = await asyncio.to_thread(self._exposition.merged_with, snapshots) if snapshots else self._exposition
+        content_type, body = await asyncio.to_thread(text_of, whole)
         return Response(body, headers={"content-type": content_type})
 
 

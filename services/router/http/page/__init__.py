@@ -11,6 +11,7 @@ from starlette.routing import Route
 from services.router.admission import Admission
 from services.router.fleet import Fleet
 from services.router.model import ServedModel
+from services.router.peers import Peers
 from shared import __version__
 
 KINDS = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
@@ -27,11 +28,11 @@ HEADERS = {
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def routes(model: ServedModel, fleet: Fleet, admission: Admission) -> list[Route]:
+def routes(model: ServedModel, fleet: Fleet, admission: Admission, peers: Peers) -> list[Route]:
     """The page's files, and `/cluster`, which it reads every second."""
     made = [Route("/", _file("index.html"), methods=["GET"])]
     made += [Route(f"/page/{name}", _file(name), methods=["GET"]) for name in ("page.css", "page.js")]
-    return [*made, Route("/cluster", _cluster(model, fleet, admission), methods=["GET"])]
+    return [*made, Route("/cluster", _cluster(model, fleet, admission, peers), methods=["GET"])]
 
 
 def _file(name: str) -> Endpoint:
@@ -43,7 +44,7 @@ def _file(name: str) -> Endpoint:
     return send
 
 
-def _cluster(model: ServedModel, fleet: Fleet, admission: Admission) -> Endpoint:
+def _cluster(model: ServedModel, fleet: Fleet, admission: Admission, peers: Peers) -> Endpoint:
     """What the router knows of itself and of every worker group."""
 
     async def tell(request: Request) -> Response:
@@ -54,7 +55,7 @@ def _cluster(model: ServedModel, fleet: Fleet, admission: Admission) -> Endpoint
             "has_chat_template": model.chat_template is not None,
             "max_model_len": fleet.max_model_len or model.max_model_len,
             "draining": admission.draining,
-            "requests_in_flight": len(admission),
+            "requests_in_flight": len(admission) + await peers.requests_in_flight(),
             "groups": groups,
         }
         return Response(msgspec.json.encode(told), media_type="application/json")
