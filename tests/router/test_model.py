@@ -128,5 +128,5 @@ def test_every_parser_can_be_named_by_its_flag():
     fields = {field.name: field.type for field in msgspec.structs.fields(RouterConfig)}
     assert set(get_args(fields["tool_call_parser"])) == {"auto", "none", *TOOL_CALLS}
     assert set(get_args(fields["reasoning_parser"])) == {"auto", "none", *THINKING}
-    with pytest.raises(ConfigError, match="--tool-call-parser: .*kimi"):
+    with pytest.raises(ConfigError, match=r"--tool-call-parser: .*kimi"):
         load_config(RouterConfig, section="router", file="", environ={}, flags={"tool_call_parser": "kimi"})
