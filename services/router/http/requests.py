@@ -1,6 +1,6 @@
 """From a JSON body to what a Session takes: prompts and options, resolved and within limits, or refused by name."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -16,8 +16,10 @@ from services.router.http.schema import (
     TokenizeRequest,
     unserved,
 )
+from services.router.http.tools import Tool, check_tools, past_calls, tools_offered
 from services.router.limits import MAX_MESSAGES, check_depth, check_request_id, invalid
 from services.router.model import ServedModel
+from services.router.parsing.parser import Parsing
 from services.router.request import ChatPrompt, GenerateOptions, Prompt, TextPrompt, TokenPrompt
 from services.router.resolve import Asked, resolve, token_prompt
 from shared.ids import new_request_id
@@ -53,6 +55,9 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     include_stop: bool = False
     token_ids: bool = False
     tokens_as_ids: bool = False
+    parsing: Parsing | None = None
+    """How the answers are taken apart; None: all of their text is content."""
+    include_reasoning: bool = True
 
     @property
     def n(self) -> int:
@@ -108,24 +113,52 @@ def completion(request: CompletionRequest, model: ServedModel, max_model_len: in
 def chat(request: ChatRequest, model: ServedModel, source: Source) -> Question:
     """Raises RefusedError."""
     _check(request, model)
-    if request.tool_choice not in (None, "none", "auto"):
-        raise refuse("unsupported", f"tool_choice: {UNSERVED['tools']}", field="tool_choice")
     if request.top_logprobs and not request.logprobs:
         raise invalid("top_logprobs", "needs logprobs to be true")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     asked = _asked(request, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=request.prompt_logprobs)
-    prompt = _chat_prompt(request, model, documents=request.documents, reasoning_effort=request.reasoning_effort)
+    tools = tools_offered(request.tools, request.tool_choice, model)
+    parsing = _parsing(request, model, tools)
+    asked = msgspec.structs.replace(asked, shown_token_ids=_marks(parsing, model))
+    known = {"documents": request.documents, "reasoning_effort": request.reasoning_effort}
     return _question(
-        request, model, (prompt,), asked, source, chat=True, logprobs=NO_LOGPROBS if logprobs is None else logprobs
+        request,
+        model,
+        (_chat_prompt(request, model, tools, **known),),
+        asked,
+        source,
+        chat=True,
+        logprobs=NO_LOGPROBS if logprobs is None else logprobs,
+        parsing=parsing,
+        include_reasoning=request.include_reasoning is not False,
     )
+
+
+def _parsing(request: ChatRequest, model: ServedModel, tools: Sequence[Tool]) -> Parsing | None:
+    """A message that is continued has its reasoning behind it."""
+    thinking = None if request.continue_final_message else model.thinking
+    tool_calls = model.tool_calls if tools else None
+    if thinking is None and tool_calls is None:
+        return None
+    names = frozenset(tool["function"]["name"] for tool in tools)
+    parallel = request.parallel_tool_calls is not False
+    return Parsing(thinking=thinking, tool_calls=tool_calls, names=names, parallel=parallel)
+
+
+def _marks(parsing: Parsing | None, model: ServedModel) -> frozenset[int]:
+    """The special tokens among the marks that a parser must see."""
+    if parsing is None:
+        return frozenset()
+    token_ids = {model.tokenizer.token_id(mark) for mark in parsing.marks}
+    return model.tokenizer.texts.special_ids & token_ids
 
 
 def to_tokenize(request: TokenizeRequest, model: ServedModel) -> TextPrompt | ChatPrompt:
     """Raises RefusedError."""
     _check_served(request, model)
     if request.messages is not None:
-        return _chat_prompt(request, model)
+        return _chat_prompt(request, model, check_tools(request.tools, model))
     if request.prompt is None:
         raise invalid("prompt", "one of prompt and messages is needed")
     return TextPrompt(request.prompt, request.add_special_tokens is not False)
@@ -252,7 +285,9 @@ def _convert(field: str, value: Any, kind: type[T]) -> T:
         raise invalid(field, f"{at} {what}".strip()) from None
 
 
-def _chat_prompt(request: ChatRequest | TokenizeRequest, model: ServedModel, **known: Any) -> ChatPrompt:
+def _chat_prompt(
+    request: ChatRequest | TokenizeRequest, model: ServedModel, tools: Sequence[Tool], **known: Any
+) -> ChatPrompt:
     """`known` goes to the template beside what the client names for it."""
     if model.chat_template is None:
         raise invalid("chat", "this model has no chat template; use /v1/completions, or start with --chat-template")
@@ -269,6 +304,7 @@ def _chat_prompt(request: ChatRequest | TokenizeRequest, model: ServedModel, **k
         kwargs["add_generation_prompt"] = request.add_generation_prompt
     return ChatPrompt(
         tuple(_message(f"messages[{at}]", one) for at, one in enumerate(messages)),
+        tools=tuple(tools) or None,
         template_kwargs=kwargs,
         continue_final_message=bool(request.continue_final_message),
     )
@@ -283,7 +319,12 @@ def _message(field: str, given: Mapping[str, Any]) -> dict[str, Any]:
     if content is not None and not isinstance(content, str):
         content = _joined(f"{field}.content", content)
     passed = {name: given[name] for name in PASSED if given.get(name) is not None}
+    if "reasoning" in passed:  # what newer clients call it; templates know the older name
+        passed.setdefault("reasoning_content", passed["reasoning"])
     check_depth(field, passed)
+    if "tool_calls" in passed:
+        passed["tool_calls"] = past_calls(f"{field}.tool_calls", passed["tool_calls"])
+        check_depth(f"{field}.tool_calls", passed["tool_calls"])
     return {"role": role, "content": content or "", **passed}
 
 

@@ -99,9 +99,12 @@ class ChatRequest(Common, frozen=True, kw_only=True):
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
     """For the template; without meaning to the models that do not know it."""
+    include_reasoning: bool | None = None
+    """Whether the answer tells the model's reasoning, where it is told apart: true."""
+    tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
 
-    tools: Any = UNSET
     functions: Any = UNSET
     function_call: Any = UNSET
     chat_template: Any = UNSET
@@ -120,7 +123,7 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: Any = UNSET
+    tools: list[dict[str, Any]] | None = None
     chat_template: Any = UNSET
 
 
@@ -137,9 +140,8 @@ UNSERVED: dict[str, str] = {
     "guided_regex": "structured output is not served by this version",
     "guided_choice": "structured output is not served by this version",
     "guided_grammar": "structured output is not served by this version",
-    "tools": "tool calls are not served by this version",
-    "functions": "tool calls are not served by this version",
-    "function_call": "tool calls are not served by this version",
+    "functions": "was replaced by tools",
+    "function_call": "was replaced by tool_choice",
     "use_beam_search": "beam search is not served",
     "allowed_token_ids": "is not served; use logit_bias",
     "bad_words": "is not served; use logit_bias",
