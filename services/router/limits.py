@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -79,6 +80,16 @@ def check_range(field: str, value: float) -> None:
 def check_request_id(request_id: str) -> None:
     if len(request_id) > MAX_REQUEST_ID_CHARS or not REQUEST_ID.fullmatch(request_id):
         raise invalid("request_id", f"1 to {MAX_REQUEST_ID_CHARS} letters, digits and . _ : / + = @ - are allowed")
+
+
+def depth_of(value: Any) -> int:
+    """How many arrays and objects are inside each other, counted to one more than is allowed."""
+    level, depth = [value], 0
+    while level and depth <= MAX_JSON_DEPTH:
+        depth += 1
+        groups = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [child for group in groups for child in group if isinstance(child, (dict, list))]
+    return depth
 
 
 class Limits(msgspec.Struct, frozen=True):

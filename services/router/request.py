@@ -7,6 +7,7 @@ import msgspec
 
 from shared.outcome import FinishReason
 from shared.sampling import Sampling, Stopping, Want
+from shared.structured import Structured
 from shared.telemetry.context import Caller
 
 
@@ -46,6 +47,7 @@ class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
     want: Want = Want()
     n: int = 1
     stop: tuple[str, ...] = ()
+    structured: Structured | None = None
     priority: int = 0
     deterministic: bool = False
     include_timing: bool = False

@@ -12,6 +12,7 @@ from services.router.limits import (
     MAX_TOOLS,
     check_range,
     check_request_id,
+    depth_of,
     invalid,
     too_long,
 )
@@ -29,12 +30,14 @@ from services.router.request import (
     TokenLogprob,
     TokenPrompt,
 )
+from services.router.structured import structured_of
 from shared.ids import new_request_id, new_seed
 from shared.net.options import SPLIT_BYTES
 from shared.outcome import FinishReason, refuse
 from shared.rpc.sluice.v1 import control_pb2
 from shared.rpc.sluice.v1 import inference_pb2 as pb
 from shared.sampling import NO_LOGPROBS, Sampling, Stopping, Want
+from shared.structured import Structured
 from shared.telemetry.context import Caller
 from shared.telemetry.names import SERVICES
 from shared.telemetry.spans import Attribute, Trace
@@ -99,19 +102,9 @@ def _json(field: str, text: str, kind: type) -> Any:
         value: Any = msgspec.json.decode(text, type=kind)
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
         raise invalid(field, f"is not a JSON {'array' if kind is list else 'object'}") from None
-    if _depth(value) > MAX_JSON_DEPTH:
+    if depth_of(value) > MAX_JSON_DEPTH:
         raise invalid(field, f"nests deeper than {MAX_JSON_DEPTH} levels")
     return value
-
-
-def _depth(value: Any) -> int:
-    """How many arrays and objects are inside each other, counted to one more than is allowed."""
-    level, depth = [value], 0
-    while level and depth <= MAX_JSON_DEPTH:
-        depth += 1
-        groups = (one.values() if isinstance(one, dict) else one for one in level)
-        level = [child for group in groups for child in group if isinstance(child, (dict, list))]
-    return depth
 
 
 def options_of(
@@ -122,8 +115,6 @@ def options_of(
     caller: Caller | None = None,
 ) -> GenerateOptions:
     """Every field resolved: the request, else generation_config, else the default. Raises RefusedError."""
-    if message.structured.WhichOneof("constraint") is not None:
-        raise refuse("unsupported", "structured output is not served by this version", field="structured")
     n = _given(message.sampling, "sampling", "n", 1)
     model.limits.check_stop(message.stopping.stop, message.stopping.stop_token_ids)
     return GenerateOptions(
@@ -134,6 +125,7 @@ def options_of(
         want=_want(message.response),
         n=n,
         stop=tuple(message.stopping.stop),
+        structured=_structured(message, model),
         priority=message.priority,
         deterministic=message.deterministic,
         include_timing=message.response.include_timing,
@@ -185,6 +177,16 @@ def _stopping(message: pb.Stopping, model: ServedModel) -> Stopping:
         stop_token_ids=ends,
         stops_on_text=bool(message.stop),
     )
+
+
+def _structured(message: pb.GenerateRequest, model: ServedModel) -> Structured | None:
+    kind = message.structured.WhichOneof("constraint")
+    if kind is None:
+        return None
+    value = getattr(message.structured, kind)
+    given = {kind: list(value.options) if kind == "choice" else value}
+    stopping = message.stopping
+    return structured_of(given, model, min_tokens=stopping.min_tokens, ignore_eos=stopping.ignore_eos)
 
 
 def _want(message: pb.ResponseOptions) -> Want:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from services.scheduler.core.plan import Admission, StepPlan, StepResult
 from shared.sampling import TokenLogprobs
+from shared.structured import Structured
 
 POISON = b"poison"
 
@@ -64,12 +65,21 @@ class PretendDevice:
     block_size: int
     vocab: int = 50
     slots: dict[int, Row] = field(default_factory=dict)
+    grammars: dict[int, Structured] = field(default_factory=dict)
+    """Those that were prepared, by id."""
     content: list[list[bytes]] = field(init=False)
     last_step: int = 0
     seen_tokens: int = 0
 
     def __post_init__(self) -> None:
         self.content = [[POISON] * self.block_size for _ in range(self.num_blocks)]
+
+    def arrive(self, plan: StepPlan) -> None:
+        """The plan is read, behind what was told of grammars before it."""
+        for admission in plan.admissions:
+            if admission.grammar:
+                told = self.grammars[admission.grammar].text
+                assert told == str(admission.sampling.seed), "a sample is given its own grammar, once that is prepared"
 
     def run(self, plan: StepPlan, *, run_ns: int = 1_000_000) -> StepResult:
         assert plan.step > self.last_step, "steps run in order"

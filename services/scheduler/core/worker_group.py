@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from services.scheduler.core.blocks import BlockPool
+from services.scheduler.core.grammars import Grammars
 from services.scheduler.core.phases import WaitClock, WaitReason
 from services.scheduler.core.plan import StepPlan
 from services.scheduler.core.queue import OrderedSamples
@@ -83,6 +84,9 @@ class WorkerGroup:
     pool: BlockPool = field(init=False)
     running: OrderedSamples = field(default_factory=OrderedSamples)
     waiting: OrderedSamples = field(default_factory=OrderedSamples)
+    preparing: OrderedSamples = field(default_factory=OrderedSamples)
+    """Those that wait for their grammar: no plan may hold them, and they hold up nobody."""
+    grammars: Grammars = field(default_factory=Grammars)
     clock: WaitClock = field(default_factory=WaitClock)
     pace: Pace = field(default_factory=Pace)
     in_flight: deque[InFlight] = field(default_factory=deque)
@@ -103,6 +107,14 @@ class WorkerGroup:
         return max(1, self.spec.num_blocks // 100) if len(self.running) else 0
 
     @property
+    def num_waiting(self) -> int:
+        return len(self.waiting) + len(self.preparing)
+
+    def queue_of(self, sample: Sample) -> OrderedSamples:
+        """Where a waiting sample of this group stands."""
+        return self.waiting if self.grammars.is_ready(sample.structured) else self.preparing
+
+    @property
     def has_work(self) -> bool:
         """Whether its device has something to do, or soon will."""
         return bool(self.running.samples or self.waiting.samples or self.in_flight)
@@ -116,7 +128,7 @@ class WorkerGroup:
         return GroupLoad(
             group=self.id,
             requests_running=len(self.running),
-            requests_waiting=len(self.waiting),
+            requests_waiting=self.num_waiting,
             kv_blocks_total=pool.num_blocks,
             kv_blocks_free=len(pool.free),
             kv_blocks_cached=len(pool.cached),
@@ -125,7 +137,10 @@ class WorkerGroup:
 
     def waiting_by_reason(self) -> Counter[WaitReason]:
         """How many samples wait for what: the queue's reason, or their request's own."""
-        return Counter(sample.request.ledger.own_reason or self.clock.reason for sample in list(self.waiting.samples))
+        counts = Counter(sample.request.ledger.own_reason or self.clock.reason for sample in list(self.waiting.samples))
+        if len(self.preparing):
+            counts[WaitReason.GRAMMAR] = len(self.preparing)
+        return counts
 
     def match(self, sample: Sample) -> list[int]:
         """Blocks that hold a prefix of the sample's tokens. The last token is left to compute, since its logits are
