@@ -17,10 +17,11 @@ MAX_ERROR_CHARS = 300
 class Guide:
     """One row's. Used on the device thread, whose calls alternate: `allowed`, then `accept`."""
 
-    def __init__(self, grammar: LLMatcher, generated: Array, executor: Executor) -> None:
+    def __init__(self, grammar: LLMatcher, generated: Array, vocab_size: int, executor: Executor) -> None:
         """`grammar` is copied; `generated` are the tokens of the answer that are known."""
         self.error = ""
         """Why the row cannot go on, once its mask was waited for."""
+        self._num_words = -(-vocab_size // 32)
         self._executor = executor
         self._matcher: LLMatcher | None = None
         self._next: Future[Array] = executor.submit(self._begin, grammar, generated.tolist())
@@ -45,7 +46,7 @@ class Guide:
 
     def _mask(self) -> Array:
         assert self._matcher is not None
-        mask = np.frombuffer(self._matcher.compute_bitmask(), "<i4").astype(np.int32)
+        mask = np.frombuffer(self._matcher.compute_bitmask(), "<i4", self._num_words).astype(np.int32)
         if self._matcher.is_error():
             self.error = self.error or " ".join(self._matcher.get_error().split())[:MAX_ERROR_CHARS]
         elif not mask.any():

@@ -163,7 +163,7 @@ class Sampler:
             counts = TokenCounts(prompt, output, vocab_size, with_prompt=sampling.repetition_penalty != 1.0)
         guide = None
         if admit.grammar is not None:
-            guide = Guide(admit.grammar, admit.token_ids[admit.prompt_len :], self._guiding)
+            guide = Guide(admit.grammar, admit.token_ids[admit.prompt_len :], vocab_size, self._guiding)
         if counts is None and guide is None and not bias and len(stops) == 0:
             return None
         return _Adjustments(
