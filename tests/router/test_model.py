@@ -109,6 +109,7 @@ def test_a_config_without_its_sizes_is_refused_by_name(tmp_path, key):
         ("{{ messages }}", "", ""),
         ("{% if thinking %}<think>{% else %}</think>{% endif %}", "", "qwen3"),
         ("[TOOL_CALLS][THINK]", "mistral", "mistral"),
+        ("Use exact format: [func_name1(param1=value1), func_name2(...)]", "pythonic", ""),
     ],
 )
 def test_the_parsers_are_those_that_the_chat_template_speaks_or_the_flags_name(

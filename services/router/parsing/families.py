@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection
 
 import msgspec
 
-from services.router.parsing import hermes, llama3, mistral
+from services.router.parsing import hermes, llama3, mistral, pythonic
 from services.router.parsing.reader import Reader, Waiting
 from services.router.parsing.speaker import Speaker
 from services.router.parsing.thinking import Thinking
@@ -34,6 +34,7 @@ TOOL_CALLS: dict[str, ToolCalls] = {
     "hermes": ToolCalls(read=hermes.hermes, marks=hermes.MARKS),
     "llama3_json": ToolCalls(read=llama3.llama3_json, marks=llama3.MARKS),
     "mistral": ToolCalls(read=mistral.mistral, marks=mistral.MARKS, new_id=_short_id),
+    "pythonic": ToolCalls(read=pythonic.pythonic, marks=pythonic.MARKS),
 }
 THINKING: dict[str, Thinking] = {
     "deepseek_r1": Thinking(always=True),
@@ -49,6 +50,8 @@ def tool_calls_of(template: str) -> str:
         return "" if any(mark in template for mark in foreign) else "hermes"
     if "[TOOL_CALLS]" in template:
         return "mistral"
+    if "[func_name1(param" in template:
+        return "pythonic"
     if "<|python_tag|>" in template or '"parameters": dictionary of argument name' in template:
         return "llama3_json"
     return ""
