@@ -2,5 +2,5 @@
 
 __version__ = "0.1.0"
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Of the internal links (scheduling.proto, execution.proto); both ends must agree."""

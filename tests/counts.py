@@ -16,6 +16,8 @@ COUNTS: dict[str, tuple[int, int]] = {
     "compile_targets": (1, 3),
     "compile_models": (3, 11),
     "candidate_forms": (12, 10_000),
+    "fused_twins": (3, 100),
+    "soaked_twins": (3, 100),
     "attention_schedules": (25, 400),
     "decoder_schedules": (15, 300),
     "traced_requests": (120, 1_000),

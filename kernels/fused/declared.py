@@ -243,7 +243,7 @@ def _attentions(shape: ModelShape) -> None:
                 attention.paged_attention(
                     heads[:, : shape.num_heads],
                     pool,
-                    1,
+                    min(1, shape.num_layers - 1),
                     replace(plan, tile=tile),
                     shape.head_dim**-0.5,
                     soft_cap=shape.soft_cap,

@@ -6,7 +6,7 @@ Position p of row r lives in block `block_tables[r, p // block_size]` at slot `p
 beyond the context are never read. Rows may share blocks: call `rotate_and_write` for all tokens of a layer before
 `paged_attention` of that layer. What unused slots hold has no influence as long as it is finite, for a weight of zero
 times NaN is NaN; so it never writes anything else, and one sequence's overflow cannot reach the next owner of
-its blocks.
+its blocks. The same goes for blocks that end before the window of a row's first token: they may be anybody's.
 
 With `exact`, a token's result has the same bits however its sequence was cut into chunks and whatever the other rows
 are: scores and products are computed on whole tiles of 128 absolute positions and 16 rows, masked to zero.

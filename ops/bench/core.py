@@ -15,6 +15,7 @@ from services.scheduler.core.plan import StepResult
 from services.scheduler.core.request import Submission
 from services.scheduler.core.scheduler import CoreConfig, Scheduler
 from services.scheduler.core.worker_group import GroupSpec
+from shared.cache_groups import Window
 from shared.sampling import Sampling, Stopping
 
 RESULTS = Path(__file__).parent / "results"
@@ -25,10 +26,13 @@ STEPS = 500
 NS_PER_STEP = 1_000_000
 
 
-def decoding(num_requests: int) -> Scheduler:
+def decoding(num_requests: int, windows: tuple[Window, ...] = (None,)) -> Scheduler:
     """A core whose requests have all left their prompts behind."""
     core = Scheduler(CoreConfig(max_num_seqs=256, max_num_batched_tokens=8192))
-    spec = GroupSpec(id="g", num_blocks=80_000, block_size=16, max_num_seqs=256, max_num_batched_tokens=8192)
+    num_blocks = 80_000 * len(windows)
+    spec = GroupSpec(
+        id="g", num_blocks=num_blocks, block_size=16, max_num_seqs=256, max_num_batched_tokens=8192, windows=windows
+    )
     core.add_group(spec, 0)
     for i in range(num_requests):
         prompt = tuple((i * 131 + j * 7) % 32_000 for j in range(PROMPT_TOKENS))
@@ -50,11 +54,11 @@ def step(core: Scheduler, now_ns: int) -> None:
     core.take_events()
 
 
-def measure(num_requests: int, repeats: int) -> dict[str, float]:
+def measure(num_requests: int, repeats: int, windows: tuple[Window, ...] = (None,)) -> dict[str, float]:
     """CPU milliseconds per step, the median of `repeats` runs of STEPS steps."""
     times = []
     for _ in range(repeats):
-        core = decoding(num_requests)
+        core = decoding(num_requests, windows)
         began = time.process_time()
         for i in range(STEPS):
             step(core, i * NS_PER_STEP)

@@ -55,7 +55,8 @@ CASES: dict[str, list[tuple[int, int]]] = {
 def build_batch(
     rows: list[tuple[int, int]], block_size: int, *, exact: bool = False, vocab_size: int = CONFIG["vocab_size"]
 ) -> StepBatch:
-    """Rows of (new tokens, context with them) whose blocks lie scattered over the pool; on the host."""
+    """Rows of (new tokens, context with them) whose blocks lie scattered over the pool; on the host. For models of one
+    cache group."""
     counts = [-(-context // block_size) for _, context in rows]
     order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0)).split(counts)
     tables = torch.zeros(len(rows), max(counts), dtype=torch.int32)
@@ -69,10 +70,10 @@ def build_batch(
     return StepBatch(
         token_ids=torch.randint(0, vocab_size, (starts[-1],), generator=torch.Generator().manual_seed(1)),
         positions=torch.cat(positions),
-        slots=torch.cat(slots),
+        slots=torch.cat(slots)[None],
         query_starts=starts,
         context_lens=[context for _, context in rows],
-        block_tables=tables,
+        block_tables=tables[None],
         logit_rows=torch.tensor(starts[1:]) - 1,
         exact=exact,
     )

@@ -34,6 +34,7 @@ def core_of(loaded: Loaded) -> Scheduler:
         max_num_seqs=loaded.max_num_seqs,
         max_num_batched_tokens=loaded.max_num_batched_tokens,
         max_model_len=loaded.max_model_len,
+        windows=loaded.windows,
     )
     core.add_group(spec, time.monotonic_ns())
     return core

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from services.cli.devices import GIB, Device, device_named
+from shared.config import WorkerConfig
 
 if TYPE_CHECKING:
     from services.worker.models.facts import ModelFacts
@@ -44,6 +45,7 @@ def describe_model(
         itemsize=ITEMSIZES[dtype],
         context=context,
         block_size=block_size,
+        chunk=WorkerConfig().max_num_batched_tokens,
         memory_bytes=int(found.memory_bytes * MEMORY_SHARE[found.how]),
         flops=found.flops[dtype],
         bytes_per_second=found.bytes_per_second,
@@ -74,6 +76,7 @@ def _lines(facts: "ModelFacts", device: Device) -> list[tuple[str, str]]:
     active = f", {_count(facts.active_parameters)} of them used by a token" if sizes.idle_experts else ""
     at_context = facts.compute_bound_rows_at_context
     more = "never" if at_context is None else f"from {at_context:,.0f}"
+    groups = f" in one of {facts.num_groups} groups of layers" if facts.num_groups > 1 else ""
     rates = f"{device.flops[facts.dtype] / 1e12:,.2f} TFLOP/s, {device.bytes_per_second / 1e9:,.0f} GB/s ({device.how})"
     return [
         ("architecture", f"{facts.architecture}, {facts.dtype}"),
@@ -82,7 +85,10 @@ def _lines(facts: "ModelFacts", device: Device) -> list[tuple[str, str]]:
         ("weights", _bytes(facts.weight_bytes)),
         ("cache of a token", f"{_bytes(facts.kv_bytes_per_token)}{_windows(facts)}"),
         ("device", f"{device.name}: {_bytes(device.memory_bytes)}, {rates}"),
-        ("blocks that fit", f"{facts.num_blocks:,} of {facts.block_size} tokens, {_bytes(facts.block_bytes)} each"),
+        (
+            "blocks that fit",
+            f"{facts.num_blocks:,} of {facts.block_size} tokens{groups}, {_bytes(facts.block_bytes)} each",
+        ),
         ("requests that fit", f"{facts.requests:,} of {facts.context:,} tokens"),
         ("B*", f"{facts.ratio:,.0f} operations for each byte"),
         (

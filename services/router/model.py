@@ -19,6 +19,9 @@ from shared.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
 log = structlog.get_logger("model")
 
+LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+"""How families spell the longest context."""
+UNSTATED_LENGTH = 2**31 - 1
 BUNDLED_FOLDER = Path(shared.__path__[0]).resolve().parent / "ops" / "demo_model" / "model"
 
 
@@ -38,7 +41,8 @@ class Defaults(msgspec.Struct, frozen=True, kw_only=True):
 
 class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     """`names` are what clients may call it, the first being its own; `fingerprint` names the checkpoint, empty where
-    the weights are not on this machine."""
+    the weights are not on this machine. `max_model_len` is what the configuration states, for as long as no worker has
+    said what it takes."""
 
     names: tuple[str, ...]
     vocab_size: int
@@ -81,7 +85,7 @@ def load_model(config: RouterConfig) -> ServedModel:
     return ServedModel(
         names=config.served_model_name or (_own_name(config.model),),
         vocab_size=_positive(text, "vocab_size", folder),
-        max_model_len=_positive(text, "max_position_embeddings", folder),
+        max_model_len=_stated_length(text, folder),
         dtype=str(settings.get("dtype") or settings.get("torch_dtype") or "float32"),
         fingerprint=fingerprint,
         tokenizer=tokenizer,
@@ -129,6 +133,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
         return read_config(folder), msgspec.json.decode(generation.read_bytes()) if generation.is_file() else {}, ""
     except (OSError, msgspec.MsgspecError) as error:
         raise CheckpointError(f"cannot read {generation}: {error}") from None
+
+
+def _stated_length(settings: dict[str, Any], folder: Path) -> int:
+    stated = next((key for key in LENGTH_KEYS if settings.get(key) is not None), None)
+    return UNSTATED_LENGTH if stated is None else _positive(settings, stated, folder)
 
 
 def _positive(settings: dict[str, Any], key: str, folder: Path) -> int:

@@ -127,7 +127,7 @@ class Loop:
         if group not in self._core.groups:
             return
         self._publish_blocks()
-        warm = [short(block_hash) for block_hash in self._core.groups[group].pool.index.by_hash]
+        warm = [short(block_hash) for block_hash in self._core.groups[group].pool.index.by_hash[0]]
         self._publisher.publish_blocks([], warm)
         self._core.lose_group(group, self._now_ns())
         self._meter.on_lost(group)

@@ -263,6 +263,7 @@ def group_spec_of(request: execution_pb2.RegisterRequest) -> GroupSpec:
         max_num_seqs=request.max_num_seqs,
         max_num_batched_tokens=request.max_num_batched_tokens,
         max_model_len=request.max_model_len,
+        windows=tuple(window or None for window in request.windows) or (None,),
     )
 
 
@@ -305,7 +306,7 @@ def _admit_message(admission: Admission) -> execution_pb2.Admit:
         token_ids=admission.token_ids,
         prompt_len=admission.prompt_len,
         computed=admission.computed,
-        blocks=pack_u32(admission.blocks),
+        tables=[execution_pb2.BlockTable(first=first, blocks=pack_u32(blocks)) for first, blocks in admission.tables],
         sample_index=admission.sample_index,
         sampling=row_sampling,
         min_tokens=admission.min_tokens,

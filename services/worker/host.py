@@ -22,6 +22,7 @@ from services.worker.servicer import SERVICE_NAME, ExecutionServicer
 from services.worker.steps import StepTraces
 from services.worker.wire import RegistryClient
 from services.worker.work import StepCosts
+from shared.cache_groups import Window
 from shared.config import WorkerConfig, tracing_config
 from shared.net.address import join_address
 from shared.net.channel import internal_metadata, open_internal_channel
@@ -62,6 +63,8 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int
     max_model_len: int
     vocab_size: int
+    windows: tuple[Window, ...] = (None,)
+    """Of each cache group."""
 
 
 Load = Callable[[Progress], Loaded]
@@ -92,8 +95,10 @@ async def host(config: WorkerConfig, load: Load, *, instance: str, on_event: OnE
 
 def identify(loaded: Loaded, instance: str, address: str) -> WorkerIdentity:
     """What this process registers with."""
-    facts = {name: getattr(loaded, name) for name in Loaded.__struct_fields__ if name not in ("runner", "costs")}
-    return WorkerIdentity(worker=instance, address=address, **facts)
+    own = ("runner", "costs", "windows")
+    facts = {name: getattr(loaded, name) for name in Loaded.__struct_fields__ if name not in own}
+    windows = tuple(window or 0 for window in loaded.windows)
+    return WorkerIdentity(worker=instance, address=address, windows=windows, **facts)
 
 
 def _describe(metrics: WorkerMetrics, config: WorkerConfig, loaded: Loaded) -> None:

@@ -20,6 +20,8 @@ class WorkerIdentity(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int
     max_model_len: int
     vocab_size: int
+    windows: tuple[int, ...] = (0,)
+    """Of each cache group; 0 sees all positions."""
     rank: int = 0
     world: int = 1
     protocol_version: int = PROTOCOL_VERSION

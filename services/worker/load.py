@@ -18,7 +18,7 @@ from services.worker.host import Loaded, Progress
 from services.worker.memory.budget import CudaGauge, Gauge, pool_bytes, refuse_expandable_segments
 from services.worker.memory.copies import CudaCopies
 from services.worker.memory.layout import BlockLayout, layout_of
-from services.worker.memory.pool import allocate_pool, count_blocks
+from services.worker.memory.pool import PoolTooSmall, allocate_pool, count_blocks
 from services.worker.models.costs import costs_of
 from services.worker.models.decoder import Decoder, load_decoder, random_decoder
 from services.worker.models.registry import translate
@@ -29,6 +29,7 @@ from services.worker.rehearsal import measure_steps
 from services.worker.sampling.sampler import Sampler
 from services.worker.warm import capture_graphs, compile_kernels, uses_graphs
 from services.worker.work import StepCosts
+from shared.cache_groups import held_blocks, longest_context
 from shared.checkpoint import Checkpoint, open_checkpoint
 from shared.config import WorkerConfig
 from shared.config.services import BUNDLED_MODEL
@@ -157,6 +158,7 @@ def _describe(
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=size.max_model_len,
         vocab_size=runner.vocab_size,
+        windows=layout.windows,
     )
 
 
@@ -273,11 +275,12 @@ def size_pool(
     """Blocks as told, else as many as the bytes of `room` hold, measured on a GPU. On a CPU (None) for `max_num_seqs`
     whole contexts, else what half of this worker's share (`gpu_memory_utilization`) of the free memory holds.
 
-    Raises WorkerError where what was asked for does not fit, PoolTooSmall where not one block does.
+    Raises WorkerError where what was asked for does not fit, PoolTooSmall where not one block of each cache group does.
     """
     if config.max_model_len > max_positions:
         raise WorkerError(f"--max-model-len {config.max_model_len}: the model ends at {max_positions} positions")
     longest = config.max_model_len or max_positions
+    held_by = layout.windows, layout.block_size, config.max_num_batched_tokens
     if config.num_gpu_blocks_override:
         num_blocks = config.num_gpu_blocks_override
     elif config.kv_cache_memory_bytes:
@@ -285,7 +288,7 @@ def size_pool(
     elif room is not None:
         num_blocks = count_blocks(layout, memory_bytes=room)
     else:
-        enough = config.max_num_seqs * layout.blocks_for(longest)
+        enough = config.max_num_seqs * held_blocks(longest, *held_by)
         num_blocks = min(enough, count_blocks(layout, available_bytes=int(free * config.gpu_memory_utilization)))
     needed = num_blocks * layout.bytes_per_block
     if needed > free:
@@ -293,7 +296,12 @@ def size_pool(
             f"{num_blocks} KV blocks need {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB are free: "
             "ask for less with --kv-cache-memory-bytes or --num-gpu-blocks-override"
         )
-    room = num_blocks * layout.block_size
+    room = longest_context(num_blocks, *held_by)
+    if room < 1:
+        raise PoolTooSmall(
+            f"{num_blocks} KV blocks do not give one to each of {len(layout.windows)} cache groups: ask for more with "
+            "--kv-cache-memory-bytes or --num-gpu-blocks-override"
+        )
     if config.max_model_len > room:
         raise WorkerError(
             f"--max-model-len {config.max_model_len} does not fit into {num_blocks} KV blocks of {layout.block_size} "
@@ -316,6 +324,7 @@ def build_runner(
         block_size=layout.block_size,
         num_pool_blocks=size.num_blocks,
         vocab_size=vocab_size,
+        windows=layout.windows,
     )
     sampler = Sampler(max_num_seqs=config.max_num_seqs, vocab_size=vocab_size)
     copies = CudaCopies(torch.device(device)) if device == "cuda" else None
@@ -329,15 +338,16 @@ def _warm_up(runner: Runner, layout: BlockLayout, size: PoolSize) -> None:
         return
     greedy = Sampling(seed=0, temperature=0.0)
     admit = Admit(slot=0, token_ids=np.zeros(num_tokens, np.int32), prompt_len=num_tokens, sampling=greedy)
-    blocks = np.arange(layout.blocks_for(num_tokens + 1), dtype=np.int32)
+    blocks = np.arange(layout.blocks_for(num_tokens + 1), dtype=np.int32) % size.num_blocks
+    num_groups = len(layout.windows)
     for count, further, admits in ((num_tokens, blocks, (admit,)), (1, blocks[:0], ())):
         plan = StepPlan(
             step=0,
             slots=np.zeros(1, np.int64),
             counts=np.array([count]),
-            block_counts=np.array([len(further)]),
+            block_counts=np.full(num_groups, len(further)),
             samples=np.ones(1, np.bool_),
-            blocks=further,
+            blocks=np.tile(further, num_groups),
             admits=admits,
         )
         runner.run(plan)

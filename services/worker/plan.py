@@ -26,11 +26,19 @@ class DeviceLostError(Exception):
     """The device takes no more work from this process: only a new one helps."""
 
 
+class BlockTable(msgspec.Struct, frozen=True):
+    """Blocks (int32) of a sequence in one cache group, of which the first is block `first` of the sequence."""
+
+    first: int
+    blocks: Array
+
+
 class Admit(msgspec.Struct, frozen=True, kw_only=True):
     """A request to take up, or to take up again. Replaces whatever the slot held.
 
-    `token_ids` int32 [known], the prompt and then what was generated; `computed` of them stand in `blocks` (int32)
-    already. `stop_token_ids` int64 are not sampled before `min_tokens` tokens were.
+    `token_ids` int32 [known], the prompt and then what was generated; `computed` of them stand in the blocks of
+    `tables` already, one per cache group or none at all. `stop_token_ids` int64 are not sampled before `min_tokens`
+    tokens were.
     `trace` names the request's span, 24 bytes, or is empty.
     """
 
@@ -39,7 +47,7 @@ class Admit(msgspec.Struct, frozen=True, kw_only=True):
     prompt_len: int
     sampling: Sampling
     computed: int = 0
-    blocks: Array = msgspec.field(default_factory=lambda: np.empty(0, np.int32))
+    tables: tuple[BlockTable, ...] = ()
     sample_index: int = 0
     min_tokens: int = 0
     stop_token_ids: Array = msgspec.field(default_factory=lambda: np.empty(0, np.int64))
@@ -49,8 +57,8 @@ class Admit(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """One step; see execution.proto. Row i is `slots[i]`, `counts[i]`, `block_counts[i]` (int64) and `samples[i]`
-    (bool); `blocks` int32 holds the rows' further blocks one after another."""
+    """One step; see execution.proto. Row i is `slots[i]`, `counts[i]` (int64) and `samples[i]` (bool); `block_counts`
+    int64 has an entry per row and cache group, and `blocks` int32 holds their further blocks one after another."""
 
     step: int
     slots: Array

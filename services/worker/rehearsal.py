@@ -48,11 +48,11 @@ def measure_steps(
     rows = min(config.max_num_seqs, config.max_num_batched_tokens)
     lengths = _spread(config.max_num_batched_tokens, rows, max_model_len - 1)
     block_size = config.block_size
-    prompts = _prompts(lengths, block_size)
+    prompts = _prompts(lengths, block_size, decoder.num_groups)
     eager = gauge.peak_of(lambda: _run(runner, prompts))
     if not with_graphs:
         return StepMemory(eager=eager, graphs=0)
-    decode = _decode(lengths, block_size)
+    decode = _decode(lengths, block_size, decoder.num_groups)
 
     def replay() -> None:
         runner.capture_graphs(decoder, Called(), max_num_tokens=config.max_num_batched_tokens)
@@ -72,7 +72,7 @@ def _spread(num_tokens: int, rows: int, longest: int) -> list[int]:
     return [max(1, min(length, longest)) for length in lengths]
 
 
-def _prompts(lengths: list[int], block_size: int) -> StepPlan:
+def _prompts(lengths: list[int], block_size: int, num_groups: int) -> StepPlan:
     """Whole prompts, every block of which is block 0."""
     admits = tuple(
         Admit(
@@ -85,12 +85,13 @@ def _prompts(lengths: list[int], block_size: int) -> StepPlan:
         for slot, length in enumerate(lengths)
     )
     block_counts = np.array([-(-length // block_size) for length in lengths])
-    return _plan(lengths, block_counts, admits)
+    return _plan(lengths, np.repeat(block_counts, num_groups), admits)
 
 
-def _decode(lengths: list[int], block_size: int) -> StepPlan:
+def _decode(lengths: list[int], block_size: int, num_groups: int) -> StepPlan:
     """One further token of each."""
-    return _plan([1] * len(lengths), np.array([int(length % block_size == 0) for length in lengths]), ())
+    block_counts = np.array([int(length % block_size == 0) for length in lengths])
+    return _plan([1] * len(lengths), np.repeat(block_counts, num_groups), ())
 
 
 def _plan(counts: list[int], block_counts: np.ndarray, admits: tuple[Admit, ...]) -> StepPlan:

@@ -43,7 +43,7 @@ def shape_of(spec: ModelSpec, layout: BlockLayout, max_model_len: int) -> dict[s
         "max_model_len": max_model_len,
         "dtype": layout.dtype,
         "window": windows[0] if windows else None,
-        "num_layers": spec.num_layers,
+        "num_layers": layout.num_layers,
         "soft_cap": spec.attention_soft_cap,
         "alibi": isinstance(spec.positions, Alibi),
         "sinks": spec.sinks,

@@ -4,7 +4,7 @@ import grpc
 import numpy as np
 
 from services.worker.identity import Lease, WorkerIdentity
-from services.worker.plan import Admit, RowLogprobs, RowPromptLogprobs, StepPlan, StepResult
+from services.worker.plan import Admit, BlockTable, RowLogprobs, RowPromptLogprobs, StepPlan, StepResult
 from shared.rpc.sluice.v1 import execution_pb2 as pb
 from shared.rpc.sluice.v1 import scheduling_pb2
 from shared.rpc.sluice.v1.execution_pb2_grpc import RegistryStub
@@ -29,8 +29,10 @@ def plan_from_message(message: pb.StepPlan) -> StepPlan:
         blocks=_unpack(message.blocks, "<u4", np.int32, "blocks"),
     )
     rows = len(slots)
-    if not rows == len(plan.counts) == len(plan.block_counts) == len(plan.samples):
-        raise WireError(f"step {plan.step}: slots, counts, block_counts and samples differ in length")
+    if not rows == len(plan.counts) == len(plan.samples):
+        raise WireError(f"step {plan.step}: slots, counts and samples differ in length")
+    if len(plan.block_counts) % rows if rows else len(plan.block_counts):
+        raise WireError(f"step {plan.step}: {len(plan.block_counts)} block_counts for {rows} rows")
     if int(plan.block_counts.sum()) != len(plan.blocks):
         raise WireError(f"step {plan.step}: block_counts do not add up to the {len(plan.blocks)} blocks sent")
     return plan
@@ -42,7 +44,9 @@ def _admit(message: pb.Admit) -> Admit:
         token_ids=_unpack(message.token_ids, "<u4", np.int32, "token_ids"),
         prompt_len=message.prompt_len,
         computed=message.computed,
-        blocks=_unpack(message.blocks, "<u4", np.int32, "blocks"),
+        tables=tuple(
+            BlockTable(table.first, _unpack(table.blocks, "<u4", np.int32, "blocks")) for table in message.tables
+        ),
         sample_index=message.sample_index,
         sampling=_sampling(message.sampling),
         min_tokens=message.min_tokens,

@@ -56,10 +56,10 @@ class CoreDriver:
         self.devices: dict[str, PretendDevice] = {}
         self.flying: dict[str, deque[StepPlan]] = {}
 
-    def add_group(self, name: str = "g0", *, num_blocks: int = 64, block_size: int = 4, **spec: int) -> None:
+    def add_group(self, name: str = "g0", *, num_blocks: int = 64, block_size: int = 4, **spec: object) -> None:
         spec = {"max_num_seqs": 64, "max_num_batched_tokens": 4096, **spec}
         self.core.add_group(GroupSpec(id=name, num_blocks=num_blocks, block_size=block_size, **spec), self.now_ns)
-        self.devices[name] = PretendDevice(num_blocks, block_size, VOCAB)
+        self.devices[name] = PretendDevice(num_blocks, block_size, VOCAB, windows=spec.get("windows", (None,)))
         self.flying[name] = deque()
 
     def lose_group(self, name: str) -> None:
@@ -88,6 +88,7 @@ class CoreDriver:
             self.steps += 1
             assert plan.num_tokens <= self.config.max_num_batched_tokens, "a step keeps to its budget"
             self.plans.append(plan)
+            self._check_windows(name)
             self.flying[name].append(plan)
         self._absorb()
         return plan
@@ -99,7 +100,7 @@ class CoreDriver:
         plan = self.flying[name].popleft()
         if error:
             self.flying[name].clear()
-            self.devices[name].slots.clear()
+            self.devices[name].reset()
             result = StepResult(step=plan.step, error=error)
         else:
             result = self.devices[name].run(plan)
@@ -158,6 +159,15 @@ class CoreDriver:
             assert load.kv_blocks_referenced == 0 == load.requests_running == load.requests_waiting
             assert load.kv_blocks_free + load.kv_blocks_cached == load.kv_blocks_total
 
+    def _check_windows(self, name: str) -> None:
+        """Each row of the newest plan holds the blocks that it or a later step reads, and none before them."""
+        group = self.core.groups[name]
+        flight = group.in_flight[-1]
+        for sample, count in zip(flight.rows, flight.plan.counts, strict=True):
+            for window, table in zip(group.spec.windows, sample.tables, strict=True):
+                oldest = 0 if window is None else max(0, sample.planned - count - window + 1)
+                assert table.first == oldest // group.spec.block_size, (sample.request.key, window, oldest, table)
+
     def _absorb(self) -> None:
         for event in self.core.take_events():
             match event:
@@ -210,7 +220,8 @@ def replay(plans: Sequence[StepPlan]) -> list[object]:
             "blocks": list(plan.blocks),
             "admissions": [
                 {
-                    **{name: value for name, value in msgspec.to_builtins(a).items() if name != "trace"},
+                    **{k: value for k, value in msgspec.to_builtins(a).items() if k not in ("trace", "tables")},
+                    "blocks": [block for _, blocks in a.tables for block in blocks],
                     "token_ids": len(a.token_ids) // 4,
                     "stop_token_ids": sorted(a.stop_token_ids),
                 }

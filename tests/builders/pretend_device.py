@@ -1,8 +1,9 @@
 """A worker without tensors, driven by plans of the core: it models slots, block tables and the content of every block.
 
-A block's slot holds a digest of the token history it was computed from. Before a row samples, the whole content that
-it would read is compared with its own history: a block reused too early, a hit on the wrong block or a hole shows at
-once. The token it "samples" depends on the whole history, so any two ways to compute the same request must agree.
+A block's slot holds its cache group and a digest of the token history it was computed from. Before a row samples, the
+whole content that it would read in each group's window is compared with its own history: a block reused too early, a
+hit on the wrong block or a hole shows at once. The token it "samples" depends on the whole history, so any two ways to
+compute the same request must agree.
 """
 
 import hashlib
@@ -52,7 +53,9 @@ class Row:
     admission: Admission
     tokens: list[int]
     digests: list[bytes]
-    blocks: list[int]
+    tables: list[dict[int, int]]
+    """By cache group: place in the sequence → block."""
+    ends: list[int]
     computed: int
 
 
@@ -63,13 +66,17 @@ class PretendDevice:
     num_blocks: int
     block_size: int
     vocab: int = 50
+    windows: tuple[int | None, ...] = (None,)
     slots: dict[int, Row] = field(default_factory=dict)
-    content: list[list[bytes]] = field(init=False)
+    content: list[list[tuple[int, bytes]]] = field(init=False)
     last_step: int = 0
     seen_tokens: int = 0
 
     def __post_init__(self) -> None:
-        self.content = [[POISON] * self.block_size for _ in range(self.num_blocks)]
+        self.content = [[(-1, POISON)] * self.block_size for _ in range(self.num_blocks)]
+
+    def reset(self) -> None:
+        self.slots.clear()
 
     def run(self, plan: StepPlan, *, run_ns: int = 1_000_000) -> StepResult:
         assert plan.step > self.last_step, "steps run in order"
@@ -78,14 +85,17 @@ class PretendDevice:
             self._admit(admission)
         rows = [self.slots[slot] for slot in plan.slots]
         assert len(set(plan.slots)) == len(rows), "a slot has one row"
-        blocks = iter(plan.blocks)
-        for row, count, new in zip(rows, plan.counts, plan.block_counts, strict=True):
-            row.blocks += [next(blocks) for _ in range(new)]
+        blocks, added = iter(plan.blocks), iter(plan.block_counts)
+        for row, count in zip(rows, plan.counts, strict=True):
+            for group, table in enumerate(row.tables):
+                new = next(added)
+                table.update((row.ends[group] + i, next(blocks)) for i in range(new))
+                row.ends[group] += new
             self._write(row, count)
-        assert next(blocks, None) is None, "every block belongs to a row"
+        assert next(blocks, None) is None and next(added, None) is None, "every block belongs to a row and a group"
         tokens, prompt_logprobs = [], {}
         for i, (row, samples) in enumerate(zip(rows, plan.samples, strict=True)):
-            self._check(row)
+            self._check(row, plan.counts[i])
             if row.admission.prompt_logprobs >= 0:
                 prompt_logprobs[i] = self._prompt_logprobs(row, plan.counts[i])
             if samples:
@@ -98,23 +108,30 @@ class PretendDevice:
     def _admit(self, admission: Admission) -> None:
         tokens = list(array("I", admission.token_ids))
         assert 0 <= admission.computed < len(tokens)
-        assert all(0 <= block < self.num_blocks for block in admission.blocks)
-        assert len(set(admission.blocks)) == len(admission.blocks)
-        self.slots[admission.slot] = Row(admission, tokens, history(tokens), list(admission.blocks), admission.computed)
+        blocks = [block for _, blocks in admission.tables for block in blocks]
+        assert all(0 <= block < self.num_blocks for block in blocks)
+        assert len(set(blocks)) == len(blocks)
+        assert len(admission.tables) == len(self.windows)
+        tables = [dict(enumerate(blocks, first)) for first, blocks in admission.tables]
+        ends = [first + len(blocks) for first, blocks in admission.tables]
+        self.slots[admission.slot] = Row(admission, tokens, history(tokens), tables, ends, admission.computed)
 
     def _write(self, row: Row, count: int) -> None:
         assert count >= 1
         end = row.computed + count
         assert end <= len(row.tokens), "only known tokens are computed"
         for position in range(row.computed, end):
-            block = row.blocks[position // self.block_size]
-            self.content[block][position % self.block_size] = row.digests[position]
+            for group, table in enumerate(row.tables):
+                block = table[position // self.block_size]
+                self.content[block][position % self.block_size] = group, row.digests[position]
         row.computed = end
 
-    def _check(self, row: Row) -> None:
-        for position in range(row.computed):
-            found = self.content[row.blocks[position // self.block_size]][position % self.block_size]
-            assert found == row.digests[position], f"position {position} reads what another request wrote"
+    def _check(self, row: Row, count: int) -> None:
+        for group, (window, table) in enumerate(zip(self.windows, row.tables, strict=True)):
+            oldest = 0 if window is None else max(0, row.computed - count - window + 1)
+            for position in range(oldest, row.computed):
+                found = self.content[table[position // self.block_size]][position % self.block_size]
+                assert found == (group, row.digests[position]), f"position {position} reads what another request wrote"
 
     def _prompt_logprobs(self, row: Row, count: int) -> tuple[int, tuple[TokenLogprobs, ...]]:
         """Of the prompt tokens that this chunk predicts; the rank tells which token was meant."""

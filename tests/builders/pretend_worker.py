@@ -116,7 +116,7 @@ class PretendRunner(WholeStepRunner):
 
     def _pages_of(self, slot: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         positions = np.arange(start, end)
-        return self.slots.block_table[slot, positions // self.slots.block_size], positions % self.slots.block_size
+        return self.slots.block_table[0, slot, positions // self.slots.block_size], positions % self.slots.block_size
 
     def _write_pages(self, plan: StepPlan) -> None:
         for slot, count in zip(plan.slots.tolist(), plan.counts.tolist(), strict=True):
@@ -129,7 +129,7 @@ class PretendRunner(WholeStepRunner):
             wrong = self._pages[self._pages_of(slot, 0, end)] != self._history[slot, :end]
             if wrong.any():
                 position = int(np.argmax(wrong))
-                block = int(self.slots.block_table[slot, position // self.slots.block_size])
+                block = int(self.slots.block_table[0, slot, position // self.slots.block_size])
                 raise StepError(f"corrupt KV: slot {slot} reads position {position} in block {block}, another's")
 
     def _sample(self, plan: StepPlan) -> StepOutput:

@@ -12,6 +12,7 @@ from services.worker.memory.pool import allocate_pool
 from services.worker.models.decoder import Decoder
 from services.worker.plan import RowLogprobs, RowPromptLogprobs, StepRunner
 from services.worker.sampling.sampler import Sampler
+from shared.cache_groups import first_block
 from tests.builders.plans import GREEDY, make_admit, make_plan
 
 POISON = 1e4
@@ -30,7 +31,8 @@ def make_runner(
 ) -> Runner:
     """A runner with its own pool, whose pages begin absurdly large, so that reading what was never written shows; but
     finite, as kernels.ops.attention asks of every slot."""
-    pool = allocate_pool(layout_of(decoder.spec, decoder.dtype, block_size), num_blocks, device)
+    layout = layout_of(decoder.spec, decoder.dtype, block_size)
+    pool = allocate_pool(layout, num_blocks, device)
     if poison:
         pool.pages.fill_(POISON)
     vocab_size = decoder.spec.vocab_size
@@ -40,6 +42,7 @@ def make_runner(
         block_size=block_size,
         num_pool_blocks=num_blocks,
         vocab_size=vocab_size,
+        windows=layout.windows,
     )
     return Runner(decoder, pool.pages, slots, Sampler(max_num_seqs=max_num_seqs, vocab_size=vocab_size), **fields)
 
@@ -56,7 +59,9 @@ class Asked:
     prompt_logprobs: list[RowPromptLogprobs] = field(default_factory=list)
     slot: int = -1
     computed: int = 0
-    blocks: list[int] = field(default_factory=list)
+    tables: list[list[int]] = field(default_factory=list)
+    """Blocks by cache group; the first `gone` of them are others' by now."""
+    gone: list[int] = field(default_factory=list)
 
     @property
     def known(self) -> list[int]:
@@ -83,10 +88,11 @@ def answer_all(
     num_blocks: int = 64,
     max_num_seqs: int = 16,
     ahead: int = 0,
+    windows: tuple[int | None, ...] = (None,),
 ) -> list[Asked]:
     """Runs all requests to their ends in random batches and chunks of at most `chunk` tokens, taking some out of their
-    slots on the way; their blocks then go to others. Up to `ahead` steps are begun before the oldest is finished, and
-    go on from tokens that are not known yet (None)."""
+    slots on the way; their blocks then go to others, as do those that no window sees any more. Up to `ahead` steps are
+    begun before the oldest is finished, and go on from tokens that are not known yet (None)."""
     free_blocks, free_slots = list(range(num_blocks)), list(range(max_num_seqs))
     rng.shuffle(free_blocks)
     rng.shuffle(free_slots)
@@ -97,21 +103,28 @@ def answer_all(
         for each in requests:
             if each.slot >= 0 and (each.done or rng.random() < preempt):
                 free_slots.append(each.slot)
-                free_blocks += each.blocks
-                each.slot, each.computed, each.blocks = -1, 0, []
+                for gone, table in zip(each.gone, each.tables, strict=True):
+                    free_blocks += table[gone:]
+                each.slot, each.computed = -1, 0
         rows, admits, planned = [], [], []
         for each in rng.sample(open_requests, rng.randint(1, len(open_requests))) if open_requests else ():
-            room = len(free_blocks) * block_size
+            room = len(free_blocks) // len(windows) * block_size
             left = len(each.known) - each.computed
             count = min(left, rng.randint(1, chunk) if chunk < left else left)
             if room < count or (each.slot < 0 and (not free_slots or None in each.tokens)):
                 continue
             if each.slot < 0:
                 each.slot = free_slots.pop(0)
+                each.tables, each.gone = [[] for _ in windows], [0] * len(windows)
                 admits.append(make_admit(each.slot, each.known, prompt_len=len(each.prompt), **each.fields))
-            needed = -(-(each.computed + count) // block_size) - len(each.blocks)
-            further = [free_blocks.pop(0) for _ in range(needed)]
-            each.blocks += further
+            for group, window in enumerate(windows):
+                end = first_block(window, each.computed, block_size)
+                free_blocks += each.tables[group][each.gone[group] : end]
+                each.gone[group] = max(end, each.gone[group])
+            needed = -(-(each.computed + count) // block_size) - len(each.tables[0])
+            further = [[free_blocks.pop(0) for _ in range(needed)] for _ in windows]
+            for table, blocks in zip(each.tables, further, strict=True):
+                table += blocks
             each.computed += count
             rows.append((each.slot, count, each.computed == len(each.known), further))
             planned.append(each)

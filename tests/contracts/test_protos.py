@@ -107,8 +107,10 @@ CLIENT_SPELLING = {
     "GetServerInfo": "client.server_info",
     "GetLoad": "client.load",
     "Drain": "client.drain",
+    "CountRequests": "peers.requests_in_flight",
+    "ReadMetrics": "peers.snapshots",
 }
-"""How tests that go through services.cli.client spell an RPC."""
+"""How tests that go through services.cli.client or services.router.peers spell an RPC."""
 
 
 @pytest.mark.parametrize(("service", "method"), rpcs())

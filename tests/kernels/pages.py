@@ -57,6 +57,7 @@ class Cache:
         num_blocks = sum(needed) + 3
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed)).tolist()
         self.tables = [[order.pop() for _ in range(count)] for count in needed]
+        self.spare = order.pop()
         shape = (num_blocks, LAYERS, 2, heads.num_kv_heads, heads.block_size, heads.head_dim)
         self.pool = torch.full(shape, POISON, dtype=sequences[0].kv.dtype, device=device)
 
@@ -88,6 +89,12 @@ class Cache:
         write(kv, self.pool, 1, planned)
         out = attend(q, self.pool, 1, planned, self.heads.head_dim**-0.5, **scoring)
         return list(out.split([chunk.end - chunk.start for chunk in chunks]))
+
+    def let_go(self, chunks: list[Chunk], window: int | None) -> None:
+        """From now on the blocks before the chunks' windows are a stranger's, full of POISON."""
+        for chunk in chunks:
+            gone = 0 if window is None else max(0, chunk.start - window + 1) // self.heads.block_size
+            self.tables[chunk.sequence_id][:gone] = [self.spare] * gone
 
     def _block_tables(self, chunks: list[Chunk]) -> Tensor:
         widest = max(len(self.tables[chunk.sequence_id]) for chunk in chunks)

@@ -37,6 +37,32 @@ CONFIGS = {
         "head_dim": 24,
     },
     "mistral-window": {"architectures": ["MistralForCausalLM"], "sliding_window": 50, "head_dim": 10},
+    "opt-post-norm": {
+        "architectures": ["OPTForCausalLM"],
+        "ffn_dim": 172,
+        "do_layer_norm_before": False,
+        "word_embed_proj_dim": 40,
+        "num_key_value_heads": None,
+        "max_position_embeddings": 400,
+    },
+    "bloom": {"architectures": ["BloomForCausalLM"], "num_key_value_heads": None},
+    "gptj": {"architectures": ["GPTJForCausalLM"], "rotary_dim": 12, "num_key_value_heads": None},
+    "gemma2": {"architectures": ["Gemma2ForCausalLM"], "sliding_window": 40, "attn_logit_softcapping": 3.0},
+    "cohere-qk-norm": {"architectures": ["CohereForCausalLM"], "use_qk_norm": True},
+    "qwen2-moe": {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 56,
+    },
+    "gpt-oss": {
+        "architectures": ["GptOssForCausalLM"],
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "sliding_window": 37,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
 }
 MAX_TOKENS = 330
 
@@ -88,8 +114,8 @@ def run_schedule(harness: Harness, prompts: list[list[int]], num_shared: int, rn
                 grants.append((row, granted))
         planned = first.computed + sum(granted for row, granted in grants if row is first)
         if waiting and planned >= num_shared:  # the shared blocks are written in this very step at the latest
-            joining = harness.row(waiting.pop(), shared=first.blocks[: num_shared // 16])
-            if len(first.blocks) * 16 >= num_shared:
+            joining = harness.row(waiting.pop(), shared=[table[: num_shared // 16] for table in first.tables])
+            if len(first.tables[0]) * 16 >= num_shared:
                 rows.append(joining)
                 grants.append((joining, 1))
             else:

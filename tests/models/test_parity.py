@@ -77,7 +77,7 @@ def test_a_warm_prefix_changes_no_bit_of_an_exact_step(name, dtype, twin_folder)
     harness = Harness(load_decoder(open_checkpoint(make_twin(name, twin_folder)), dtype), seed=len(name))
     cold = harness.row(prompt)
     whole = harness.step([(cold, PROMPT_TOKENS)], exact=True)
-    warm = harness.row(prompt, shared=cold.blocks[:WARM_BLOCKS])
+    warm = harness.row(prompt, shared=[table[:WARM_BLOCKS] for table in cold.tables])
     start = warm.computed
     first = harness.step([(warm, 1), (harness.row(prompt[5:]), 7)], exact=True)[:1]
     rest = harness.step([(warm, PROMPT_TOKENS - start - 1)], exact=True)

@@ -12,6 +12,7 @@ from services.worker.models.registry import translate
 from services.worker.models.size import attention_matrices, feed_forward_matrices, sizes_of
 from services.worker.models.spec import Experts
 from services.worker.models.weights import expected_tensors
+from shared.cache_groups import PADDING
 from shared.checkpoint import open_checkpoint
 from tests.models.twins import TWINS, make_twin
 
@@ -54,19 +55,23 @@ def test_sizes_are_those_of_the_tensors_of_a_checkpoint(name, twin_folder):
 @pytest.mark.parametrize("name", TWINS)
 def test_the_cache_of_a_token_is_what_a_block_costs(name, twin_folder):
     spec = spec_of(name, twin_folder)
-    facts = facts_of(spec, dtype="bfloat16", itemsize=2, context=100, block_size=16, memory_bytes=10**8, **A100)
+    facts = facts_of(
+        spec, dtype="bfloat16", itemsize=2, context=100, block_size=16, chunk=32, memory_bytes=10**8, **A100
+    )
     layout = layout_of(spec, torch.bfloat16, 16)
-    assert (facts.kv_bytes_per_token, facts.block_bytes) == (layout.bytes_per_token, layout.bytes_per_block)
+    assert (facts.block_bytes, facts.num_groups) == (layout.bytes_per_block, len(layout.windows))
+    assert facts.kv_bytes_per_token <= layout.bytes_per_token <= facts.kv_bytes_per_token * (1 + 1 / PADDING)
     assert facts.kv_bytes_per_token == 2 * 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim
     assert sum(each.layers for each in facts.windows) == spec.num_layers
     assert facts.num_blocks == (10**8 - facts.weight_bytes) // facts.block_bytes
-    assert facts.requests == facts.num_blocks // 7
+    held = [7 if window is None else min(7, (window + 32 + 13) // 16 + 1) for window in layout.windows]
+    assert facts.requests == facts.num_blocks // sum(held)
 
 
 def test_the_rule_of_thumb_is_exact_for_a_model_of_its_form(twin_folder):
     spec = spec_of("gpt2", twin_folder)
     matrices = attention_matrices(spec) + feed_forward_matrices(spec.feed_forward, spec.hidden_size)[0]
-    facts = facts_of(spec, dtype="float16", itemsize=2, context=1, block_size=16, memory_bytes=0, **A100)
+    facts = facts_of(spec, dtype="float16", itemsize=2, context=1, block_size=16, chunk=32, memory_bytes=0, **A100)
     assert spec.num_layers * matrices == facts.rule_of_thumb == 12 * 3 * 64 * 64
     assert (facts.num_blocks, facts.requests) == (0, 0)
 
@@ -84,7 +89,9 @@ LLAMA_7B = {
 
 def facts_on_an_a100(itemsize=2, context=4096, **changes):
     spec, memory = translate(LLAMA_7B | changes).spec, 72 * 10**9
-    return facts_of(spec, dtype="x", itemsize=itemsize, context=context, block_size=16, memory_bytes=memory, **A100)
+    return facts_of(
+        spec, dtype="x", itemsize=itemsize, context=context, block_size=16, chunk=32, memory_bytes=memory, **A100
+    )
 
 
 def test_llama_7b_on_an_a100_by_hand():

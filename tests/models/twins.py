@@ -113,6 +113,15 @@ TWINS: dict[str, Twin] = {
     "qwen2": Twin("Qwen2"),
     "qwen2-tied": Twin("Qwen2", {"tie_word_embeddings": True}),
     "qwen2-window": Twin("Qwen2", {"use_sliding_window": True, "sliding_window": 19, "max_window_layers": 1}),
+    "qwen2-alternating": Twin(
+        "Qwen2",
+        {
+            "num_hidden_layers": 4,
+            "use_sliding_window": True,
+            "sliding_window": 13,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
     "qwen2-yarn": Twin("Qwen2", _rope("yarn", factor=4.0, original_max_position_embeddings=64)),
     "qwen3": Twin("Qwen3", {"head_dim": 24}),
     "qwen3-biases": Twin("Qwen3", {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": True}),

@@ -9,7 +9,7 @@ import structlog
 from services.router.fleet.addresses import check_addresses, resolve
 from shared import PROTOCOL_VERSION
 from shared.config import ConfigError
-from shared.prefix import chain, root_hash, short
+from shared.prefix import SHORT_HASH_BYTES, chain, root_hash, short
 from shared.rpc.sluice.v1 import control_pb2, scheduling_pb2
 from shared.rpc.sluice.v1 import inference_pb2 as pb
 from tests.builders.fake_scheduler import FakeScheduler
@@ -214,6 +214,11 @@ def test_a_prompt_goes_where_its_prefix_is_warm(tiny_model):
             await asyncio.sleep(0.05)
             await router.generate(ask(token_ids=pb.TokenIds(ids=token_ids)))
             assert (len(first.requests), len(second.requests)) == (1, 1)
+            last_window = warm(token_ids, 6)[-2 * SHORT_HASH_BYTES :]
+            second.send(scheduling_pb2.SchedulerFrame(blocks_stored=last_window))
+            await asyncio.sleep(0.05)
+            await router.generate(ask(token_ids=pb.TokenIds(ids=token_ids)))
+            assert (len(first.requests), len(second.requests)) == (1, 2)
 
     run(test())
 

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 import structlog
 
-from services.router.model import BUNDLED_FOLDER, ModelError, load_model
+from services.router.model import BUNDLED_FOLDER, UNSTATED_LENGTH, ModelError, load_model
 from services.router.parsing.families import THINKING, TOOL_CALLS
 from shared.checkpoint import CheckpointError, open_checkpoint
 from shared.config import ConfigError, RouterConfig, load_config
@@ -91,11 +91,18 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path, name, content, error):
         load(folder)
 
 
-@pytest.mark.parametrize("key", ["vocab_size", "max_position_embeddings"])
-def test_a_config_without_its_sizes_is_refused_by_name(tmp_path, key):
-    folder = edit(write_tiny_model(tmp_path / "m"), "config.json", **{key: None})
+@pytest.mark.parametrize(("key", "value"), [("vocab_size", None), ("vocab_size", 0), ("max_position_embeddings", -1)])
+def test_a_config_without_its_sizes_is_refused_by_name(tmp_path, key, value):
+    folder = edit(write_tiny_model(tmp_path / "m"), "config.json", **{key: value})
     with pytest.raises(ModelError, match=key):
         load(folder)
+
+
+@pytest.mark.parametrize(("key", "length"), [("n_positions", 77), ("max_seq_len", 78), ("seq_length", 79)])
+def test_the_longest_context_may_go_by_other_names_and_is_left_to_the_workers_where_it_has_none(tmp_path, key, length):
+    folder = edit(write_tiny_model(tmp_path / "m"), "config.json", max_position_embeddings=None)
+    assert load(folder).max_model_len == UNSTATED_LENGTH
+    assert load(edit(folder, "config.json", **{key: length})).max_model_len == length
 
 
 @pytest.mark.parametrize(

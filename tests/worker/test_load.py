@@ -3,6 +3,7 @@ import math
 import os
 import signal
 
+import msgspec
 import pytest
 import structlog
 import torch
@@ -136,6 +137,21 @@ def test_weights_are_kept_twice_only_beside_all_that_was_asked_for():
     assert has_room_twice(told, 1000, LAYOUT, enough + pool)
     assert not has_room_twice(told, 1000, LAYOUT, enough + pool - 1)
     assert not has_room_twice(WorkerConfig(kv_cache_memory_bytes=pool), 1000, LAYOUT, enough + pool - 1)
+
+
+def test_windows_make_room_for_contexts_beyond_the_pool():
+    """A window of 64 and a chunk of 32 touch 7 blocks of 16."""
+    windowed = msgspec.structs.replace(LAYOUT, windows=(64,))
+    both = msgspec.structs.replace(LAYOUT, windows=(None, 64))
+    config = WorkerConfig(max_num_batched_tokens=32, max_num_seqs=3)
+    seven = msgspec.structs.replace(config, num_gpu_blocks_override=7)
+    assert size_pool(config, windowed, 1000, BIG).num_blocks == 3 * 7
+    assert size_pool(config, both, 1000, BIG).num_blocks == 3 * (7 + 63)
+    assert size_pool(seven, windowed, 1000, BIG).max_model_len == 1000
+    assert size_pool(seven, LAYOUT, 1000, BIG).max_model_len == 7 * 16
+    assert size_pool(seven, both, 1000, BIG).max_model_len == 3 * 16
+    with pytest.raises(PoolTooSmall, match="each of 2 cache groups"):
+        size_pool(WorkerConfig(num_gpu_blocks_override=1), both, 1000, BIG)
 
 
 def test_told_sizes_are_taken_as_they_are():

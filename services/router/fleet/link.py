@@ -117,12 +117,10 @@ class Link:
         return tuple(self._view.loads.values())
 
     def warm_tokens(self, chain: list[BlockHash]) -> int:
-        """How many tokens of a prompt, from its start, are warm there."""
-        warm, count = self._view.warm, 0
-        for block_hash in chain:
-            if short(block_hash) not in warm:
-                break
-            count += 1
+        """How many tokens of a prompt, from its start, are warm there: those up to the last block that is. The blocks
+        before it are warm too, since leaves are evicted first; or no window sees them any more."""
+        warm = self._view.warm
+        count = next((place for place in range(len(chain), 0, -1) if short(chain[place - 1]) in warm), 0)
         return count * self._view.state.block_size if self._view.state else 0
 
     def submit(self, submission: Submission, sink: Sink) -> LinkTicket:

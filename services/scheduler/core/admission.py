@@ -48,7 +48,7 @@ def refuse_submission(
 
 def longest_sample(submission: Submission, groups: list[WorkerGroup], limits: Limits) -> int:
     """Known tokens at which a sample must end: by its own limit, the model's, and the largest pool's."""
-    largest = max(group.spec.num_blocks * group.spec.block_size + 1 for group in groups)
+    largest = max(group.longest + 1 for group in groups)
     longest = min(limits.model_len(groups), largest)
     max_tokens = submission.stopping.max_tokens
     return min(longest, len(submission.token_ids) + max_tokens) if max_tokens else longest
@@ -75,7 +75,7 @@ def _refuse_length(submission: Submission, groups: list[WorkerGroup], limits: Li
             field="stopping.max_tokens" if prompt < max_model_len else "input",
         )
     if not any(group.fits(wanted) for group in groups):
-        largest = max(group.spec.num_blocks * group.spec.block_size for group in groups)
+        largest = max(group.longest for group in groups)
         return Refusal(
             name="exceeds_kv_pool",
             message=f"{prompt} prompt tokens and {max(output, 1)} to generate can never fit the KV pool of {largest} "

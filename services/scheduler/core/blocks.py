@@ -3,6 +3,7 @@
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
+from services.scheduler.core.groups import BlockTable
 from services.scheduler.core.prefix import PrefixIndex
 
 
@@ -10,18 +11,21 @@ from services.scheduler.core.prefix import PrefixIndex
 class BlockPool:
     """Owns references, the free list and the order of eviction.
 
-    A cached block's place in `cached` is its turn to be evicted, the first one first. `release` lets go of a block
-    table from its end, and whoever holds a block holds its parents: so leaves are evicted before what they hang on.
+    A cached block's place in `cached` is its turn to be evicted, the first one first. `release` lets go of block tables
+    from their end, and whoever holds a block holds its parents, but for those outside a window: so leaves are evicted
+    before what they hang on.
     """
 
     num_blocks: int
     block_size: int
-    index: PrefixIndex = field(default_factory=PrefixIndex)
+    num_groups: int = 1
+    index: PrefixIndex = field(init=False)
     free: deque[int] = field(init=False)
     cached: "OrderedDict[int, None]" = field(default_factory=OrderedDict)
     references: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.index = PrefixIndex(self.num_groups)
         self.free = deque(range(self.num_blocks))
         self.references = [0] * self.num_blocks
 
@@ -49,14 +53,29 @@ class BlockPool:
         self.references[block] = 1
         return block
 
+    def take_many(self, count: int) -> list[int]:
+        """The same of several blocks."""
+        blocks = []
+        for _ in range(count):
+            blocks.append(self.take())
+        return blocks
+
     def share(self, block: int) -> None:
         """One more reference to a block that the index knows."""
         if self.references[block] == 0:
             del self.cached[block]
         self.references[block] += 1
 
+    def release_tables(self, tables: list[BlockTable]) -> None:
+        """Lets go of a sample's tables, leaves first, all groups side by side."""
+        if len(tables) == 1:
+            self.release(tables[0].blocks)
+            return
+        placed = ((place, block) for table in tables for place, block in enumerate(table.blocks, table.first))
+        self.release([block for _, block in sorted(placed)])
+
     def release(self, blocks: list[int]) -> None:
-        """Lets go of a block table, leaves first."""
+        """Lets go of blocks in order of their places, leaves first."""
         for block in reversed(blocks):
             self.references[block] -= 1
             if self.references[block] == 0:

@@ -33,7 +33,7 @@ def _group_violations(group: WorkerGroup) -> Iterator[str]:
     for sample in group.running:
         yield from _running_violations(group, sample, in_flight[id(sample)])
     for sample in group.waiting:
-        if sample.status is not Status.WAITING or sample.blocks or sample.slot != -1 or sample.planned:
+        if sample.status is not Status.WAITING or sample.tables or sample.slot != -1 or sample.planned:
             yield f"{_name(sample)} waits but holds a slot, blocks or progress"
         if sample.unknown != in_flight[id(sample)]:
             yield f"{_name(sample)} waits for {sample.unknown} tokens, {in_flight[id(sample)]} are in flight"
@@ -47,7 +47,7 @@ def _pool_violations(group: WorkerGroup) -> Iterator[str]:
         yield f"{group.id}: a block is free twice"
     if len(free) + len(cached) + len(referenced) != pool.num_blocks or free & cached or (free | cached) & referenced:
         yield f"{group.id}: {len(free)} free + {len(cached)} cached + {len(referenced)} referenced ≠ {pool.num_blocks}"
-    held = Counter(block for sample in group.running for block in sample.blocks)
+    held = Counter(block for sample in group.running for table in sample.tables for block in table.blocks)
     for block in referenced | set(held):
         if held[block] != pool.references[block]:
             yield f"{group.id}: block {block} has {pool.references[block]} references, {held[block]} tables hold it"
@@ -66,10 +66,11 @@ def _slot_violations(group: WorkerGroup) -> Iterator[str]:
 
 def _index_violations(group: WorkerGroup) -> Iterator[str]:
     index, pool = group.pool.index, group.pool
-    if len(index.by_hash) != len(index.by_block):
-        yield f"{group.id}: the index maps {len(index.by_hash)} hashes to {len(index.by_block)} blocks"
+    num_hashes = sum(map(len, index.by_hash))
+    if num_hashes != len(index.by_block):
+        yield f"{group.id}: the index maps {num_hashes} hashes to {len(index.by_block)} blocks"
     for block, entry in index.by_block.items():
-        if index.by_hash.get(entry.hash) is not entry or entry.block != block:
+        if index.by_hash[entry.group].get(entry.hash) is not entry or entry.block != block:
             yield f"{group.id}: block {block} is indexed inconsistently"
         if len(entry.token_ids) != pool.block_size:
             yield f"{group.id}: block {block} is indexed with {len(entry.token_ids)} tokens"
@@ -81,6 +82,23 @@ def _index_violations(group: WorkerGroup) -> Iterator[str]:
             yield f"{group.id}: block {block} is free but indexed"
 
 
+def _table_violations(group: WorkerGroup, sample: Sample) -> Iterator[str]:
+    if len(sample.tables) != len(group.cache):
+        yield f"{_name(sample)} has {len(sample.tables)} tables for {len(group.cache)} cache groups"
+    for number, (cache, table) in enumerate(zip(group.cache, sample.tables, strict=False)):
+        name = f"{_name(sample)}, cache group {number}"
+        if table.end * group.spec.block_size < sample.planned:
+            yield f"{name}: planned {sample.planned} tokens into blocks {table.first} to {table.end}"
+        if table.first > cache.first(sample.planned):
+            yield f"{name}: let go of block {table.first - 1}, which it still reads"
+        if len(table.blocks) > cache.most:
+            yield f"{name}: holds {len(table.blocks)} blocks, at most {cache.most}"
+        for block in table.blocks:
+            entry = group.pool.index.by_block.get(block)
+            if entry and entry.group != number:
+                yield f"{name}: block {block} is indexed for cache group {entry.group}"
+
+
 def _running_violations(group: WorkerGroup, sample: Sample, in_flight: int) -> Iterator[str]:
     if sample.status is not Status.RUNNING:
         yield f"{_name(sample)} runs but is {sample.status.value}"
@@ -88,8 +106,7 @@ def _running_violations(group: WorkerGroup, sample: Sample, in_flight: int) -> I
         yield f"{_name(sample)}: computed {sample.computed}, planned {sample.planned}, known {sample.known}"
     if sample.unknown != in_flight:
         yield f"{_name(sample)} awaits {sample.unknown} tokens, {in_flight} are in flight"
-    if len(sample.blocks) * group.spec.block_size < sample.planned:
-        yield f"{_name(sample)} planned {sample.planned} tokens into {len(sample.blocks)} blocks"
+    yield from _table_violations(group, sample)
     if len(sample.tokens) >= sample.max_len:
         yield f"{_name(sample)} runs beyond its length of {sample.max_len}"
 

@@ -16,8 +16,9 @@ class Admission(msgspec.Struct, frozen=True, kw_only=True):
     """All known tokens, uint32 little-endian: the prompt, then what was generated."""
     prompt_len: int
     computed: int
-    """Tokens whose K and V stand in `blocks` already (a prefix hit)."""
-    blocks: tuple[int, ...]
+    """Tokens whose K and V stand in the blocks already (a prefix hit)."""
+    tables: tuple[tuple[int, tuple[int, ...]], ...]
+    """By cache group: which block of its sequence the first one is, and the blocks from there on."""
     sample_index: int
     sampling: Sampling
     min_tokens: int
@@ -28,8 +29,8 @@ class Admission(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """One step of one worker group. The arrays have one entry per row; `blocks` holds, row after row, the blocks that
-    are appended to each row's block table before it runs."""
+    """One step of one worker group. The arrays have one entry per row, `block_counts` one per row and cache group;
+    `blocks` holds, row after row and group after group, the blocks that are appended to block tables before it runs."""
 
     step: int
     exact: bool

@@ -1,4 +1,4 @@
-"""The prefix index: which block holds which prefix. The hash narrows, the token ids decide."""
+"""The prefix index: which block holds which prefix, in each cache group. The hash narrows, the token ids decide."""
 
 from array import array
 from dataclasses import dataclass, field
@@ -9,9 +9,10 @@ from shared.prefix import BlockHash, short
 
 
 class Indexed(msgspec.Struct, frozen=True):
-    """One indexed block: its place in the chain and the tokens in it."""
+    """One indexed block: its cache group, its place in the chain and the tokens in it."""
 
     block: int
+    group: int
     hash: BlockHash
     parent: BlockHash
     token_ids: array
@@ -19,20 +20,25 @@ class Indexed(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True)
 class PrefixIndex:
-    """Owns the mapping hash → block. Owns no block: references and eviction are the pool's."""
+    """Owns the mapping (cache group, hash) → block. Owns no block: references and eviction are the pool's."""
 
-    by_hash: dict[BlockHash, Indexed] = field(default_factory=dict)
+    num_groups: int = 1
+    by_hash: list[dict[BlockHash, Indexed]] = field(init=False)
+    """By cache group."""
     by_block: dict[int, Indexed] = field(default_factory=dict)
     stored: list[bytes] = field(default_factory=list)
     removed: list[bytes] = field(default_factory=list)
-    """Short hashes that came and went since the last `drain_changes`."""
+    """Short hashes that came and went in the first group since the last `drain_changes`: what routers hear of."""
 
-    def match(self, hashes: list[BlockHash], tokens: array, block_size: int, root: BlockHash) -> list[int]:
-        """The blocks of the longest indexed prefix of `tokens`, whose full blocks have `hashes`."""
+    def __post_init__(self) -> None:
+        self.by_hash = [{} for _ in range(self.num_groups)]
+
+    def match(self, group: int, hashes: list[BlockHash], tokens: array, block_size: int, root: BlockHash) -> list[int]:
+        """The group's blocks of the longest indexed prefix of `tokens`, whose full blocks have `hashes`."""
         found: list[int] = []
-        parent = root
+        by_hash, parent = self.by_hash[group], root
         for i, block_hash in enumerate(hashes):
-            entry = self.by_hash.get(block_hash)
+            entry = by_hash.get(block_hash)
             start = i * block_size
             if entry is None or entry.parent != parent or entry.token_ids != tokens[start : start + block_size]:
                 break
@@ -40,14 +46,24 @@ class PrefixIndex:
             parent = block_hash
         return found
 
-    def add(self, block: int, block_hash: BlockHash, parent: BlockHash, token_ids: array) -> bool:
-        """Indexes a block; False where the prefix has one already (the first one stays)."""
-        if block_hash in self.by_hash:
+    def holds(
+        self, group: int, place: int, hashes: list[BlockHash], tokens: array, block_size: int, root: BlockHash
+    ) -> bool:
+        """Whether the group has block `place` of `tokens`, wherever its parents are."""
+        entry = self.by_hash[group].get(hashes[place])
+        start, parent = place * block_size, hashes[place - 1] if place else root
+        return entry is not None and entry.parent == parent and entry.token_ids == tokens[start : start + block_size]
+
+    def add(self, block: int, group: int, block_hash: BlockHash, parent: BlockHash, token_ids: array) -> bool:
+        """Indexes a block; False where the group has one for the prefix already (the first one stays)."""
+        by_hash = self.by_hash[group]
+        if block_hash in by_hash:
             return False
-        entry = Indexed(block, block_hash, parent, token_ids)
-        self.by_hash[block_hash] = entry
+        entry = Indexed(block, group, block_hash, parent, token_ids)
+        by_hash[block_hash] = entry
         self.by_block[block] = entry
-        self.stored.append(short(block_hash))
+        if group == 0:
+            self.stored.append(short(block_hash))
         return True
 
     def remove(self, block: int) -> bool:
@@ -55,8 +71,9 @@ class PrefixIndex:
         entry = self.by_block.pop(block, None)
         if entry is None:
             return False
-        del self.by_hash[entry.hash]
-        self.removed.append(short(entry.hash))
+        del self.by_hash[entry.group][entry.hash]
+        if entry.group == 0:
+            self.removed.append(short(entry.hash))
         return True
 
     def drain_changes(self) -> tuple[list[bytes], list[bytes]]:

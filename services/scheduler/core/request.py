@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from services.scheduler.core.events import RequestKey
+from services.scheduler.core.groups import BlockTable
 from services.scheduler.core.phases import Ledger, Phase
 from shared.outcome import Refusal
 from shared.prefix import BlockHash
@@ -99,7 +100,10 @@ class Sample:
     backlog: int = 0
     """Tokens that were neither computed nor warm when it last entered a queue; fixed while it stays there."""
     slot: int = -1
-    blocks: list[int] = field(default_factory=list)
+    tables: list[BlockTable] = field(default_factory=list)
+    """By cache group; none while it waits."""
+    provided: int = 0
+    """The last position at which a step may end without a change to the tables."""
     hashes: list[BlockHash] = field(default_factory=list)
     """Of the full blocks of `tokens`, as far as computed until now."""
     num_indexed: int = 0
@@ -142,7 +146,8 @@ class Sample:
         """Back to nothing computed: what preemption and a lost worker have in common. Known tokens stay."""
         self.incarnation += 1
         self.slot = -1
-        self.blocks = []
+        self.tables = []
+        self.provided = 0
         self.num_indexed = 0
         self.planned = 0
         self.computed = 0

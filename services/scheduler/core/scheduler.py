@@ -11,6 +11,7 @@ import msgspec
 from services.scheduler.core.admission import Limits, longest_sample, refuse_submission
 from services.scheduler.core.counts import Counts, Migration, PreemptReason
 from services.scheduler.core.events import Event, Released, RequestKey, SampleEnded, Tokens
+from services.scheduler.core.groups import BlockTable
 from services.scheduler.core.phases import Ledger, Phase, WaitReason
 from services.scheduler.core.plan import StepPlan, StepResult
 from services.scheduler.core.policy import POLICIES, Policy
@@ -63,7 +64,8 @@ class Scheduler:
         budget = min(spec.max_num_batched_tokens, self.config.max_num_batched_tokens)
         max_num_seqs = min(spec.max_num_seqs, self.config.max_num_seqs, budget)
         capped = msgspec.structs.replace(spec, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
-        group = WorkerGroup(capped)
+        chunk = self._chunk(budget - 1) + 1  # a running sample's next token is its own beside it
+        group = WorkerGroup(capped, chunk)
         group.clock.since_ns = now_ns
         self.groups[spec.id] = group
 
@@ -129,7 +131,8 @@ class Scheduler:
         """The group's next step, or None where there is nothing to do. The plan is in flight from now on."""
         self.expire(now_ns)
         group = self.groups[group_id]
-        step = Step(prefill_budget=group.spec.max_num_batched_tokens - len(group.running))
+        no_blocks = (0,) * len(group.cache)
+        step = Step(group.spec.max_num_batched_tokens - len(group.running), no_blocks)
         self._grant_running(group, step, now_ns)
         self._admit_waiting(group, step, now_ns)
         return step.seal(group) if step.rows else None
@@ -184,12 +187,9 @@ class Scheduler:
             if count <= 0:
                 continue
             end = sample.planned + count
-            missing = -(-end // block_size) - len(sample.blocks)
-            if missing <= 0:
+            if end <= sample.provided:
                 step.grant(sample, count)
-            elif self._make_room(group, sample, missing, now_ns):
-                new_blocks = [group.pool.take() for _ in range(missing)]
-                sample.blocks += new_blocks
+            elif (new_blocks := self._provide(group, sample, end, now_ns)) is not None:
                 step.grant(sample, count, new_blocks)
             else:
                 break
@@ -200,14 +200,17 @@ class Scheduler:
         """The most that one step takes of a prompt."""
         return min(remaining, self.config.long_prefill_token_threshold or remaining)
 
-    def _make_room(self, group: WorkerGroup, sample: Sample, missing: int, now_ns: int) -> bool:
-        """Preempts from the end of the order until `missing` blocks are available; False where that took `sample`."""
-        while group.pool.num_available < missing:
+    def _provide(self, group: WorkerGroup, sample: Sample, end: int, now_ns: int) -> list[list[int]] | None:
+        """Lets go of what the sample needs no more and takes the blocks, by cache group, for a step that ends at `end`.
+        Preempts from the end of the order until they are available; None where that took `sample`."""
+        group.drop_stale(sample)
+        missing = group.missing(sample.tables, max(end, len(sample.tokens)))
+        while group.pool.num_available < sum(missing):
             victim = group.running.samples[-1]
             self._preempt(victim, group, PreemptReason.BLOCKS, now_ns)
             if victim is sample:
-                return False
-        return True
+                return None
+        return group.provide(sample, missing)
 
     def _admit_waiting(self, group: WorkerGroup, step: Step, now_ns: int) -> None:
         """Takes samples from the queue, in order, until the first that does not fit; notes why it did not."""
@@ -229,22 +232,33 @@ class Scheduler:
             return WaitReason.STEP
         if step.prefill_budget <= 0 or not step.has_room_for(sample):
             return WaitReason.BUDGET
-        hits = group.match(sample)
-        pool, block_size = group.pool, group.spec.block_size
-        needed = -(-len(sample.tokens) // block_size) - len(hits)
-        if needed + group.headroom_blocks > pool.num_available - pool.num_cached_among(hits):
+        tables = group.match(sample)
+        hits = [block for table in tables for block in table.blocks]
+        missing = group.missing(tables, len(sample.tokens))
+        if sum(missing) + group.headroom_blocks > group.pool.num_available - group.pool.num_cached_among(hits):
             return WaitReason.BLOCKS
-        self._admit(group, sample, hits, needed, step, now_ns)
+        self._admit(group, sample, tables, missing, step, now_ns)
         return None
 
-    def _admit(self, group: WorkerGroup, sample: Sample, hits: list[int], needed: int, step: Step, now_ns: int) -> None:
+    def _admit(
+        self,
+        group: WorkerGroup,
+        sample: Sample,
+        tables: list[BlockTable],
+        missing: list[int],
+        step: Step,
+        now_ns: int,
+    ) -> None:
+        """`tables` hold the sample's prefix hits; as many blocks are `missing` from each."""
         group.waiting.remove(sample)
-        for block in hits:
-            group.pool.share(block)
-        sample.blocks = [*hits, *(group.pool.take() for _ in range(needed))]
+        for table in tables:
+            for block in table.blocks:
+                group.pool.share(block)
+        sample.num_indexed = tables[0].end
+        sample.tables = tables
+        group.provide(sample, missing)
         sample.slot = group.free_slots.pop()
-        sample.planned = sample.computed = len(hits) * group.spec.block_size
-        sample.num_indexed = len(hits)
+        sample.planned = sample.computed = sample.num_indexed * group.spec.block_size
         sample.move(Status.RUNNING)
         self._move_phase(sample, Phase.PREFILL, group, now_ns)
         sample.request.ledger.cached_tokens += sample.planned
@@ -270,7 +284,7 @@ class Scheduler:
             return None
         other = max(stuck, key=lambda candidate: len(candidate.waiting))
         sample = other.waiting.samples[0]
-        needed = -(-len(sample.tokens) // group.spec.block_size) + group.headroom_blocks
+        needed = group.most_held(len(sample.tokens)) + group.headroom_blocks
         if sample.unknown or not group.fits(sample.max_len) or needed > group.pool.num_available:
             return None
         other.waiting.remove(sample)
@@ -368,7 +382,7 @@ class Scheduler:
 
     def _enqueue(self, sample: Sample, group: WorkerGroup) -> None:
         sample.group_id = group.id
-        sample.backlog = len(sample.tokens) - len(group.match(sample)) * group.spec.block_size
+        sample.backlog = len(sample.tokens) - group.num_warm(sample)
         group.waiting.add(sample)
 
     def _best_group(self, sample: Sample) -> WorkerGroup | None:
@@ -379,7 +393,7 @@ class Scheduler:
             return fitting[0] if fitting else None
 
         def work(group: WorkerGroup) -> tuple[int, int, str]:
-            cold = len(sample.tokens) - len(group.match(sample)) * group.spec.block_size
+            cold = len(sample.tokens) - group.num_warm(sample)
             return cold + group.waiting.tokens + len(group.running), len(group.running), group.id
 
         return min(fitting, key=work)
@@ -398,7 +412,7 @@ class Scheduler:
         self._move_phase(sample, Phase.QUEUE, group, now_ns)
 
     def _release(self, sample: Sample, group: WorkerGroup) -> None:
-        group.pool.release(sample.blocks)
+        group.pool.release_tables(sample.tables)
         group.free_slots.append(sample.slot)
         sample.forget_progress()
 

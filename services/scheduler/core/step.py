@@ -1,6 +1,7 @@
 """A step in the making: grants are added row by row, then sealed into a plan."""
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from services.scheduler.core.plan import Admission, StepPlan
@@ -16,9 +17,10 @@ many long prompts at once come near it; the first admission of a step is always 
 @dataclass(slots=True)
 class Step:
     """Rows so far. `prefill_budget` is what is left for rows of more than one token: every running sample's next
-    token is set aside before, so that a long prompt never starves a decode."""
+    token is set aside before, so that a long prompt never starves a decode. `no_blocks` is a 0 for each cache group."""
 
     prefill_budget: int
+    no_blocks: tuple[int, ...] = (0,)
     rows: list[Sample] = field(default_factory=list)
     admissions: list[Admission] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)
@@ -39,8 +41,8 @@ class Step:
         self.prefill_budget -= count
         return count
 
-    def grant(self, sample: Sample, count: int, new_blocks: list[int] | tuple[()] = ()) -> None:
-        """Adds a row: the sample's next `count` tokens, after `new_blocks` were appended to its table."""
+    def grant(self, sample: Sample, count: int, new_blocks: Sequence[list[int]] = ()) -> None:
+        """Adds a row: the sample's next `count` tokens, after `new_blocks` were appended to its tables, if any were."""
         planned, unknown = sample.planned + count, sample.unknown
         samples = planned == len(sample.tokens) + unknown
         sample.planned = planned
@@ -48,10 +50,13 @@ class Step:
             sample.unknown = unknown + 1
         self.rows.append(sample)
         self.counts.append(count)
-        self.block_counts.append(len(new_blocks))
         self.samples.append(samples)
         if new_blocks:
-            self.blocks += new_blocks
+            for blocks in new_blocks:
+                self.block_counts.append(len(blocks))
+                self.blocks += blocks
+        else:
+            self.block_counts += self.no_blocks
         if sample.exact:
             self.exact = True
 
@@ -66,7 +71,7 @@ class Step:
                 token_ids=sample.tokens.tobytes(),
                 prompt_len=sample.prompt_len,
                 computed=sample.planned,
-                blocks=tuple(sample.blocks),
+                tables=tuple((table.first, tuple(table.blocks)) for table in sample.tables),
                 sample_index=sample.index,
                 sampling=submission.sampling,
                 min_tokens=submission.stopping.min_tokens,

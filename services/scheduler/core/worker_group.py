@@ -1,4 +1,7 @@
-"""One worker group as the core sees it: a pool of blocks, a set of slots, who runs, who waits, what is in flight."""
+"""One worker group as the core sees it: a pool of blocks, a set of slots, who runs, who waits, what is in flight.
+
+A worker group is a place where samples run; a cache group (`groups.py`) is a set of its model's layers.
+"""
 
 from collections import Counter, deque
 from dataclasses import dataclass, field
@@ -6,10 +9,12 @@ from dataclasses import dataclass, field
 import msgspec
 
 from services.scheduler.core.blocks import BlockPool
+from services.scheduler.core.groups import BlockTable, CacheGroup, match_prefix
 from services.scheduler.core.phases import WaitClock, WaitReason
 from services.scheduler.core.plan import StepPlan
 from services.scheduler.core.queue import OrderedSamples
 from services.scheduler.core.request import Sample
+from shared.cache_groups import UNBOUNDED, Window, held_blocks, longest_context
 from shared.prefix import next_hash
 
 DRIFT = 0.001
@@ -17,7 +22,7 @@ DRIFT = 0.001
 
 
 class GroupSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker group brings."""
+    """What a worker group brings. `windows` has one entry per cache group, None for one that sees all positions."""
 
     id: str
     num_blocks: int
@@ -25,6 +30,7 @@ class GroupSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int = 2**31 - 1
+    windows: tuple[Window, ...] = (None,)
 
 
 class GroupLoad(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,10 +84,16 @@ class Pace:
 
 @dataclass(slots=True, eq=False)
 class WorkerGroup:
-    """Owns its pool, slots and queues. Holds no policy: the scheduler decides."""
+    """Owns its pool, slots and queues. Holds no policy: the scheduler decides. A step takes at most `chunk` tokens of a
+    sample."""
 
     spec: GroupSpec
+    chunk: int
     pool: BlockPool = field(init=False)
+    cache: tuple[CacheGroup, ...] = field(init=False)
+    has_windows: bool = field(init=False)
+    longest: int = field(init=False)
+    """The most tokens of one sample that the pool can cache."""
     running: OrderedSamples = field(default_factory=OrderedSamples)
     waiting: OrderedSamples = field(default_factory=OrderedSamples)
     clock: WaitClock = field(default_factory=WaitClock)
@@ -91,7 +103,11 @@ class WorkerGroup:
     next_step: int = 1
 
     def __post_init__(self) -> None:
-        self.pool = BlockPool(self.spec.num_blocks, self.spec.block_size)
+        spec, windows = self.spec, self.spec.windows
+        self.pool = BlockPool(spec.num_blocks, spec.block_size, len(windows))
+        self.cache = tuple(CacheGroup.of(window, spec.block_size, self.chunk) for window in windows)
+        self.has_windows = any(window is not None for window in windows)
+        self.longest = longest_context(spec.num_blocks, windows, spec.block_size, self.chunk)
         self.free_slots = list(range(self.spec.max_num_seqs - 1, -1, -1))
 
     @property
@@ -110,7 +126,46 @@ class WorkerGroup:
 
     def fits(self, max_len: int) -> bool:
         """Whether a sample of so many known tokens can ever run here alone. Its last token is never cached."""
-        return -(-(max_len - 1) // self.spec.block_size) <= self.spec.num_blocks
+        return max_len - 1 <= self.longest
+
+    def most_held(self, num_tokens: int) -> int:
+        """The most blocks that a sample of so many tokens, none of them warm, holds at once."""
+        return held_blocks(num_tokens, self.spec.windows, self.spec.block_size, self.chunk)
+
+    def missing(self, tables: list[BlockTable], num_tokens: int) -> list[int]:
+        """By cache group: blocks to take before the tables hold those of `num_tokens` tokens, or as many of them as are
+        held at once. All that are known are taken ahead, so that a prompt that was begun does not run out of blocks."""
+        needed, missing = -(-num_tokens // self.spec.block_size), []
+        for group, table in zip(self.cache, tables, strict=True):
+            end = table.first + group.most
+            missing.append((needed if needed < end else end) - table.first - len(table.blocks))
+        return missing
+
+    def provide(self, sample: Sample, missing: list[int]) -> list[list[int]]:
+        """Takes as many blocks for each cache group, which must be there, and returns them."""
+        block_size, new_blocks, provided = self.spec.block_size, [], UNBOUNDED
+        for group, table, count in zip(self.cache, sample.tables, missing, strict=True):
+            blocks = self.pool.take_many(count)
+            table.blocks += blocks
+            new_blocks.append(blocks)
+            end = (table.first + len(table.blocks)) * block_size
+            if group.window is not None:  # up to where its first block is seen
+                end = min(end, (table.first + 1) * block_size + group.window - 1)
+            if end < provided:
+                provided = end
+        sample.provided = provided
+        return new_blocks
+
+    def drop_stale(self, sample: Sample) -> None:
+        """Lets go of blocks that no step from the sample's next one on reads."""
+        if not self.has_windows:
+            return
+        for group, table in zip(self.cache, sample.tables, strict=True):
+            num_stale = group.first(sample.planned) - table.first
+            if num_stale > 0:
+                self.pool.release(table.blocks[:num_stale])
+                del table.blocks[:num_stale]
+                table.first += num_stale
 
     def load(self) -> GroupLoad:
         pool = self.pool
@@ -129,15 +184,18 @@ class WorkerGroup:
         """How many samples wait for what: the queue's reason, or their request's own."""
         return Counter(sample.request.ledger.own_reason or self.clock.reason for sample in list(self.waiting.samples))
 
-    def match(self, sample: Sample) -> list[int]:
-        """Blocks that hold a prefix of the sample's tokens. The last token is left to compute, since its logits are
-        wanted; a sample whose prompt logprobs are wanted computes everything."""
+    def match(self, sample: Sample) -> list[BlockTable]:
+        """Tables with blocks that hold a prefix of the sample's tokens. The last token is left to compute, since its
+        logits are wanted; a sample whose prompt logprobs are wanted computes everything."""
         if sample.wants_prompt_logprobs:
-            return []
+            return [BlockTable() for _ in self.cache]
         self.extend_hashes(sample)
-        block_size = self.spec.block_size
-        usable = (len(sample.tokens) - 1) // block_size
-        return self.pool.index.match(sample.hashes[:usable], sample.tokens, block_size, sample.request.root)
+        usable = (len(sample.tokens) - 1) // self.spec.block_size
+        return match_prefix(self.pool.index, self.cache, sample.hashes[:usable], sample.tokens, sample.request.root)
+
+    def num_warm(self, sample: Sample) -> int:
+        """How many of the sample's tokens stand in blocks already."""
+        return self.match(sample)[0].end * self.spec.block_size
 
     def extend_hashes(self, sample: Sample) -> None:
         """Hashes the full blocks of known tokens that have no hash yet."""
@@ -148,17 +206,21 @@ class WorkerGroup:
             hashes.append(next_hash(parent, sample.tokens[i * block_size : (i + 1) * block_size]))
 
     def index_full_blocks(self, sample: Sample, upto: int) -> list[int]:
-        """Offers the sample's blocks below token `upto` (all known) to the index; returns those that it took."""
+        """Offers the sample's blocks below token `upto` (all known) to the index, but for those that it let go of;
+        returns those that the index took."""
         full = upto // self.spec.block_size
         if full <= sample.num_indexed:
             return []
         self.extend_hashes(sample)
-        block_size, taken = self.spec.block_size, []
+        block_size, index, taken = self.spec.block_size, self.pool.index, []
         for i in range(sample.num_indexed, full):
             parent = sample.hashes[i - 1] if i else sample.request.root
             tokens = sample.tokens[i * block_size : (i + 1) * block_size]
-            block = sample.blocks[i]
-            if block not in self.pool.index.by_block and self.pool.index.add(block, sample.hashes[i], parent, tokens):
-                taken.append(block)
+            for number, table in enumerate(sample.tables):
+                if i < table.first:
+                    continue
+                block = table.blocks[i - table.first]
+                if block not in index.by_block and index.add(block, number, sample.hashes[i], parent, tokens):
+                    taken.append(block)
         sample.num_indexed = full
         return taken

@@ -24,7 +24,7 @@ log = structlog.get_logger("graphs")
 
 FINE_STEP, FINE_ROWS, COARSE_STEP = 8, 256, 64
 MAX_PARTIAL_BYTES = 256 * 2**20
-"""Of attention's unfinished sums, float32, per window: at 32 heads of 128 room for contexts of 4 million tokens."""
+"""Of attention's unfinished sums, float32, per cache group: at 32 heads of 128 room for 4 million tokens of context."""
 WARM_UP_CALLS = 2
 """Before a capture: the first compiles kernels and makes handles, which no capture may do."""
 
@@ -61,6 +61,9 @@ class DecodeForward(Protocol):
 
     @property
     def spec(self) -> ModelSpec: ...
+
+    @property
+    def num_groups(self) -> int: ...
 
     def reserve(self, max_model_len: int) -> None: ...
 
@@ -123,9 +126,9 @@ class Graphs:
         self._buckets = buckets_upto(max_num_seqs)
         self._max_model_len = max_model_len
         device, room = pages.device, -(-max_num_seqs // 16) * 16  # so that each line begins at a multiple of 16 bytes
-        columns = -(-max_model_len // block_size)
-        self._numbers = torch.zeros(4, room, dtype=torch.int64, device=device)
-        self._tables = torch.zeros(max_num_seqs, -(-columns // 4) * 4, dtype=torch.int32, device=device)
+        columns, groups = -(-max_model_len // block_size), decoder.num_groups
+        self._numbers = torch.zeros(3 + groups, room, dtype=torch.int64, device=device)
+        self._tables = torch.zeros(groups, max_num_seqs, -(-columns // 4) * 4, dtype=torch.int32, device=device)
         self._logits = torch.zeros(max_num_seqs, decoder.spec.vocab_size, dtype=torch.float32, device=device)
         self._room = SplitRoom(decoder.spec, max_model_len)
         self._replays: dict[int, Replay] = {}
@@ -139,21 +142,21 @@ class Graphs:
     def capture_all(self) -> None:
         """The largest first, so that the others find their memory there."""
         self._decoder.reserve(self._max_model_len)
-        fill_from(self._numbers, self._padded(np.empty((4, 0), np.int64)))
+        fill_from(self._numbers, self._padded(np.empty((self._numbers.shape[0], 0), np.int64)))
         for rows in reversed(self._buckets):
             self._replays[rows] = self._capture.capture(lambda rows=rows: self._decode(rows))  # type: ignore[misc]
         log.info("graphs_captured", buckets=len(self._buckets), max_rows=self._buckets[-1])
 
     def _decode(self, rows: int) -> None:
         """The step as it is captured, on the first `rows` rows of the buffers."""
-        token_ids, positions, slots, contexts = (line[:rows] for line in self._numbers)
+        numbers = self._numbers[:, :rows]
         self._decoder.decode(
             DecodeRows(
-                token_ids=fed(token_ids, self._last_tokens),
-                positions=positions,
-                slots=slots,
-                context_lens=contexts.to(torch.int32),
-                block_tables=self._tables[:rows],
+                token_ids=fed(numbers[0], self._last_tokens),
+                positions=numbers[1],
+                slots=numbers[2:-1],
+                context_lens=numbers[-1].to(torch.int32),
+                block_tables=self._tables[:, :rows],
                 max_splits=self._room.splits(rows),
             ),
             self._pages,
@@ -164,17 +167,17 @@ class Graphs:
         """float32 logits [n, vocab] of the step, good until the next one; None for a step that no graph can hold."""
         num_rows = inputs.numbers.shape[1]
         rows = next((bucket for bucket in self._buckets if bucket >= num_rows), None)
-        if rows is None or rows not in self._replays or not self._room.has_room(rows, inputs.numbers[3]):
+        if rows is None or rows not in self._replays or not self._room.has_room(rows, inputs.numbers[-1]):
             return None
         fill_from(self._numbers, self._padded(inputs.numbers))
         tables = to_device(inputs.block_tables, self._pages.device)
-        self._tables[:num_rows, : tables.shape[1]].copy_(tables)
+        self._tables[:, :num_rows, : tables.shape[2]].copy_(tables)
         self._replays[rows]()
         return self._logits[:num_rows]
 
     def _padded(self, numbers: np.ndarray) -> np.ndarray:
-        """Whole buffers' worth: behind the rows token and position 0, a slot below 0 and a context of 0."""
+        """Whole buffers' worth: behind the rows token and position 0, slots below 0 and a context of 0."""
         padded = np.zeros(self._numbers.shape, np.int64)
-        padded[2] = -1
+        padded[2:-1] = -1
         padded[:, : numbers.shape[1]] = numbers
         return padded

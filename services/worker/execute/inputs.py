@@ -31,8 +31,9 @@ class Inputs:
 
 @dataclass(slots=True, frozen=True)
 class Gathered:
-    """The same as arrays: `numbers` int64 [3, tokens], token ids, positions and slots of K and V; `starts` int64
-    [rows + 1], `contexts` int64 [rows]; `block_tables` int32 [rows, columns in use]; `logit_rows` int64."""
+    """The same as arrays: `numbers` int64 [2 + groups, tokens], token ids, positions and slots of K and V in each cache
+    group; `starts` int64 [rows + 1], `contexts` int64 [rows]; `block_tables` int32 [groups, rows, columns in use];
+    `logit_rows` int64."""
 
     numbers: Array
     starts: Array
@@ -51,9 +52,7 @@ def gather_arrays(slots: Slots, plan: StepPlan, describes_prompt: Array) -> Gath
     np.cumsum(counts, out=starts[1:])
     slot_of_token = np.repeat(plan.slots, counts)
     positions = np.repeat(computed - starts[:-1], counts) + np.arange(starts[-1])
-    blocks = slots.block_table[slot_of_token, positions // slots.block_size].astype(np.int64)
     contexts = computed + counts
-    num_columns = -(-int(contexts.max()) // slots.block_size)
     logit_rows, sampled_at, prompt_rows = _choose_logits(slots, plan, starts, describes_prompt)
     token_ids = slots.tokens[slot_of_token, positions].astype(np.int64)
     unread = slots.unread[plan.slots] > 0
@@ -61,10 +60,10 @@ def gather_arrays(slots: Slots, plan: StepPlan, describes_prompt: Array) -> Gath
     if feeds:
         token_ids[starts[:-1][unread]] = -1 - plan.slots[unread]
     return Gathered(
-        np.stack((token_ids, positions, blocks * slots.block_size + positions % slots.block_size)),
+        np.stack((token_ids, positions, *slots.kv_slots(slot_of_token, positions))),
         starts,
         contexts,
-        slots.block_table[plan.slots, :num_columns],
+        slots.tables(plan.slots, int(contexts.max())),
         logit_rows,
         sampled_at,
         prompt_rows,
@@ -74,11 +73,15 @@ def gather_arrays(slots: Slots, plan: StepPlan, describes_prompt: Array) -> Gath
 
 def inputs_of(gathered: Gathered, *, exact: bool, device: torch.device) -> Inputs:
     """The batch lies on `device`."""
-    token_ids, positions, slots = gathered.numbers
+    numbers, num_tokens = gathered.numbers, gathered.numbers.shape[1]
+    kv_slots = np.zeros(
+        (len(numbers) - 2, num_tokens + num_tokens % 2), np.int64
+    )  # lines begin at multiples of 16 bytes
+    kv_slots[:, :num_tokens] = numbers[2:]
     batch = StepBatch(
-        token_ids=to_device(token_ids, device),
-        positions=to_device(positions, device),
-        slots=to_device(slots, device),
+        token_ids=to_device(numbers[0], device),
+        positions=to_device(numbers[1], device),
+        slots=to_device(kv_slots, device)[:, :num_tokens],
         query_starts=gathered.starts.tolist(),
         context_lens=gathered.contexts.tolist(),
         block_tables=to_device(gathered.block_tables, device),
@@ -101,8 +104,9 @@ def is_decode(plan: StepPlan) -> bool:
 
 @dataclass(slots=True, frozen=True)
 class DecodeInputs:
-    """What a pure decode step of n rows takes from the slots: `numbers` int64 [4, n], token ids (-1 - slot as in
-    Inputs), positions, slots of K and V, contexts; `block_tables` int32 [n, columns in use]."""
+    """What a pure decode step of n rows takes from the slots: `numbers` int64 [3 + groups, n], token ids (-1 - slot as
+    in Inputs), positions, slots of K and V in each cache group, contexts; `block_tables` int32 [groups, n, columns in
+    use]."""
 
     numbers: Array
     block_tables: Array
@@ -110,14 +114,11 @@ class DecodeInputs:
 
 def gather_decode(slots: Slots, plan: StepPlan) -> DecodeInputs:
     """Reads the rows of a plan that `is_decode`."""
-    rows, size = plan.slots, slots.block_size
+    rows = plan.slots
     positions = slots.computed[rows]
     token_ids = np.where(slots.unread[rows] > 0, -1 - rows, slots.tokens[rows, positions])
-    kv_slots = slots.block_table[rows, positions // size].astype(np.int64) * size + positions % size
-    num_columns = int(positions.max()) // size + 1
-    return DecodeInputs(
-        np.stack((token_ids, positions, kv_slots, positions + 1)), slots.block_table[rows, :num_columns]
-    )
+    numbers = np.stack((token_ids, positions, *slots.kv_slots(rows, positions), positions + 1))
+    return DecodeInputs(numbers, slots.tables(rows, int(positions.max()) + 1))
 
 
 def _choose_logits(

@@ -51,11 +51,11 @@ class MixedGraphs:
         self._logits, self._max_num_seqs = logits, max_num_seqs
         self._buckets = mixed_buckets(max_num_tokens)
         most = self._buckets[-1] if self._buckets else 0
-        rows, device = self._num_rows(most), pages.device
-        self._numbers = torch.zeros(3, most, dtype=torch.int64, device=device)
+        rows, device, groups = self._num_rows(most), pages.device, decoder.num_groups
+        self._numbers = torch.zeros(2 + groups, most, dtype=torch.int64, device=device)
         self._logit_rows = torch.zeros(rows, dtype=torch.int64, device=device)
         columns = -(-max_model_len // block_size)
-        self._tables = torch.zeros(rows + 1, -(-columns // 4) * 4, dtype=torch.int32, device=device)
+        self._tables = torch.zeros(groups, rows + 1, -(-columns // 4) * 4, dtype=torch.int32, device=device)
         sizes = (rows + 2, rows + 1, rows, 2 * self._num_tiles(most))
         self._parts = np.cumsum([0, *(-(-size // ALIGNED) * ALIGNED for size in sizes)])
         self._rows = torch.zeros(int(self._parts[-1]), dtype=torch.int32, device=device)
@@ -67,8 +67,8 @@ class MixedGraphs:
     def capture_all(self) -> None:
         """The largest first, so that the others find their memory there."""
         for bucket in reversed(self._buckets):
-            empty = np.zeros(0, np.int64)
-            self._fill(bucket, np.zeros((3, 0), np.int64), np.zeros(1, np.int64), empty, empty, [], empty)
+            empty, nothing = np.zeros(0, np.int64), np.zeros((self._numbers.shape[0], 0), np.int64)
+            self._fill(bucket, nothing, np.zeros(1, np.int64), empty, empty, [], empty)
             self._replays[bucket] = self._capture.capture(lambda bucket=bucket: self._compute(bucket))  # type: ignore[misc]
         log.info("graphs_captured", kind="mixed", buckets=len(self._buckets))
 
@@ -87,7 +87,7 @@ class MixedGraphs:
         if len(tiles) > self._num_tiles(bucket):
             return None
         tables = to_device(step.block_tables, self._pages.device)
-        self._tables[: len(counts), : tables.shape[1]].copy_(tables)
+        self._tables[:, : len(counts), : tables.shape[2]].copy_(tables)
         self._fill(bucket, step.numbers, step.starts, step.contexts, decode_rows, tiles, step.logit_rows)
         self._replays[bucket]()
         return self._logits[: len(step.logit_rows)]
@@ -113,7 +113,7 @@ class MixedGraphs:
         """The buffers as the graph of `bucket` reads them, everything beyond the step being padding."""
         num_tokens, num_rows, padding_row = numbers.shape[1], len(contexts), self._num_rows(bucket)
         padded = np.zeros(self._numbers.shape, np.int64)
-        padded[2] = -1
+        padded[2:] = -1
         padded[:, :num_tokens] = numbers
         fill_from(self._numbers, padded)
         wanted = np.zeros(self._logit_rows.shape, np.int64)
@@ -134,16 +134,16 @@ class MixedGraphs:
     def _compute(self, bucket: int) -> None:
         """The step as it is captured, on the beginning of each buffer."""
         rows = self._num_rows(bucket)
-        token_ids, positions, slots = (line[:bucket] for line in self._numbers)
+        numbers = self._numbers[:, :bucket]
         starts_at, contexts_at, decodes_at, tiles_at, _ = self._parts.tolist()
         self._decoder.compute_mixed(
             MixedRows(
-                token_ids=fed(token_ids, self._last_tokens),
-                positions=positions,
-                slots=slots,
+                token_ids=fed(numbers[0], self._last_tokens),
+                positions=numbers[1],
+                slots=numbers[2:],
                 query_starts=self._rows[starts_at : starts_at + rows + 2],
                 context_lens=self._rows[contexts_at : contexts_at + rows + 1],
-                block_tables=self._tables[: rows + 1],
+                block_tables=self._tables[:, : rows + 1],
                 tiles=self._rows[tiles_at : tiles_at + 2 * self._num_tiles(bucket)].view(-1, 2),
                 decode_rows=self._rows[decodes_at : decodes_at + rows],
                 logit_rows=self._logit_rows[:rows],

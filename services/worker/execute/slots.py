@@ -10,9 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from services.worker.plan import Admit, PlanError, StepPlan
+from services.worker.plan import Admit, BlockTable, PlanError, StepPlan
+from shared.cache_groups import Window, first_block
 
 Array = np.ndarray
+
+ALIGNED = 4
+"""Columns of block tables, so that each row begins at a multiple of 16 bytes: kernels are compiled for that."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -27,7 +31,12 @@ class Placed:
 
 class Slots:
     """Arrays indexed by slot. `known` 0 means that nothing was admitted; the last `unread` of the known tokens have no
-    id here yet. `admissions` counts the requests that a slot was given to."""
+    id here yet. `admissions` counts the requests that a slot was given to.
+
+    block_table     int32 [cache groups, slots, blocks of a sequence and up to 3 more]. Blocks before a group's window
+                    may be other requests' by now, or were never this one's: what stands there is some block of the pool
+    num_row_blocks  int64 [slots, cache groups]: where each table ends
+    """
 
     __slots__ = (
         "admissions",
@@ -37,26 +46,38 @@ class Slots:
         "known",
         "max_model_len",
         "max_num_seqs",
+        "max_row_blocks",
         "num_pool_blocks",
         "num_row_blocks",
         "prompt_len",
         "tokens",
         "unread",
         "vocab_size",
+        "windows",
     )
 
     def __init__(
-        self, *, max_num_seqs: int, max_model_len: int, block_size: int, num_pool_blocks: int, vocab_size: int
+        self,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        num_pool_blocks: int,
+        vocab_size: int,
+        windows: tuple[Window, ...] = (None,),
     ) -> None:
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
         self.block_size = block_size
         self.num_pool_blocks = num_pool_blocks
         self.vocab_size = vocab_size
+        self.windows = windows
         # One column more than can be computed: the last position may still sample a token.
         self.tokens = np.zeros((max_num_seqs, max_model_len + 1), np.int32)
-        self.block_table = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
-        self.num_row_blocks = np.zeros(max_num_seqs, np.int64)
+        self.max_row_blocks = -(-max_model_len // block_size)
+        columns = -(-self.max_row_blocks // ALIGNED) * ALIGNED
+        self.block_table = np.zeros((len(windows), max_num_seqs, columns), np.int32)
+        self.num_row_blocks = np.zeros((max_num_seqs, len(windows)), np.int64)
         self.computed = np.zeros(max_num_seqs, np.int64)
         self.known = np.zeros(max_num_seqs, np.int64)
         self.prompt_len = np.zeros(max_num_seqs, np.int64)
@@ -71,10 +92,13 @@ class Slots:
     def admit(self, admit: Admit) -> None:
         """Takes a request up in its slot. Raises PlanError and changes nothing where it cannot be."""
         self._check_admit(admit)
-        slot, known, blocks = admit.slot, len(admit.token_ids), len(admit.blocks)
+        slot, known = admit.slot, len(admit.token_ids)
         self.tokens[slot, :known] = admit.token_ids
-        self.block_table[slot, :blocks] = admit.blocks
-        self.num_row_blocks[slot] = blocks
+        self.num_row_blocks[slot] = 0
+        for group, table in enumerate(admit.tables):
+            end = table.first + len(table.blocks)
+            self.block_table[group, slot, table.first : end] = table.blocks
+            self.num_row_blocks[slot, group] = end
         self.computed[slot] = admit.computed
         self.known[slot] = known
         self.prompt_len[slot] = admit.prompt_len
@@ -93,11 +117,23 @@ class Slots:
             raise PlanError("computed_out_of_range", f"slot {admit.slot}: {admit.computed} computed of {known} known")
         if admit.token_ids.min() < 0 or admit.token_ids.max() >= self.vocab_size:
             raise PlanError("token_out_of_range", f"slot {admit.slot}: a token id beyond {self.vocab_size - 1}")
-        if len(admit.blocks) * self.block_size < admit.computed or len(admit.blocks) > self.block_table.shape[1]:
+        if len(admit.tables) not in ((0, len(self.windows)) if admit.computed == 0 else (len(self.windows),)):
             raise PlanError(
-                "blocks_do_not_fit", f"slot {admit.slot}: {len(admit.blocks)} blocks for {admit.computed} computed"
+                "tables_do_not_fit",
+                f"slot {admit.slot}: {len(admit.tables)} block tables for {len(self.windows)} cache groups",
             )
-        self._check_blocks(admit.blocks)
+        for window, table in zip(self.windows, admit.tables, strict=False):
+            self._check_table(admit, window, table)
+
+    def _check_table(self, admit: Admit, window: Window, table: BlockTable) -> None:
+        end = table.first + len(table.blocks)
+        too_late = table.first > first_block(window, admit.computed, self.block_size)
+        if too_late or end * self.block_size < admit.computed or end > self.max_row_blocks:
+            raise PlanError(
+                "blocks_do_not_fit",
+                f"slot {admit.slot}: blocks {table.first} to {end} for {admit.computed} computed tokens",
+            )
+        self._check_blocks(table.blocks)
 
     def _check_blocks(self, blocks: Array) -> None:
         if len(blocks) and (blocks.min() < 0 or blocks.max() >= self.num_pool_blocks):
@@ -113,16 +149,21 @@ class Slots:
             raise PlanError("unknown_slot", f"step {plan.step} names a slot that holds no request")
         if np.bincount(slots).max() > 1:
             raise PlanError("duplicate_slot", f"step {plan.step} names a slot twice")
+        if len(plan.block_counts) != len(slots) * len(self.windows):
+            raise PlanError(
+                "block_counts_do_not_fit",
+                f"step {plan.step}: {len(plan.block_counts)} for {len(slots)} rows of {len(self.windows)} cache groups",
+            )
         ends = self.computed[slots] + counts
         self._check_counts(plan, ends)
         row_blocks = self.num_row_blocks[slots]
-        _check_rows(
-            (row_blocks + plan.block_counts) * self.block_size < ends, plan, "blocks_missing", "beyond its blocks"
-        )
-        _check_rows(row_blocks + plan.block_counts > self.block_table.shape[1], plan, "too_many_blocks", "full table")
+        after = row_blocks + plan.block_counts.reshape(row_blocks.shape)
+        _check_rows(after.min(axis=1) * self.block_size < ends, plan, "blocks_missing", "beyond its blocks")
+        _check_rows(after.max(axis=1) > self.max_row_blocks, plan, "too_many_blocks", "full table")
         if len(plan.blocks):
             self._check_blocks(plan.blocks)
             self._append_blocks(plan, row_blocks)
+            self.num_row_blocks[slots] = after
 
     def _check_counts(self, plan: StepPlan, ends: Array) -> None:
         known = self.known[plan.slots]
@@ -131,11 +172,24 @@ class Slots:
         _check_rows(plan.samples & (ends != known), plan, "sample_before_end", "samples before its last known token")
 
     def _append_blocks(self, plan: StepPlan, row_blocks: Array) -> None:
-        """Writes the plan's blocks behind those that each slot has, all rows at once."""
-        added = plan.block_counts
-        first = np.repeat(row_blocks - (np.cumsum(added) - added), added)
-        self.block_table[np.repeat(plan.slots, added), first + np.arange(len(plan.blocks))] = plan.blocks
-        self.num_row_blocks[plan.slots] = row_blocks + added
+        """Writes the plan's blocks behind those that each slot has, all rows and groups at once."""
+        added, num_groups = plan.block_counts, len(self.windows)
+        first = np.repeat(row_blocks.reshape(-1) - (np.cumsum(added) - added), added)
+        owners = np.repeat(np.arange(len(added)), added)
+        places = first + np.arange(len(plan.blocks))
+        self.block_table[owners % num_groups, plan.slots[owners // num_groups], places] = plan.blocks
+
+    def kv_slots(self, rows: Array, positions: Array) -> Array:
+        """int64 [cache groups, n], contiguous, block * block_size + offset: where K and V of `positions` [n] stand, in
+        the slots `rows` [n]."""
+        blocks = self.block_table[:, rows, positions // self.block_size].astype(np.int64)
+        return np.ascontiguousarray(blocks * self.block_size + positions % self.block_size)
+
+    def tables(self, rows: Array, longest: int) -> Array:
+        """int32 [cache groups, rows, columns], contiguous: the block tables of the slots `rows` for contexts of up to
+        `longest` tokens, and some more columns."""
+        blocks = -(-longest // self.block_size)
+        return np.ascontiguousarray(self.block_table[:, rows, : -(-blocks // ALIGNED) * ALIGNED])
 
     def place(self, plan: StepPlan) -> Placed:
         """Once the step is begun: what it computes, and a place for one further token of each sampling row."""

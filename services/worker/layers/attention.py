@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kernels.ops.attention import AttentionPlan, paged_attention, rotate_and_write
+from kernels.ops.forms import Products
 from services.worker.layers.linear import Linear
 from services.worker.layers.norm import Norm, RmsNorm
 from services.worker.layers.positions import Rope, Turns
@@ -12,10 +13,10 @@ from services.worker.layers.positions import Rope, Turns
 
 @dataclass(frozen=True, slots=True)
 class AttentionStep:
-    """What every attention layer of a step shares. `plans` are by window, `turns` by rope."""
+    """What every attention layer of a step shares. `plans` are by cache group, `turns` by rope."""
 
     pool: Tensor
-    plans: dict[int | None, AttentionPlan]
+    plans: tuple[AttentionPlan, ...]
     turns: Turns
     exact: bool
 
@@ -33,7 +34,6 @@ class HeadShape:
 class Scoring:
     """How scores are made; see kernels.ops.attention.paged_attention. `rope` None: no rope."""
 
-    window: int | None
     scale: float
     rope: Rope | None = None
     interleaved: bool = False
@@ -43,13 +43,16 @@ class Scoring:
 
 
 class Attention:
-    """q, k, v in one projection; norms of q and k where the model has them; rope; pages; output projection."""
+    """q, k, v in one projection; norms of q and k where the model has them; rope; pages; output projection.
 
-    __slots__ = ("heads", "k_norm", "layer_id", "out", "q_norm", "qkv", "qkv_clip", "scoring")
+    `place` is the layer's cache group and its number there (shared/cache_groups.py).
+    """
+
+    __slots__ = ("group", "heads", "k_norm", "layer_id", "out", "q_norm", "qkv", "qkv_clip", "scoring")
 
     def __init__(
         self,
-        layer_id: int,
+        place: tuple[int, int],
         heads: HeadShape,
         qkv: Linear,
         out: Linear,
@@ -59,7 +62,7 @@ class Attention:
         k_norm: Norm | None = None,
         qkv_clip: float = 0.0,
     ) -> None:
-        self.layer_id, self.heads, self.scoring = layer_id, heads, scoring
+        (self.group, self.layer_id), self.heads, self.scoring = place, heads, scoring
         self.qkv, self.out, self.q_norm, self.k_norm, self.qkv_clip = qkv, out, q_norm, k_norm, qkv_clip
 
     def attend(self, x: Tensor, step: AttentionStep, wanted: Tensor | None = None) -> Tensor:
@@ -75,7 +78,7 @@ class Attention:
             queries,
             step.pool,
             self.layer_id,
-            step.plans[scoring.window],
+            step.plans[self.group],
             scoring.scale,
             soft_cap=scoring.soft_cap,
             alibi_slopes=scoring.alibi_slopes,
@@ -83,6 +86,10 @@ class Attention:
         )
         flat = attended.view(x.shape[0], -1)
         return flat if wanted is None else flat.index_select(0, wanted)
+
+    def products(self, *, added: bool) -> Products:
+        """Its products by operation (see kernels.ops.forms), `out` with a residual's addition or without."""
+        return [("linear", self.qkv.packed), ("linear_add" if added else "linear", self.out.packed)]
 
     def _rotate_and_write(self, heads: Tensor, step: AttentionStep) -> Tensor:
         num_heads, num_kv_heads = self.heads.num_heads, self.heads.num_kv_heads
@@ -99,7 +106,7 @@ class Attention:
             heads,
             step.pool,
             self.layer_id,
-            step.plans[self.scoring.window],
+            step.plans[self.group],
             cos,
             sin,
             interleaved=self.scoring.interleaved,

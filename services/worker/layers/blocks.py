@@ -9,19 +9,18 @@ from typing import Protocol
 
 from torch import Tensor
 
+from kernels.ops.forms import Products
 from services.worker.layers.attention import Attention, AttentionStep
 from services.worker.layers.mlp import FeedForward
 from services.worker.layers.norm import Norm
 
 
 class Layer(Protocol):
-    @property
-    def attention(self) -> Attention: ...
-
-    @property
-    def mlp(self) -> FeedForward: ...
-
     def forward(self, hidden: Tensor, step: AttentionStep, wanted: Tensor | None = None) -> Tensor: ...
+
+    def products(self) -> Products:
+        """Its products by operation; see kernels.ops.forms."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +41,9 @@ class PreNormLayer:
         hidden = self.attention.out.add(attended, hidden, exact=exact)
         return self.mlp.add(self.mlp_norm(hidden, exact=exact), hidden, exact=exact)
 
+    def products(self) -> Products:
+        return [*self.attention.products(added=True), *self.mlp.products(added=True)]
+
 
 @dataclass(frozen=True, slots=True)
 class PostNormLayer:
@@ -60,6 +62,9 @@ class PostNormLayer:
             return hidden
         hidden = self.attention_norm(self.attention.out.add(attended, hidden, exact=exact), exact=exact)
         return self.mlp_norm(self.mlp.add(hidden, hidden, exact=exact), exact=exact)
+
+    def products(self) -> Products:
+        return [*self.attention.products(added=True), *self.mlp.products(added=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +87,9 @@ class SandwichLayer:
         hidden = hidden + self.attention_post_norm(self.attention.out(attended, exact=exact), exact=exact)
         return hidden + self.mlp_post_norm(self.mlp(self.mlp_norm(hidden, exact=exact), exact=exact), exact=exact)
 
+    def products(self) -> Products:
+        return [*self.attention.products(added=False), *self.mlp.products(added=False)]
+
 
 @dataclass(frozen=True, slots=True)
 class ParallelLayer:
@@ -101,6 +109,9 @@ class ParallelLayer:
             return hidden
         x = _selected(normed, wanted) if self.mlp_norm is None else self.mlp_norm(hidden, exact=exact)
         return self.mlp.add(x, self.attention.out.add(attended, hidden, exact=exact), exact=exact)
+
+    def products(self) -> Products:
+        return [*self.attention.products(added=True), *self.mlp.products(added=True)]
 
 
 def _selected(rows: Tensor, wanted: Tensor | None) -> Tensor:

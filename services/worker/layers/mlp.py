@@ -18,8 +18,8 @@ class FeedForward(Protocol):
         """residual + this layer of x."""
         ...
 
-    def products(self) -> Products:
-        """Its products by operation; see kernels.ops.forms."""
+    def products(self, *, added: bool) -> Products:
+        """Its products by operation (see kernels.ops.forms), the last one with a residual's addition or without."""
         ...
 
 
@@ -37,8 +37,8 @@ class Mlp:
     def add(self, x: Tensor, residual: Tensor, *, exact: bool) -> Tensor:
         return self.down.add(self.up(x, exact=exact), residual, exact=exact)
 
-    def products(self) -> Products:
-        return [*self.up.products(), ("linear", self.down.packed), ("linear_add", self.down.packed)]
+    def products(self, *, added: bool) -> Products:
+        return [*self.up.products(), ("linear_add" if added else "linear", self.down.packed)]
 
 
 class ExpertsMlp:
@@ -70,6 +70,6 @@ class ExpertsMlp:
         weights, expert_ids = route(logits, self.top_k, renormalize=self.renormalize)
         return experts(x, self.packed, weights, expert_ids, exact=exact)
 
-    def products(self) -> Products:
-        shared = [] if self.shared is None else self.shared.products()
+    def products(self, *, added: bool) -> Products:
+        shared = [] if self.shared is None else self.shared.products(added=False)
         return [("linear", self.router.packed), *shared]

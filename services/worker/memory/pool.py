@@ -15,7 +15,7 @@ class PoolTooSmall(Exception):
 
 
 class Pool(msgspec.Struct, frozen=True):
-    """`pages` is [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim], zero at first."""
+    """`pages` is [num_blocks, layers of a cache group, 2, num_kv_heads, block_size, head_dim], zero at first."""
 
     layout: BlockLayout
     pages: Tensor

@@ -12,6 +12,7 @@ from services.worker.layers.norm import HeadsLayerNorm, LayerNorm, Norm, Project
 from services.worker.layers.positions import Alibi, Rotary
 from services.worker.models.spec import Experts, Family, Gated, Plain, RmsNormSpec
 from services.worker.models.weights import WeightSource, layer_matrices, names_in
+from shared.cache_groups import group_layers
 
 
 class LayerBuilder:
@@ -21,6 +22,7 @@ class LayerBuilder:
         self._spec, self._weights, self._device, self._by_rows = family.spec, weights, device, by_rows
         self.names = names_in(family, weights.has)
         self._matrices = layer_matrices(self._spec, self.names.layer_names)
+        self._places = group_layers(self._spec.windows).places
 
     def take(self, name: str) -> Tensor:
         """One tensor by its whole name."""
@@ -62,7 +64,6 @@ class LayerBuilder:
         positions = spec.positions
         slopes = torch.tensor(positions.slopes, device=self._device) if isinstance(positions, Alibi) else None
         scoring = Scoring(
-            window=spec.windows[layer_id],
             scale=spec.scale,
             rope=positions.ropes[layer_id] if isinstance(positions, Rotary) else None,
             interleaved=isinstance(positions, Rotary) and positions.interleaved,
@@ -71,7 +72,7 @@ class LayerBuilder:
             sinks=self.take(prefix + names.sinks).float() if spec.sinks else None,
         )
         return Attention(
-            layer_id,
+            self._places[layer_id],
             spec.heads,
             self._linear("qkv", prefix),
             self._linear("out", prefix),

@@ -17,6 +17,7 @@ from services.worker.models.build import LayerBuilder
 from services.worker.models.registry import translate
 from services.worker.models.spec import Family, ModelSpec
 from services.worker.models.weights import CheckpointWeights, Progress, RandomWeights, WeightSource
+from shared.cache_groups import group_layers
 from shared.checkpoint import Checkpoint
 
 
@@ -26,11 +27,12 @@ class StepBatch:
 
     token_ids      [T] int64
     positions      [T] int64, absolute
-    slots          [T] int64, block_id * block_size + offset: where K and V of each token go
+    slots          [G, T] int64, block_id * block_size + offset: where K and V of each token go, in each cache group
     query_starts   R + 1 numbers: row r owns tokens query_starts[r]:query_starts[r + 1], in order of position
     context_lens   R numbers: tokens of the row in the cache after this step's write; the row's last token sits at
                    position context_lens[r] - 1
-    block_tables   [R, max_blocks] int32; entries beyond a row's context are never read
+    block_tables   [G, R, max_blocks] int32; entries beyond a row's context are never read, and what the blocks before
+                   a group's window hold has no influence
     logit_rows     [S] int64: which of the T tokens want logits; may be empty
     exact          a token's logits then have the same bits whatever it shares its steps with
     """
@@ -50,12 +52,12 @@ class DecodeRows:
     """One token of each of R rows, every number in its place on the device, so that a CUDA graph can hold the step.
 
     token_ids      [R] int64
-    positions      [R] int64, absolute; slots [R] int64 as in a StepBatch
+    positions      [R] int64, absolute; slots [G, R] int64 as in a StepBatch
     context_lens   [R] int32
-    block_tables   [R, max_blocks] int32
+    block_tables   [G, R, max_blocks] int32
     max_splits     by window: the room for attention's work, see kernels.ops.attention.plan_decode
 
-    A padding row has context 0, a slot below 0, and any token and position that exist.
+    A padding row has context 0, slots below 0, and any token and position that exist.
     """
 
     token_ids: Tensor
@@ -70,8 +72,8 @@ class DecodeRows:
 class MixedRows:
     """The same of a step of T tokens in R rows, some of them chunks of prompts.
 
-    token_ids, positions, slots   [T] int64 as in DecodeRows
-    query_starts                  [R + 1] int32; context_lens [R] int32; block_tables [R, max_blocks] int32
+    token_ids, positions          [T] int64; slots [G, T] int64 as in DecodeRows
+    query_starts                  [R + 1] int32; context_lens [R] int32; block_tables [G, R, max_blocks] int32
     tiles, decode_rows            int32 [n, 2] and [m], see kernels.ops.attention.plan_mixed
     logit_rows                    [S] int64: which tokens want logits
 
@@ -112,6 +114,7 @@ class Decoder:
     ) -> None:
         self.spec: ModelSpec = family.spec
         self.dtype, self.device = dtype, torch.device(device)
+        self._windows = group_layers(self.spec.windows).windows
         build = LayerBuilder(family, weights, str(device), by_rows)
         spec, names = self.spec, build.names
         head_name, embedding_name = f"{names.head}.weight", f"{names.base}{names.embedding}.weight"
@@ -137,8 +140,9 @@ class Decoder:
     def forward(self, batch: StepBatch, pool: Tensor) -> Tensor:
         """float32 logits [S, vocab_size] of `logit_rows`, after writing K and V of all tokens into `pool`.
 
-        `pool` is [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim] in this decoder's dtype and changes
-        in the batch's slots only. Every layer writes all rows before any row reads. The batch may lie on the host.
+        `pool` is [num_blocks, layers of a cache group, 2, num_kv_heads, block_size, head_dim] in this decoder's dtype
+        and changes in the batch's slots only. Every layer writes all rows before any row reads. The batch may lie on
+        the host.
         """
         return self.compute(self.prepare(batch, pool))
 
@@ -192,16 +196,17 @@ class Decoder:
 
     def products(self) -> Products:
         """Each of its products once, by operation and shape: one layer stands for all."""
-        attention, mlp = self._layers[0].attention, self._layers[0].mlp
         projections = [each.packed for each in (self._project_in, self._project_out) if each is not None]
         return [
-            ("linear", attention.qkv.packed),
-            ("linear", attention.out.packed),
-            ("linear_add", attention.out.packed),
-            *mlp.products(),
+            *self._layers[0].products(),
             *(("linear", packed) for packed in projections),
             ("linear", self._head.packed),
         ]
+
+    @property
+    def num_groups(self) -> int:
+        """Cache groups: block tables per row."""
+        return len(self._windows)
 
     def reserve(self, max_model_len: int) -> None:
         """Before anything is captured: whatever would grow with a context."""
@@ -213,58 +218,58 @@ class Decoder:
 
         A row's logits may differ in their last bits from those of `forward`: not for exact steps.
         """
-        plans = {
-            window: plan_decode(
+        plans = tuple(
+            plan_decode(
                 pool,
                 rows.context_lens,
-                rows.block_tables,
-                rows.slots,
+                rows.block_tables[group],
+                rows.slots[group],
                 num_heads=self.spec.num_heads,
                 max_splits=rows.max_splits[window],
                 window=window,
             )
-            for window in dict.fromkeys(self.spec.windows)
-        }
+            for group, window in enumerate(self._windows)
+        )
         step = AttentionStep(pool, plans, self._places.turns(rows.positions, 0), exact=False)
         out.copy_(self._logits(PreparedStep(step, rows.token_ids, self._places.rows(rows.positions, 0), None)))
 
     @torch.inference_mode()
     def compute_mixed(self, rows: MixedRows, pool: Tensor, out: Tensor) -> None:
         """The same of a step with prompt tokens: the logits of `logit_rows` to `out` [S, vocab_size]."""
-        plans = {
-            window: plan_mixed(
+        plans = tuple(
+            plan_mixed(
                 pool,
                 rows.query_starts,
                 rows.context_lens,
-                rows.block_tables,
-                rows.slots,
+                rows.block_tables[group],
+                rows.slots[group],
                 rows.tiles,
                 rows.decode_rows,
                 num_heads=self.spec.num_heads,
                 max_splits=rows.max_splits[window],
                 window=window,
             )
-            for window in dict.fromkeys(self.spec.windows)
-        }
+            for group, window in enumerate(self._windows)
+        )
         step = AttentionStep(pool, plans, self._places.turns(rows.positions, 0), exact=False)
         added = self._places.rows(rows.positions, 0)
         out.copy_(self._logits(PreparedStep(step, rows.token_ids, added, rows.logit_rows)))
 
     def _plan(self, batch: StepBatch, pool: Tensor, turns: Turns, exact: bool) -> AttentionStep:
         starts, contexts = list(batch.query_starts), list(batch.context_lens)
-        plans = {
-            window: plan_attention(
+        plans = tuple(
+            plan_attention(
                 pool,
                 starts,
                 contexts,
-                batch.block_tables,
-                batch.slots,
+                batch.block_tables[group],
+                batch.slots[group],
                 num_heads=self.spec.num_heads,
                 window=window,
                 exact=exact,
             )
-            for window in dict.fromkeys(self.spec.windows)
-        }
+            for group, window in enumerate(self._windows)
+        )
         return AttentionStep(pool, plans, turns, exact)
 
     def _per_token(self, values: Tensor, exact: bool) -> Tensor:

@@ -6,6 +6,8 @@ The rules of thumb and their exact forms:
 - A layer of four hidden² matrices for attention and two of 4 · hidden² has 12 · hidden² parameters; `sizes_of` counts
   those that there are.
 - K and V of a token take 2 · 2 · layers · heads · head_dim bytes at two bytes a number; heads are those of K and V.
+- Layers that see the same window share blocks and let go of them (shared/cache_groups.py), so a request holds fewer
+  than its tokens fill.
 - A weight that is read costs its bytes once a step and two operations for each row. A step of B rows takes as long to
   compute as to read at B* = operations a second over bytes a second, at two bytes a weight. Of experts all are read and
   few compute, so that takes more rows. Reading the cache takes its share of each row's time, so with a long context it
@@ -17,6 +19,7 @@ import msgspec
 from services.worker.models.costs import costs_of
 from services.worker.models.size import Sizes, attention_matrices, feed_forward_matrices, sizes_of
 from services.worker.models.spec import ModelSpec
+from shared.cache_groups import group_layers, held_blocks
 
 
 class WindowFacts(msgspec.Struct, frozen=True):
@@ -43,10 +46,12 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     context: int
     block_size: int
     block_bytes: int
+    num_groups: int
+    """Cache groups: a block is of one of them."""
     num_blocks: int
     """That fit beside the weights."""
     requests: int
-    """Of `context` tokens, that fit into them."""
+    """Of `context` tokens, that fit into them at their most."""
     ratio: float
     """B*: the device's operations over its bytes a second."""
     compute_bound_rows: float
@@ -62,18 +67,21 @@ def facts_of(
     itemsize: int,
     context: int,
     block_size: int,
+    chunk: int,
     memory_bytes: int,
     flops: float,
     bytes_per_second: float,
 ) -> ModelFacts:
     """`memory_bytes` is what weights and cache may take between them; `itemsize` bytes of a weight, and of a number in
-    the cache."""
+    the cache; `chunk` the most tokens that a step takes of a prompt."""
     sizes, costs = sizes_of(spec), costs_of(spec, itemsize)
     windows = tuple(
         WindowFacts(window, layers, layers * costs.kv_bytes_per_position) for window, layers in costs.windows.items()
     )
     kv_bytes = sum(each.bytes_per_token for each in windows)
-    num_blocks = max(0, memory_bytes - sizes.total * itemsize) // (kv_bytes * block_size)
+    groups = group_layers(spec.windows)
+    block_bytes = groups.layers * costs.kv_bytes_per_position * block_size
+    num_blocks = max(0, memory_bytes - sizes.total * itemsize) // block_bytes
     all_matrices, active = _matrices(spec)
     read_seconds = all_matrices * itemsize / bytes_per_second
     seen = sum(each.layers * min(context, each.window or context) for each in windows)
@@ -91,9 +99,10 @@ def facts_of(
         windows=windows,
         context=context,
         block_size=block_size,
-        block_bytes=kv_bytes * block_size,
+        block_bytes=block_bytes,
+        num_groups=len(groups.windows),
         num_blocks=num_blocks,
-        requests=num_blocks // -(-context // block_size),
+        requests=num_blocks // held_blocks(context, groups.windows, block_size, chunk),
         ratio=flops / bytes_per_second,
         compute_bound_rows=read_seconds / (2 * active / flops),
         compute_bound_rows_at_context=read_seconds / (row_seconds - cache_seconds)

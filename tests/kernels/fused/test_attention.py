@@ -68,6 +68,7 @@ def compare(heads, dtype, device, *, window=None, exact=False, **scoring):
     fast, slow = Cache(heads, sequences, device=device), Cache(heads, sequences)
     for cache in (fast, slow):
         cache.step(BEFORE, body=WriteOnly)
+    fast.let_go(MIXED, window)
     actual = fast.step(MIXED, body=Fused(**on_device), window=window, exact=exact)
     expected = slow.step(MIXED, body=Spec(**scoring), window=window)
     for mine, theirs in zip(actual, expected, strict=True):

@@ -7,12 +7,13 @@ import transformers
 from kernels.ops import choice
 from services.worker.models.decoder import load_decoder
 from shared.checkpoint import open_checkpoint
+from tests.counts import count
 from tests.models.paging import Harness
 from tests.models.twins import TWINS as KNOWN
 from tests.models.twins import make_twin
 
 PROMPT_TOKENS, NUM_GREEDY = 21, 4
-TWINS = ("llama", "qwen3", "qwen2-window", "gpt2", "bloom", "gptj", "gemma3", "cohere-qk-norm", "olmoe", "gpt-oss")
+TWINS = ("llama", "gptj", "gpt-oss", "qwen3", "gemma3", "qwen2-window", "gpt2", "bloom", "cohere-qk-norm", "olmoe")
 """Between them every kind of position, norm, block and feed-forward that has a kernel of its own."""
 
 
@@ -25,7 +26,8 @@ def prompt_of(name: str) -> list[int]:
     return torch.randint(2, 384, (PROMPT_TOKENS,), generator=torch.Generator().manual_seed(len(name))).tolist()
 
 
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # in gelu_tanh: it gives 0
+@pytest.mark.parametrize("name", TWINS[: count("fused_twins")])
 def test_logits_and_greedy_tokens_equal_transformers(name, tmp_path, device):
     path = make_twin(name, tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(

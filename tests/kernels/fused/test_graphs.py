@@ -56,7 +56,7 @@ def graphed(decoder, *, max_num_tokens=0, **fields):
     return runner, capture
 
 
-def admitted(rng, lengths):
+def admitted(rng, lengths, num_groups=1):
     """Prompts of these lengths in slots 5, 4, …, each in blocks of its own."""
     admits, rows, block = [], [], 0
     for i, length in enumerate(lengths):
@@ -64,7 +64,7 @@ def admitted(rng, lengths):
         block += len(blocks)
         admits.append(make_admit(5 - i, [rng.randint(2, 380) for _ in range(length)]))
         rows.append((5 - i, length, True, blocks))
-    return make_plan(1, rows, admits), [(slot, 1, True, ()) for slot, *_ in rows]
+    return make_plan(1, rows, admits, num_groups=num_groups), [(slot, 1, True, ()) for slot, *_ in rows]
 
 
 def logits_of(runner, plans: list[StepPlan]):
@@ -88,8 +88,9 @@ def logits_of(runner, plans: list[StepPlan]):
 @pytest.mark.parametrize(("name", "num_rows"), [("llama", 1), ("llama", 4), ("qwen3", 3), ("qwen2-window", 2)])
 def test_logits_of_a_replayed_step_are_those_of_an_eager_one(decoders, name, num_rows):
     decoder, rng = decoders(name), random.Random(num_rows)
-    prompts, decodes = admitted(rng, [rng.randint(1, 20) for _ in range(num_rows)])
-    plans = [prompts, make_plan(2, decodes), make_plan(3, decodes[::-1])]
+    groups = decoder.num_groups
+    prompts, decodes = admitted(rng, [rng.randint(1, 20) for _ in range(num_rows)], groups)
+    plans = [prompts, make_plan(2, decodes, num_groups=groups), make_plan(3, decodes[::-1], num_groups=groups)]
     runner, capture = graphed(decoder)
     replayed = logits_of(runner, plans)
     eager = logits_of(make_runner(decoder, max_num_seqs=6, copies=LateCopies(), device=DEVICE), plans)
@@ -117,9 +118,10 @@ def test_logits_of_a_replayed_step_with_prompt_tokens_are_those_of_an_eager_one(
     prompts = {
         slot: [rng.randint(2, 380) for _ in range(15 if not samples else count)] for slot, count, samples, _ in rows
     }
-    first = make_plan(1, rows, [make_admit(slot, prompt) for slot, prompt in prompts.items()])
+    groups = decoder.num_groups
+    first = make_plan(1, rows, [make_admit(slot, prompt) for slot, prompt in prompts.items()], num_groups=groups)
     after = [(slot, 1, samples, ()) for slot, _, samples, _ in rows]
-    second = make_plan(2, [*after, (0, 5, True, (6,))], [make_admit(0, [7, 8, 9, 10, 11])])
+    second = make_plan(2, [*after, (0, 5, True, (6,))], [make_admit(0, [7, 8, 9, 10, 11])], num_groups=groups)
     runner, capture = graphed(decoder, max_num_tokens=16)
     replayed = logits_of(runner, [first, second])
     assert capture.replayed == 2
@@ -151,7 +153,7 @@ def test_padding_rows_write_no_page_and_disturb_no_row(decoders):
     runner._graphs._numbers.fill_(3)  # what an earlier step may have left behind
     runner.run(make_plan(2, decodes))
     changed = (runner._pages != before).flatten(1).any(dim=1).nonzero().flatten().tolist()
-    tables = runner._slots.block_table
+    tables = runner._slots.block_table[0]
     assert changed == sorted(int(tables[slot, length // 8]) for slot, length in ((5, 7), (4, 20), (3, 12)))
 
 
@@ -196,7 +198,7 @@ def test_contexts_beyond_the_room_for_attentions_work_run_eagerly(decoders, monk
     held, _ = graphed(decoder)
     inputs = [
         DecodeInputs(
-            torch.tensor([[3, 3], [9, 9], [1, 9], contexts]).numpy(), torch.zeros(2, 4, dtype=torch.int32).numpy()
+            torch.tensor([[3, 3], [9, 9], [1, 9], contexts]).numpy(), torch.zeros(1, 2, 4, dtype=torch.int32).numpy()
         )
         for contexts in ([64, 192], [65, 192])
     ]

@@ -23,6 +23,7 @@ CONFIGS = st.builds(
     policy=st.sampled_from(["fcfs", "priority"]),
     enable_prefix_caching=st.booleans(),
 )
+WINDOWS = st.sampled_from([(None,), (9,), (None, 9), (5, 5), (None, None, 6), (None, 13, 13), (1, 16)])
 OPERATIONS = st.lists(st.tuples(st.integers(0, 99), st.integers(0, 2**16 - 1)), min_size=150, max_size=300)
 
 total = {"steps": 0}
@@ -66,7 +67,10 @@ def operate(driver: CoreDriver, kind: int, number: int) -> None:
         driver.lose_group(group)
     elif kind == 30 and len(groups) < 3:
         driver.add_group(
-            f"g{len(driver.devices)}-{driver.now_ns}", num_blocks=4 + number % 40, max_num_seqs=1 + number % 9
+            f"g{len(driver.devices)}-{driver.now_ns}",
+            num_blocks=4 + number % 40,
+            max_num_seqs=1 + number % 9,
+            windows=driver.core.groups[groups[0]].spec.windows if groups and number % 2 else (None,),
         )
     elif kind < 65:
         driver.schedule(group)
@@ -82,10 +86,18 @@ def operate(driver: CoreDriver, kind: int, number: int) -> None:
     derandomize=True,
     suppress_health_check=list(HealthCheck),
 )
-@given(config=CONFIGS, operations=OPERATIONS, num_blocks=st.integers(6, 40), in_flight=st.integers(1, 2))
-def check_random_lives(config: CoreConfig, operations: list, num_blocks: int, in_flight: int) -> None:
+@given(
+    config=CONFIGS,
+    operations=OPERATIONS,
+    num_blocks=st.integers(6, 40),
+    in_flight=st.integers(1, 2),
+    windows=WINDOWS,
+)
+def check_random_lives(
+    config: CoreConfig, operations: list, num_blocks: int, in_flight: int, windows: tuple[int | None, ...]
+) -> None:
     driver = CoreDriver(config, max_in_flight=in_flight)
-    driver.add_group("g0", num_blocks=num_blocks)
+    driver.add_group("g0", num_blocks=num_blocks * len(windows), windows=windows)
     for kind, number in operations:
         operate(driver, kind, number)
     if not driver.devices:

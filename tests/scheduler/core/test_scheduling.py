@@ -109,7 +109,7 @@ def test_samples_of_one_prompt_share_its_blocks():
     d = driver()
     d.submit(submission("a", range(16), n=3))
     plan = d.schedule()
-    tables = [admission.blocks for admission in plan.admissions]
+    tables = [admission.tables[0][1] for admission in plan.admissions]
     assert tables[0][:3] == tables[1][:3] == tables[2][:3]
     assert len({table[3] for table in tables}) == 3
     d.run()

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("protocol_version", "worker", "address", "model_fingerprint", "dtype", "device", "block_size", "num_blocks", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "vocab_size", "rank", "world", "block_bytes")
+    __slots__ = ("protocol_version", "worker", "address", "model_fingerprint", "dtype", "device", "block_size", "num_blocks", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "vocab_size", "rank", "world", "block_bytes", "windows")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +24,7 @@ class RegisterRequest(_message.Message):
     RANK_FIELD_NUMBER: _ClassVar[int]
     WORLD_FIELD_NUMBER: _ClassVar[int]
     BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WINDOWS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     worker: str
     address: str
@@ -39,7 +40,8 @@ class RegisterRequest(_message.Message):
     rank: int
     world: int
     block_bytes: int
-    def __init__(self, protocol_version: _Optional[int] = ..., worker: _Optional[str] = ..., address: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., rank: _Optional[int] = ..., world: _Optional[int] = ..., block_bytes: _Optional[int] = ...) -> None: ...
+    windows: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, protocol_version: _Optional[int] = ..., worker: _Optional[str] = ..., address: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., rank: _Optional[int] = ..., world: _Optional[int] = ..., block_bytes: _Optional[int] = ..., windows: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RegisterResponse(_message.Message):
     __slots__ = ("lease", "ttl_ms")
@@ -112,12 +114,12 @@ class StepPlan(_message.Message):
     def __init__(self, step: _Optional[int] = ..., exact: bool = ..., admits: _Optional[_Iterable[_Union[Admit, _Mapping]]] = ..., slots: _Optional[bytes] = ..., counts: _Optional[bytes] = ..., block_counts: _Optional[bytes] = ..., samples: _Optional[bytes] = ..., blocks: _Optional[bytes] = ...) -> None: ...
 
 class Admit(_message.Message):
-    __slots__ = ("slot", "token_ids", "prompt_len", "computed", "blocks", "sample_index", "sampling", "min_tokens", "stop_token_ids", "logprobs", "prompt_logprobs", "trace")
+    __slots__ = ("slot", "token_ids", "prompt_len", "computed", "tables", "sample_index", "sampling", "min_tokens", "stop_token_ids", "logprobs", "prompt_logprobs", "trace")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LEN_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_FIELD_NUMBER: _ClassVar[int]
-    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TABLES_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_INDEX_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -129,7 +131,7 @@ class Admit(_message.Message):
     token_ids: bytes
     prompt_len: int
     computed: int
-    blocks: bytes
+    tables: _containers.RepeatedCompositeFieldContainer[BlockTable]
     sample_index: int
     sampling: _scheduling_pb2.RowSampling
     min_tokens: int
@@ -137,7 +139,15 @@ class Admit(_message.Message):
     logprobs: int
     prompt_logprobs: int
     trace: bytes
-    def __init__(self, slot: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., prompt_len: _Optional[int] = ..., computed: _Optional[int] = ..., blocks: _Optional[bytes] = ..., sample_index: _Optional[int] = ..., sampling: _Optional[_Union[_scheduling_pb2.RowSampling, _Mapping]] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[bytes] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., trace: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, slot: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., prompt_len: _Optional[int] = ..., computed: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[BlockTable, _Mapping]]] = ..., sample_index: _Optional[int] = ..., sampling: _Optional[_Union[_scheduling_pb2.RowSampling, _Mapping]] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[bytes] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., trace: _Optional[bytes] = ...) -> None: ...
+
+class BlockTable(_message.Message):
+    __slots__ = ("first", "blocks")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    blocks: bytes
+    def __init__(self, first: _Optional[int] = ..., blocks: _Optional[bytes] = ...) -> None: ...
 
 class StepResult(_message.Message):
     __slots__ = ("step", "tokens", "logprobs", "prompt_logprobs", "wait_ns", "run_ns", "error")
