@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 import msgspec
 
 from services.router.parsing import hermes, llama3, mistral, pythonic
+from services.router.parsing.forced import one_call, some_calls
 from services.router.parsing.reader import Reader, Waiting
 from services.router.parsing.speaker import Speaker
 from services.router.parsing.thinking import Thinking
@@ -41,6 +42,12 @@ THINKING: dict[str, Thinking] = {
     "qwen3": Thinking(),
     "mistral": Thinking(open="[THINK]", close="[/THINK]"),
 }
+
+
+def forced(family: ToolCalls | None, *, named: bool) -> ToolCalls:
+    """How calls are read that a request demands of a model of this family: of the one tool that is named, or of any."""
+    new_id = family.new_id if family is not None else _call_id
+    return ToolCalls(read=one_call if named else some_calls, marks=(), new_id=new_id)
 
 
 def tool_calls_of(template: str) -> str:
