@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import jsonschema
 import openai
 import pytest
 
@@ -14,6 +15,7 @@ from services.cli.client import Request
 from tests.builders.answers import ask_all
 from tests.builders.cluster import RunningCluster, wait_for
 from tests.builders.scrape import scrape
+from tests.builders.tool_text import QWEN3
 
 pytestmark = pytest.mark.cluster
 
@@ -184,3 +186,39 @@ def test_curl_is_answered(cluster) -> None:
     assert lines[-2:] == ["data: [DONE]", ""]
     pieces = [json.loads(line[6:])["choices"][0]["delta"].get("content", "") for line in lines[:-2] if line]
     assert "".join(pieces) == told["choices"][0]["message"]["content"]
+
+
+def test_a_demanded_call_is_one_of_the_tools_with_arguments_of_its_schema(cluster, tmp_path) -> None:
+    (tmp_path / "tools.jinja").write_text(QWEN3)
+    running = cluster(**EXACT, chat_template=str(tmp_path / "tools.jinja"))
+    parameters = {
+        "type": "object",
+        "properties": {"unit": {"enum": ["C", "F"]}, "days": {"$ref": "#/$defs/few"}},
+        "required": ["unit", "days"],
+        "additionalProperties": False,
+        "$defs": {"few": {"type": "integer", "minimum": 1, "maximum": 7}},
+    }
+    tools = [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in ("sun", "rain")]
+    ask = {"model": MODEL, "messages": HELLO, "tools": tools, "max_tokens": 200}
+    with connect(running) as client:
+        for seed in range(4):
+            [*calls] = demanded(client, ask, seed=seed, tool_choice="required")
+            assert calls and {call.name for call in calls} <= {"sun", "rain"}
+            named = {"type": "function", "function": {"name": "rain"}}
+            [call] = demanded(client, ask, seed=seed, tool_choice=named, parallel_tool_calls=False)
+            assert call.name == "rain"
+            for one in (*calls, call):
+                jsonschema.validate(json.loads(one.arguments), parameters)
+
+
+def demanded(client: openai.OpenAI, ask: dict, **more) -> list:
+    """The calls of an answer, which a stream of it repeats."""
+    [choice] = client.chat.completions.create(**ask, **more).choices
+    with client.chat.completions.stream(**ask, **more) as stream:
+        [again] = stream.get_final_completion().choices
+    assert again.finish_reason == choice.finish_reason != "length"
+    calls = [call.function for call in choice.message.tool_calls]
+    assert [(one.function.name, one.function.arguments) for one in again.message.tool_calls] == [
+        (one.name, one.arguments) for one in calls
+    ]
+    return calls

@@ -16,9 +16,10 @@ from services.router.http.schema import (
     TokenizeRequest,
     unserved,
 )
-from services.router.http.tools import Tool, check_tools, past_calls, tools_offered
+from services.router.http.tools import Offer, Tool, check_tools, past_calls, tools_offered
 from services.router.limits import MAX_MESSAGES, check_depth, check_request_id, invalid
 from services.router.model import ServedModel
+from services.router.parsing.families import forced
 from services.router.parsing.parser import Parsing
 from services.router.request import ChatPrompt, GenerateOptions, Prompt, TextPrompt, TokenPrompt
 from services.router.resolve import Asked, resolve, token_prompt
@@ -58,6 +59,10 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     parsing: Parsing | None = None
     """How the answers are taken apart; None: all of their text is content."""
     include_reasoning: bool = True
+    called_by_name: bool = False
+    """The answer is the arguments of the one tool that the request names."""
+    params: Mapping[str, str] = {}
+    """What this request calls some fields."""
 
     @property
     def n(self) -> int:
@@ -118,32 +123,36 @@ def chat(request: ChatRequest, model: ServedModel, source: Source) -> Question:
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     asked = _asked(request, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=request.prompt_logprobs)
-    tools = tools_offered(request.tools, request.tool_choice, model)
-    parsing = _parsing(request, model, tools)
+    offer = tools_offered(request.tools, request.tool_choice, request.parallel_tool_calls, model)
+    parsing = _parsing(request, model, offer)
     asked = msgspec.structs.replace(asked, shown_token_ids=_marks(parsing, model))
+    if offer.demanded:
+        asked = msgspec.structs.replace(asked, structured={"json_schema": offer.schema()})
     known = {"documents": request.documents, "reasoning_effort": request.reasoning_effort}
     return _question(
         request,
         model,
-        (_chat_prompt(request, model, tools, **known),),
+        (_chat_prompt(request, model, offer.tools, **known),),
         asked,
         source,
         chat=True,
         logprobs=NO_LOGPROBS if logprobs is None else logprobs,
         parsing=parsing,
         include_reasoning=request.include_reasoning is not False,
+        called_by_name=bool(offer.named),
+        params={"structured.json_schema": "tools"} if offer.demanded else {},
     )
 
 
-def _parsing(request: ChatRequest, model: ServedModel, tools: Sequence[Tool]) -> Parsing | None:
-    """A message that is continued has its reasoning behind it."""
-    thinking = None if request.continue_final_message else model.thinking
-    tool_calls = model.tool_calls if tools else None
+def _parsing(request: ChatRequest, model: ServedModel, offer: Offer) -> Parsing | None:
+    """A message that is continued has its reasoning behind it, and calls that are demanded leave no room for any."""
+    thinking = None if request.continue_final_message or offer.demanded else model.thinking
+    tool_calls = model.tool_calls if offer.tools else None
+    if offer.demanded:
+        tool_calls = forced(model.tool_calls, named=bool(offer.named))
     if thinking is None and tool_calls is None:
         return None
-    names = frozenset(tool["function"]["name"] for tool in tools)
-    parallel = request.parallel_tool_calls is not False
-    return Parsing(thinking=thinking, tool_calls=tool_calls, names=names, parallel=parallel)
+    return Parsing(thinking=thinking, tool_calls=tool_calls, names=offer.names, parallel=offer.parallel)
 
 
 def _marks(parsing: Parsing | None, model: ServedModel) -> frozenset[int]:

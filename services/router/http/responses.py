@@ -380,7 +380,8 @@ class ChatTelling(Telling):
 
     def _finish(self, choice: _Choice, event: Finished) -> dict[str, Any]:
         told = super()._finish(choice, event)
-        if event.reason is FinishReason.STOP and choice.parser is not None and choice.parser.num_calls:
+        called = choice.parser is not None and choice.parser.num_calls and not self._question.called_by_name
+        if called and event.reason is FinishReason.STOP:
             told["finish_reason"] = "tool_calls"
         return told
 

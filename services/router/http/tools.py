@@ -4,8 +4,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from services.router.limits import MAX_TOOLS, check_depth, invalid
 from services.router.model import ServedModel
+from services.router.parsing.forced import schema_of_call, schema_of_calls
 from services.router.parsing.speaker import TOOL_NAME
 from shared.outcome import refuse
 
@@ -30,17 +33,40 @@ class Arguments(dict[str, Any]):
         return other + self._text
 
 
-def tools_offered(tools: Sequence[Tool] | None, choice: Any, model: ServedModel) -> tuple[Tool, ...]:
-    """The tools that the model is to know and may call: none of them where `tool_choice` is "none". Raises
-    RefusedError."""
+class Offer(msgspec.Struct, frozen=True, kw_only=True):
+    """The tools that the model is to know, none of them where `tool_choice` is "none", and what it is to do."""
+
+    tools: tuple[Tool, ...] = ()
+    demanded: bool = False
+    """It must call one."""
+    named: str = ""
+    """It must call this one."""
+    parallel: bool = True
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of the tools that may be called."""
+        return frozenset((self.named,) if self.named else (tool["function"]["name"] for tool in self.tools))
+
+    def schema(self) -> str:
+        """The JSON schema of an answer that is the calls demanded."""
+        if self.named:
+            schema = next(schema_of_call(tool) for tool in self.tools if tool["function"]["name"] == self.named)
+        else:
+            schema = schema_of_calls(self.tools, parallel=self.parallel)
+        return msgspec.json.encode(schema).decode()
+
+
+def tools_offered(tools: Sequence[Tool] | None, choice: Any, parallel: bool | None, model: ServedModel) -> Offer:
+    """What a request says of tools. Raises RefusedError."""
     tools = check_tools(tools, model)
-    names = {tool["function"]["name"] for tool in tools}
-    if _choice(choice, names) == "none" or not tools:
-        return ()
-    if model.tool_calls is None:
-        message = "tools: how this model calls tools is not known; start with --tool-call-parser"
+    asked, named = _choice(choice, {tool["function"]["name"] for tool in tools})
+    if asked == "none" or not tools:
+        return Offer()
+    if asked == "auto" and model.tool_calls is None:
+        message = "tools: how this model calls tools is not known; start with --tool-call-parser, or demand a call"
         raise refuse("unsupported", message, field="tools")
-    return tuple(tools)
+    return Offer(tools=tuple(tools), demanded=asked != "auto", named=named, parallel=parallel is not False)
 
 
 def check_tools(tools: Sequence[Tool] | None, model: ServedModel) -> Sequence[Tool]:
@@ -81,10 +107,10 @@ def _named(field: str, name: Any) -> str:
     return name
 
 
-def _choice(given: Any, names: set[str]) -> str:
-    """Either "auto" or "none"."""
+def _choice(given: Any, names: set[str]) -> tuple[str, str]:
+    """One of "auto", "none", "required" and "function", and that function's name."""
     if given is None or given in ("auto", "none"):
-        return given or "auto"
+        return given or "auto", ""
     if not names:
         raise invalid("tool_choice", "needs tools")
     if isinstance(given, dict):
@@ -94,9 +120,10 @@ def _choice(given: Any, names: set[str]) -> str:
         name = _named("tool_choice.function.name", function.get("name"))
         if name not in names:
             raise invalid("tool_choice.function.name", f"{name!r} is none of the tools")
-    elif given != "required":
+        return "function", name
+    if given != "required":
         raise invalid("tool_choice", 'is "auto", "none", "required" or names a function')
-    raise refuse("unsupported", 'tool_choice: only "auto" and "none" are served by this version', field="tool_choice")
+    return "required", ""
 
 
 def past_calls(field: str, given: Any) -> list[dict[str, Any]]:

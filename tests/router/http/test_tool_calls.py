@@ -6,6 +6,7 @@ from typing import Any
 import openai
 import pytest
 
+from services.router.parsing.forced import schema_of_calls
 from tests.builders.http import events
 from tests.builders.router import run
 from tests.builders.saying import HELLO, saying
@@ -232,6 +233,14 @@ WRONG = [
     ({"tools": [F], "tool_choice": {"type": "function"}}, "tool_choice"),
     ({"tools": [F], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice.function.name"),
     ({"tool_choice": "required"}, "tool_choice"),
+    (
+        {
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "thing"}}}],
+            "tool_choice": "required",
+        },
+        "tools",
+    ),
+    ({"tools": [F], "tool_choice": "required", "min_tokens": 5}, "min_tokens"),
     ({"messages": [{"role": "assistant", "tool_calls": {}}]}, "messages[0].tool_calls"),
     ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].function"),
     (
@@ -251,9 +260,34 @@ def test_what_is_wrong_with_tools_and_calls_is_named(tmp_path):
             for wrong, param in WRONG:
                 error = (await one.post("", status=400, **wrong)).json()["error"]
                 assert (error["param"], error["code"]) == (param, "invalid_argument"), error
-            for choice in ("required", {"type": "function", "function": {"name": "f"}}):
-                error = (await one.post("", status=400, tools=[F], tool_choice=choice)).json()["error"]
-                assert (error["param"], error["code"]) == ("tool_choice", "unsupported")
+
+    run(test())
+
+
+def test_a_demanded_call_is_held_to_a_schema_and_told_as_any_other(tmp_path):
+    async def test():
+        for settings in ({}, {"tool_call_parser": "none"}):
+            async with saying(tmp_path, QWEN3, **settings) as one:
+                ask = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
+                calls = [{"name": "get_weather", "parameters": {"city": "東京"}}]
+                choice = await one.choice(json.dumps(calls, ensure_ascii=False), **ask)
+                assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
+                [call] = choice["message"]["tool_calls"]
+                assert call["function"] == {"name": "get_weather", "arguments": '{"city": "東京"}'}
+                grammar = one.scheduler.requests[-1].submit.grammar
+                assert (grammar.kind, json.loads(grammar.text)) == (
+                    "json_schema",
+                    schema_of_calls(TOOLS, parallel=False),
+                )
+
+                named = {"type": "function", "function": {"name": "now"}}
+                choice = await one.choice('{"city": "Paris"}', tools=TOOLS, tool_choice=named)
+                assert choice["finish_reason"] == "stop"
+                [call] = choice["message"]["tool_calls"]
+                assert call["function"] == {"name": "now", "arguments": '{"city": "Paris"}'}
+                grammar = one.scheduler.requests[-1].submit.grammar
+                assert json.loads(grammar.text) == TOOLS[1]["function"]["parameters"]
+                assert "<tools>" in one.prompt()
 
     run(test())
 
