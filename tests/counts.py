@@ -21,6 +21,7 @@ COUNTS: dict[str, tuple[int, int]] = {
     "attention_schedules": (25, 400),
     "decoder_schedules": (15, 300),
     "traced_requests": (120, 1_000),
+    "structured_schemas": (40, 500),
 }
 
 

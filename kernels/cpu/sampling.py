@@ -110,6 +110,13 @@ def forbid(logits: Tensor, rows: Tensor, token_ids: Tensor) -> None:
     _array(logits)[rows.numpy(), token_ids.numpy()] = -np.inf
 
 
+def restrict(logits: Tensor, rows: Tensor, allowed: Tensor) -> None:
+    view, words = _array(logits), allowed.numpy().astype("<i4", copy=False).view(np.uint8)
+    bits = np.unpackbits(words, axis=1, count=view.shape[1], bitorder="little")
+    for row, kept in zip(rows.tolist(), bits.view(np.bool_), strict=True):
+        view[row][~kept] = -np.inf
+
+
 def keep(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     kept = torch.zeros(scaled.shape, dtype=torch.bool)
     for row in range(len(scaled)):

@@ -264,6 +264,7 @@ def _sampling(shape: ModelShape) -> None:
     sampling.add_bias(logits, ids, ids, floats)
     sampling.penalize(logits, ids, ids, floats, floats, floats, floats)
     sampling.forbid(logits, ids, ids)
+    sampling.restrict(logits, ids, shape.empty(2, -(-shape.vocab_size // 32), dtype=torch.int32))
 
 
 def _experts(shape: ModelShape) -> None:

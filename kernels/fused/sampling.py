@@ -39,13 +39,16 @@ from kernels.fused.logprobs import token_logprobs
 from kernels.fused.noise import bits_of, check_keys, exact_gumbel, gumbel, keys_of, near_gumbel, noise_bits, noise_keys
 
 __all__ = [
-    "add_bias", "best", "forbid", "gumbel", "keep", "noise_bits", "noise_keys", "penalize", "sample", "token_logprobs",
+    "add_bias", "best", "forbid", "gumbel", "keep", "noise_bits", "noise_keys", "penalize", "restrict", "sample",
+    "token_logprobs",
 ]  # fmt: skip
 
 SLACK = tl.constexpr(1e-3)
 NOMINEES = 4
 ENTRIES = 256
 """Entries of a program that changes logits."""
+RESTRICTED = 2048
+"""Tokens that a program of `restrict` looks at."""
 
 
 @triton.jit
@@ -193,6 +196,19 @@ def _change_kernel(logits, rows, token_ids, bias, num_entries, stride: tl.conste
         tl.store(at, x, mask=mask)
 
 
+@triton.jit
+def _restrict_kernel(
+    logits, rows, allowed,
+    vocab_size: tl.constexpr, stride: tl.constexpr, words: tl.constexpr, blocks: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    entry, part = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    ids = part * block + tl.arange(0, block)
+    word = tl.load(allowed + entry * words + ids // 32, mask=ids < vocab_size, other=0)
+    left_out = ((word >> (ids % 32)) & 1) == 0
+    at = logits + tl.load(rows + entry) * stride + ids
+    tl.store(at, tl.full((block,), float("-inf"), tl.float32), mask=left_out & (ids < vocab_size))
+
+
 def best(logits: Tensor) -> tuple[Tensor, Tensor]:
     """See kernels.ops.sampling, here and below. Reads the logits once."""
     layout = layout_of(logits)
@@ -267,6 +283,21 @@ def add_bias(logits: Tensor, rows: Tensor, token_ids: Tensor, bias: Tensor) -> N
 def forbid(logits: Tensor, rows: Tensor, token_ids: Tensor) -> None:
     _check_entries(logits, rows, token_ids)
     _change(logits, rows, token_ids, None)
+
+
+def restrict(logits: Tensor, rows: Tensor, allowed: Tensor) -> None:
+    _check_entries(logits, rows, rows)
+    vocab_size = logits.shape[1]
+    words = cdiv(vocab_size, 32)
+    if allowed.shape != (len(rows), words) or allowed.dtype != torch.int32 or not allowed.is_contiguous():
+        raise ValueError(f"allowed must be int32 [{len(rows)}, {words}] and contiguous, not {tuple(allowed.shape)}")
+    blocks = cdiv(vocab_size, RESTRICTED)
+    launch(
+        _restrict_kernel,
+        (len(rows) * blocks,),
+        {"logits": logits, "rows": rows, "allowed": allowed},
+        {"vocab_size": vocab_size, "stride": logits.stride(0), "words": words, "blocks": blocks, "block": RESTRICTED},
+    )
 
 
 def _change(logits: Tensor, rows: Tensor, token_ids: Tensor, bias: Tensor | None) -> None:

@@ -1,9 +1,9 @@
 """From logits to tokens: argmax, penalties, temperature, top-k, top-p, min-p, noise, logprobs.
 
 Logits are float32 [rows, vocab]; a GPU reads bfloat16 too, as the float32 that it stands for. Every result depends on
-its own row alone, to the bit. The caller's order is: raw logprobs; `add_bias`, `penalize`, `forbid` (in place); then
-`sample`, which applies temperature, top-k, top-p and min-p in this order and adds the noise. This is vLLM's order, but
-for min-p, which goes last as in transformers.
+its own row alone, to the bit. The caller's order is: raw logprobs; `add_bias`, `penalize`, `forbid`, `restrict` (in
+place); then `sample`, which applies temperature, top-k, top-p and min-p in this order and adds the noise. This is
+vLLM's order, but for min-p, which goes last as in transformers.
 
 Sampling is the Gumbel trick: the token with the highest scaled logit + noise is a draw from the softmax. The noise is a
 function of (seed, sample index, position, token id) and of nothing else, so neither is the draw.
@@ -80,6 +80,12 @@ def add_bias(logits: Tensor, rows: Tensor, token_ids: Tensor, bias: Tensor) -> N
 def forbid(logits: Tensor, rows: Tensor, token_ids: Tensor) -> None:
     """Sets the logits of the entries to -inf, in place."""
     _body(logits).forbid(logits, rows, token_ids)
+
+
+def restrict(logits: Tensor, rows: Tensor, allowed: Tensor) -> None:
+    """Sets to -inf, in place, the logits of rows `rows` (int64 [n], none twice) that `allowed` (int32
+    [n, ceil(vocab / 32)]) leaves out: bit t % 32 of word t // 32 stands for token t."""
+    _body(logits).restrict(logits, rows, allowed)
 
 
 def keep(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:

@@ -78,6 +78,12 @@ def forbid(logits: Tensor, rows: Tensor, token_ids: Tensor) -> None:
     logits[rows, token_ids] = -torch.inf
 
 
+def restrict(logits: Tensor, rows: Tensor, allowed: Tensor) -> None:
+    ids = torch.arange(logits.shape[-1], device=logits.device)
+    bits = (allowed[:, ids // 32] >> (ids % 32)) & 1
+    logits[rows] = torch.where(bits == 1, logits[rows], -torch.inf)
+
+
 def scale(logits: Tensor, temperature: Tensor) -> Tensor:
     return (logits - logits.amax(dim=-1, keepdim=True)) / temperature[:, None]
 

@@ -51,7 +51,7 @@ def answer(core: Scheduler, loaded: Loaded, jobs: list[Job], seed: int) -> dict[
     while core.requests:
         plan = core.schedule(GROUP, time.monotonic_ns())
         assert plan is not None
-        output = loaded.runner.run(plan_from_message(plan_message(plan).plan))
+        output = loaded.runner.run(plan_from_message(plan_message(plan).plan, {}))
         core.apply(GROUP, StepResult(step=plan.step, tokens=output.tokens.tolist()), time.monotonic_ns())
         if core.take_events() and not first:
             first = time.perf_counter()

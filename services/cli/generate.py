@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -64,6 +65,11 @@ def generate(
         bool | None, typer.Option("--deterministic/--no-deterministic", help="Bit-identical whatever the batch.")
     ] = None,
     request_id: Annotated[str, typer.Option(help="Chosen by the server when empty.")] = "",
+    json_object: Annotated[bool, typer.Option("--json-object", help="The answer is a JSON object.")] = False,
+    json_schema: Annotated[str, typer.Option(metavar="FILE", help="It follows this JSON schema; `-` reads it.")] = "",
+    regex: Annotated[str, typer.Option(help="It matches this expression as a whole.")] = "",
+    choice: Annotated[list[str] | None, typer.Option(help="It is one of these; may be repeated.")] = None,
+    grammar: Annotated[str, typer.Option(metavar="FILE", help="It follows this Lark or GBNF grammar.")] = "",
     timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="The request's deadline.")] = None,
 ) -> None:
     """Stream an answer from a running cluster. Unset options are left to the model's generation_config.
@@ -103,6 +109,7 @@ def generate(
             priority=priority,
             deterministic=deterministic,
             request_id=request_id,
+            structured=_structured(json_object, json_schema, regex, choice, grammar),
         )
         code = asyncio.run(_run(address, secured, request, timeout, json_lines=json_lines))
     except KeyboardInterrupt:
@@ -223,6 +230,34 @@ def _input(prompt: str, *, chat: bool, system: str, token_ids: str) -> dict[str,
         return {"prompt": text}
     messages = [Message("system", system)] if system else []
     return {"messages": (*messages, Message("user", text))}
+
+
+def _structured(
+    json_object: bool, json_schema: str, regex: str, choice: list[str] | None, grammar: str
+) -> tuple[str, str | tuple[str, ...]] | None:
+    given: list[tuple[str, str | tuple[str, ...]]] = []
+    if json_object:
+        given.append(("json_object", ""))
+    if json_schema:
+        given.append(("json_schema", _read(json_schema, "--json-schema")))
+    if regex:
+        given.append(("regex", regex))
+    if choice:
+        given.append(("choice", tuple(choice)))
+    if grammar:
+        given.append(("grammar", _read(grammar, "--grammar")))
+    if len(given) > 1:
+        flags = " and ".join("--" + kind.replace("_", "-") for kind, _ in given)
+        raise typer.BadParameter(f"{flags} exclude each other")
+    return given[0] if given else None
+
+
+def _read(name: str, flag: str) -> str:
+    """A file, or standard input for `-`."""
+    try:
+        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise typer.BadParameter(f"{flag}: cannot read {name}: {error}") from None
 
 
 def _ids(text: str, flag: str) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from shared.config import RouterConfig
 from shared.config.services import BUNDLED_MODEL
 from shared.outcome import refuse
 from shared.text.chat import ChatTemplate, load_chat_template
-from shared.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from shared.text.tokenizer import Tokenizer, TokenizerError, end_token_ids, load_tokenizer
 
 log = structlog.get_logger("model")
 
@@ -91,7 +91,7 @@ def load_model(config: RouterConfig) -> ServedModel:
         tokenizer=tokenizer,
         chat_template=template,
         defaults=_defaults(generation, folder),
-        eos_token_ids=_eos(generation, settings, tokenizer),
+        eos_token_ids=end_token_ids(generation, settings, tokenizer),
         tool_calls=TOOL_CALLS.get(tool_calls),
         thinking=THINKING.get(thinking),
     )
@@ -159,13 +159,3 @@ def _defaults(generation: dict[str, Any], folder: Path) -> Defaults:
         else:
             log.warning("default_ignored", file=str(folder / "generation_config.json"), field=name, value=value)
     return Defaults(**found)
-
-
-def _eos(generation: dict[str, Any], settings: dict[str, Any], tokenizer: Tokenizer) -> frozenset[int]:
-    """generation_config's, else config's, else the tokenizer's end-of-sequence tokens."""
-    for declared in (generation.get("eos_token_id"), settings.get("eos_token_id"), tokenizer.eos_token_id):
-        if isinstance(declared, int):
-            return frozenset((declared,))
-        if isinstance(declared, list) and declared:
-            return frozenset(declared)
-    return frozenset()

@@ -8,6 +8,7 @@ import msgspec
 from services.router.gate import PUBLIC, Key
 from shared.outcome import FinishReason
 from shared.sampling import Sampling, Stopping, Want
+from shared.structured import Structured
 from shared.telemetry.context import Caller
 
 
@@ -50,6 +51,7 @@ class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
     want: Want = Want()
     n: int = 1
     stop: tuple[str, ...] = ()
+    structured: Structured | None = None
     priority: int = 0
     deterministic: bool = False
     include_timing: bool = False

@@ -9,6 +9,7 @@ from services.router.gate import PUBLIC, Key
 from services.router.limits import check_range, invalid, too_long
 from services.router.model import ServedModel
 from services.router.request import GenerateOptions, TokenPrompt
+from services.router.structured import structured_of
 from shared.ids import new_seed
 from shared.sampling import NO_LOGPROBS, Sampling, Stopping, Want
 from shared.telemetry.context import Caller
@@ -35,6 +36,8 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     stop: tuple[str, ...] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    structured: Mapping[str, Any] = {}
+    """As for structured.structured_of."""
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     priority: int = 0
@@ -80,6 +83,7 @@ def resolve(
         ),
         n=_given("sampling.n", asked.n, 1),
         stop=asked.stop,
+        structured=structured_of(asked.structured, model, min_tokens=asked.min_tokens, ignore_eos=asked.ignore_eos),
         priority=asked.priority,
         deterministic=asked.deterministic,
         include_timing=asked.include_timing,

@@ -146,7 +146,12 @@ class Session:
     async def _prepare(self, prompt: Prompt, options: GenerateOptions) -> Prepared:
         max_model_len = self._fleet.max_model_len or self._model.max_model_len
         args = (self._model, prompt, options, max_model_len, self._fleet.block_sizes)
-        if isinstance(prompt, TokenPrompt) and len(prompt.token_ids) <= INLINE_TOKENS and not options.stop:
+        if (
+            isinstance(prompt, TokenPrompt)
+            and len(prompt.token_ids) <= INLINE_TOKENS
+            and not options.stop
+            and not options.structured
+        ):
             return prepare(*args)
         working = asyncio.get_running_loop().run_in_executor(self._tokenizing, prepare, *args)
         try:
@@ -166,6 +171,7 @@ class Session:
             sampling=options.sampling,
             stopping=options.stopping,
             want=options.want,
+            structured=options.structured,
             n=options.n,
             priority=options.priority,
             deterministic=options.deterministic,

@@ -97,8 +97,6 @@ def options_of(
     key: Key = PUBLIC,
 ) -> GenerateOptions:
     """Every field resolved and within its limits. Raises RefusedError."""
-    if message.structured.WhichOneof("constraint") is not None:
-        raise refuse("unsupported", "structured output is not served by this version", field="structured")
     sampling, stopping, response = message.sampling, message.stopping, message.response
     asked = Asked(
         **_set(sampling, SAMPLING),
@@ -109,6 +107,7 @@ def options_of(
         stop=tuple(stopping.stop),
         stop_token_ids=stopping.stop_token_ids,
         ignore_eos=stopping.ignore_eos,
+        structured=_structured(message.structured),
         priority=message.priority,
         deterministic=message.deterministic,
         include_timing=response.include_timing,
@@ -136,6 +135,14 @@ RESPONSE = ("logprobs", "prompt_logprobs")
 def _set(message: Any, names: Sequence[str]) -> dict[str, Any]:
     """Of these fields those that were set."""
     return {name: getattr(message, name) for name in names if message.HasField(name)}
+
+
+def _structured(message: pb.Structured) -> dict[str, Any]:
+    """The constraint that was set, if one was, by its kind."""
+    kind = message.WhichOneof("constraint")
+    if kind is None:
+        return {}
+    return {kind: list(message.choice.options) if kind == "choice" else getattr(message, kind)}
 
 
 REASONS = {

@@ -81,7 +81,9 @@ class _App:
         )
         self._publisher.state = self._state
         self._publisher.loads = self._loop.loads
-        self._workers.events = WorkerEvents(self._loop.on_ready, self._loop.on_result, self._loop.on_lost)
+        self._workers.events = WorkerEvents(
+            self._loop.on_ready, self._loop.on_result, self._loop.on_lost, self._loop.on_prepared
+        )
 
     async def run(self, on_event: OnEvent) -> int:
         config = self._config

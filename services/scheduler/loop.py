@@ -123,6 +123,12 @@ class Loop:
         self._request_turn()
 
     @guarded
+    def on_prepared(self, group: str, grammar_id: int, error: str) -> None:
+        if group in self._core.groups:
+            self._core.prepared(group, grammar_id, error, self._now_ns())
+            self._request_turn()
+
+    @guarded
     def on_lost(self, group: str, reason: str) -> None:
         if group not in self._core.groups:
             return
@@ -166,6 +172,8 @@ class Loop:
 
     def _plan(self) -> None:
         for group in list(self._core.groups.values()):
+            for command in group.grammars.drain():
+                self._workers.tell(group.id, command)
             while len(group.in_flight) < self._max_plans_in_flight:
                 now_ns = self._now_ns()
                 plan = self._core.schedule(group.id, now_ns)

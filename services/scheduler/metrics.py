@@ -78,7 +78,7 @@ class SchedulerMetrics:
             metrics.EXPORTED["scheduler"],
             {
                 metrics.NUM_RUNNING.name: lambda: self._sum(lambda group: len(group.running)),
-                metrics.NUM_WAITING.name: lambda: self._sum(lambda group: len(group.waiting)),
+                metrics.NUM_WAITING.name: lambda: self._sum(lambda group: group.num_waiting),
                 metrics.NUM_WAITING_BY_REASON.name: self._waiting_by_reason,
                 metrics.KV_CACHE_USAGE.name: self._usage,
                 metrics.KV_BLOCKS.name: self._blocks,

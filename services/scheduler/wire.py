@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from services.scheduler.core.events import Durations, Event, Released, SampleEnded, Tokens
+from services.scheduler.core.grammars import Forget, Prepare
 from services.scheduler.core.plan import Admission, StepPlan, StepResult
 from services.scheduler.core.request import Submission
 from services.scheduler.core.worker_group import GroupLoad, GroupSpec
@@ -19,6 +20,7 @@ from shared.outcome import AbortCause
 from shared.prefix import SHORT_HASH_BYTES
 from shared.rpc.sluice.v1 import control_pb2, execution_pb2, scheduling_pb2
 from shared.sampling import Sampling, Stopping, TokenLogprobs, Want
+from shared.structured import Structured
 
 _CAUSES = {
     scheduling_pb2.ABORT_CAUSE_CLIENT: AbortCause.CLIENT,
@@ -72,8 +74,13 @@ def submission_of(submit: scheduling_pb2.Submit, token_ids: array, link: int, no
         deterministic=submit.deterministic,
         deadline_ns=now_ns + submit.deadline_in_ns if submit.deadline_in_ns else 0,
         salt=submit.salt,
+        structured=_structured_of(submit),
         trace=submit.trace,
     )
+
+
+def _structured_of(submit: scheduling_pb2.Submit) -> Structured | None:
+    return Structured(submit.grammar.kind, submit.grammar.text) if submit.HasField("grammar") else None
 
 
 def cause_of(abort: scheduling_pb2.LinkAbort) -> AbortCause:
@@ -273,6 +280,15 @@ def newest_epoch(refusal: str) -> int:
     return int(found[1]) if found else 0
 
 
+def grammar_message(command: Prepare | Forget) -> execution_pb2.ExecuteRequest:
+    match command:
+        case Prepare():
+            grammar = scheduling_pb2.Grammar(kind=command.structured.kind, text=command.structured.text)
+            return execution_pb2.ExecuteRequest(prepare=execution_pb2.Prepare(id=command.id, grammar=grammar))
+        case Forget():
+            return execution_pb2.ExecuteRequest(forget=execution_pb2.Forget(id=command.id))
+
+
 def plan_message(plan: StepPlan) -> execution_pb2.ExecuteRequest:
     return execution_pb2.ExecuteRequest(
         plan=execution_pb2.StepPlan(
@@ -314,6 +330,7 @@ def _admit_message(admission: Admission) -> execution_pb2.Admit:
         logprobs=admission.logprobs,
         prompt_logprobs=admission.prompt_logprobs,
         trace=admission.trace,
+        grammar=admission.grammar,
     )
 
 
@@ -328,6 +345,7 @@ def result_of(message: execution_pb2.StepResult) -> StepResult:
         wait_ns=message.wait_ns,
         run_ns=message.run_ns,
         error=message.error,
+        grammar_errors={row.row: row.message for row in message.grammar_errors},
     )
 
 

@@ -8,6 +8,7 @@ import grpc
 import structlog
 
 from services.scheduler import wire
+from services.scheduler.core.grammars import Forget, Prepare
 from services.scheduler.core.plan import StepPlan, StepResult
 from services.scheduler.core.worker_group import GroupSpec
 from shared import PROTOCOL_VERSION
@@ -52,6 +53,7 @@ class WorkerEvents:
     ready: Callable[[GroupSpec], None]
     result: Callable[[str, StepResult], None]
     lost: Callable[[str, str], None]
+    prepared: Callable[[str, int, str], None] = lambda group, grammar_id, error: None
 
 
 class Workers:
@@ -114,6 +116,10 @@ class Workers:
             worker.progress_ns = self._now_ns()
         worker.in_flight += 1
         worker.outbox.put_nowait(wire.plan_message(plan))
+
+    def tell(self, group: str, command: Prepare | Forget) -> None:
+        """Hands over what the worker is to do with a grammar, in order with the plans."""
+        self._workers[group].outbox.put_nowait(wire.grammar_message(command))
 
     def begin_again(self, group: str) -> None:
         """A step failed, and its result is being absorbed: a new stream with a newer epoch makes the worker drop its
@@ -206,8 +212,11 @@ class Workers:
             if not again:
                 self.events.ready(worker.spec)
             async for reply in replies:
-                if reply.WhichOneof("message") == "result":
+                kind = reply.WhichOneof("message")
+                if kind == "result":
                     self._on_result(worker, wire.result_of(reply.result))
+                elif kind == "prepared":
+                    self.events.prepared(worker.id, reply.prepared.id, reply.prepared.error)
                 if worker.begin_again:
                     return True
             return False

@@ -14,6 +14,7 @@ import msgspec
 import structlog
 
 from services.worker.execute.device_thread import DeviceThread
+from services.worker.grammars import GrammarCompiler, LoadVocabulary
 from services.worker.identity import WorkerIdentity
 from services.worker.metrics import WorkerMetrics
 from services.worker.plan import StepPlan, StepResult, StepRunner
@@ -65,6 +66,8 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int
     windows: tuple[Window, ...] = (None,)
     """Of each cache group."""
+    load_vocabulary: LoadVocabulary | None = None
+    """The model's tokens for grammars; None: it serves no structured output."""
 
 
 Load = Callable[[Progress], Loaded]
@@ -89,13 +92,13 @@ async def host(config: WorkerConfig, load: Load, *, instance: str, on_event: OnE
                 return 0
             identity = identify(loaded, instance, config.advertise or _reachable(config.host, door.port))
             _describe(door.metrics, config, loaded)
-            await _execute(config, loaded.runner, identity, door, stop, on_event)
+            await _execute(config, loaded, identity, door, stop, on_event)
     return 0
 
 
 def identify(loaded: Loaded, instance: str, address: str) -> WorkerIdentity:
     """What this process registers with."""
-    own = ("runner", "costs", "windows")
+    own = ("runner", "costs", "windows", "load_vocabulary")
     facts = {name: getattr(loaded, name) for name in Loaded.__struct_fields__ if name not in own}
     windows = tuple(window or 0 for window in loaded.windows)
     return WorkerIdentity(worker=instance, address=address, windows=windows, **facts)
@@ -173,15 +176,15 @@ def _exporter(config: WorkerConfig) -> Exporter | None:
 
 async def _execute(
     config: WorkerConfig,
-    runner: StepRunner,
+    loaded: Loaded,
     identity: WorkerIdentity,
     door: _Door,
     stop: asyncio.Event,
     on_event: OnEvent,
 ) -> None:
-    device = DeviceThread(runner)
+    device = DeviceThread(loaded.runner)
     device.start()
-    door.servicer.attach(device)
+    door.servicer.attach(device, GrammarCompiler(loaded.load_vocabulary))
     channel = open_internal_channel(config.scheduler)
     registry = RegistryClient(channel, internal_metadata(config.internal_token))
     on_event("registering", {"scheduler": config.scheduler})

@@ -1,7 +1,9 @@
 """From a configuration to a runner: device, dtype, weights, pool. Runs on a thread, before the worker registers."""
 
+import functools
 import importlib.util
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -9,6 +11,7 @@ import numpy as np
 import psutil
 import structlog
 import torch
+from llguidance import LLTokenizer
 
 import shared
 from kernels.ops import choice, forms
@@ -34,6 +37,8 @@ from shared.checkpoint import Checkpoint, open_checkpoint
 from shared.config import WorkerConfig
 from shared.config.services import BUNDLED_MODEL
 from shared.sampling import Sampling
+from shared.text.grammar import load_vocabulary
+from shared.text.tokenizer import end_token_ids, load_tokenizer
 
 log = structlog.get_logger("load")
 
@@ -159,7 +164,15 @@ def _describe(
         max_model_len=size.max_model_len,
         vocab_size=runner.vocab_size,
         windows=layout.windows,
+        load_vocabulary=functools.partial(_load_vocabulary, checkpoint, runner.vocab_size),
     )
+
+
+def _load_vocabulary(checkpoint: Checkpoint, vocab_size: int) -> LLTokenizer:
+    """Raises TokenizerError, or ValueError where the logits are fewer than the tokens."""
+    tokenizer = load_tokenizer(checkpoint.folder)
+    ends = end_token_ids(checkpoint.generation_config, checkpoint.config, tokenizer)
+    return load_vocabulary(tokenizer.to_json(), vocab_size, ends)
 
 
 def choose_device(asked: str) -> str:
@@ -326,7 +339,8 @@ def build_runner(
         vocab_size=vocab_size,
         windows=layout.windows,
     )
-    sampler = Sampler(max_num_seqs=config.max_num_seqs, vocab_size=vocab_size)
+    guiding = ThreadPoolExecutor(1, thread_name_prefix="guide")
+    sampler = Sampler(max_num_seqs=config.max_num_seqs, vocab_size=vocab_size, guiding=guiding)
     copies = CudaCopies(torch.device(device)) if device == "cuda" else None
     return Runner(decoder, pool.pages, slots, sampler, deterministic=config.deterministic, copies=copies)
 

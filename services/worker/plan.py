@@ -4,6 +4,7 @@ from typing import Protocol
 
 import msgspec
 import numpy as np
+from llguidance import LLMatcher
 
 from shared.sampling import NO_LOGPROBS, Sampling
 
@@ -39,7 +40,8 @@ class Admit(msgspec.Struct, frozen=True, kw_only=True):
     `token_ids` int32 [known], the prompt and then what was generated; `computed` of them stand in the blocks of
     `tables` already, one per cache group or none at all. `stop_token_ids` int64 are not sampled before `min_tokens`
     tokens were.
-    `trace` names the request's span, 24 bytes, or is empty.
+    `trace` names the request's span, 24 bytes, or is empty. `grammar` is what the answer must follow from its
+    beginning; it is copied.
     """
 
     slot: int
@@ -54,6 +56,7 @@ class Admit(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int = NO_LOGPROBS
     prompt_logprobs: int = NO_LOGPROBS
     trace: bytes = b""
+    grammar: LLMatcher | None = None
 
 
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,11 +98,13 @@ NO_TOKENS: Array = np.empty(0, np.uint32)
 
 
 class StepOutput(msgspec.Struct, frozen=True):
-    """What a step brought forth: one token (uint32) per sampling row, in row order."""
+    """What a step brought forth: one token (uint32) per sampling row, in row order. `grammar_errors` name rows of the
+    plan whose tokens mean nothing, and say why."""
 
     tokens: Array = NO_TOKENS
     logprobs: tuple[RowLogprobs, ...] = ()
     prompt_logprobs: tuple[RowPromptLogprobs, ...] = ()
+    grammar_errors: tuple[tuple[int, str], ...] = ()
 
 
 NO_OUTPUT = StepOutput()

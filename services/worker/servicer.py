@@ -7,14 +7,19 @@ from collections.abc import AsyncIterator, Callable
 
 import grpc
 import structlog
+from llguidance import LLMatcher
 
 from services.worker import wire
 from services.worker.execute.device_thread import DeviceThread, InboxFullError
+from services.worker.grammars import GrammarCompiler
 from services.worker.plan import StepPlan, StepResult
 from shared.clock import monotonic_ns
+from shared.ids import new_error_id
 from shared.outcome import RefusedError, refuse
 from shared.rpc.sluice.v1 import execution_pb2 as pb
 from shared.rpc.sluice.v1 import execution_pb2_grpc
+from shared.structured import Structured
+from shared.text.grammar import GrammarError
 
 log = structlog.get_logger("servicer")
 
@@ -22,17 +27,22 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Execution"].full_name
 BEGIN_TIMEOUT_S = 5.0
 
 OnResult = Callable[[StepPlan, StepResult], None]
-Outcome = StepResult | Exception | None
-"""What a stream's outbox holds: a result, the error that ends it, or None for an orderly end."""
+Outcome = StepResult | tuple[int, str] | Exception | None
+"""What a stream's outbox holds: a result, a grammar's id and what is wrong with it, the error that ends the stream, or
+None for an orderly end."""
 
 
 class _Stream:
-    """One Execute call: the results on their way up. Lives on the event loop."""
+    """One Execute call: the results on their way up, and the grammars that its plans may name. Lives on the event
+    loop."""
 
-    __slots__ = ("_half_closed", "_outstanding", "_results", "epoch")
+    __slots__ = ("_half_closed", "_outstanding", "_preparing", "_results", "epoch", "grammars")
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
+        self.grammars: dict[int, LLMatcher | None] = {}
+        """By id; None while one is compiled."""
+        self._preparing: set[asyncio.Task[None]] = set()
         self._results: asyncio.Queue[Outcome] = asyncio.Queue()  # bounded by the device thread's pending plans
         self._outstanding = 0
         self._half_closed = False
@@ -44,6 +54,27 @@ class _Stream:
         self._outstanding -= 1
         self._results.put_nowait(result)
         self._end_if_drained()
+
+    def prepare(self, grammar_id: int, structured: Structured, compiler: GrammarCompiler) -> None:
+        """Compiles it, and says so."""
+        self.grammars[grammar_id] = None
+        task = asyncio.create_task(self._prepare(grammar_id, structured, compiler), name="prepare")
+        self._preparing.add(task)
+        task.add_done_callback(self._preparing.discard)
+
+    async def _prepare(self, grammar_id: int, structured: Structured, compiler: GrammarCompiler) -> None:
+        error = ""
+        try:
+            matcher = await compiler.compile(structured)
+            if grammar_id in self.grammars:  # else it was forgotten meanwhile
+                self.grammars[grammar_id] = matcher
+        except GrammarError as refused:
+            error = str(refused)
+        except Exception as failure:
+            error_id = new_error_id()
+            log.error("grammar_failed", error_id=error_id, exc_info=failure)
+            error = f"internal error {error_id}; the worker's log has it"
+        self._results.put_nowait((grammar_id, error))
 
     def half_close(self) -> None:
         """No more plans will come: the stream ends behind the last result."""
@@ -69,6 +100,7 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServicer):
         """Called when the scheduler's stream is gone and no other has taken its place."""
         self.on_result: OnResult = lambda plan, result: None
         """Called with every result, after it is on its way up."""
+        self._compiler = GrammarCompiler(None)
         self._device: DeviceThread | None = None
         self._epoch = 0
         self._stream: _Stream | None = None
@@ -76,13 +108,15 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServicer):
     def add_to(self, server: grpc.aio.Server) -> None:
         execution_pb2_grpc.add_ExecutionServicer_to_server(self, server)
 
-    def attach(self, device: DeviceThread) -> None:
+    def attach(self, device: DeviceThread, compiler: GrammarCompiler | None = None) -> None:
         """From here on streams are accepted."""
         self._device = device
+        self._compiler = compiler or self._compiler
 
     def close(self) -> None:
         """Ends the stream, behind the results that are already on their way up."""
         self._device = None
+        self._compiler.close()
         if self._stream is not None:
             self._stream.fail(refuse("worker_lost", "this worker is stopping"))
 
@@ -97,11 +131,12 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServicer):
             await device.begin(stream.epoch)
             log.info("epoch_begun", epoch=stream.epoch, scheduler=begin.scheduler)
             yield wire.ready_reply(stream.epoch)
-            async with _reading(request_iterator, stream, device, self.on_result):
+            async with _reading(request_iterator, stream, device, self._compiler, self.on_result):
                 while (outcome := await stream.next()) is not None:
                     if isinstance(outcome, Exception):
                         raise outcome
-                    yield wire.result_to_reply(outcome)
+                    prepared = isinstance(outcome, tuple)
+                    yield wire.prepared_reply(*outcome) if prepared else wire.result_to_reply(outcome)
         finally:
             if self._stream is stream:
                 self._stream = None
@@ -137,9 +172,13 @@ async def _first_message(requests: AsyncIterator[pb.ExecuteRequest]) -> pb.Execu
 
 @contextlib.asynccontextmanager
 async def _reading(
-    requests: AsyncIterator[pb.ExecuteRequest], stream: _Stream, device: DeviceThread, on_result: OnResult
+    requests: AsyncIterator[pb.ExecuteRequest],
+    stream: _Stream,
+    device: DeviceThread,
+    compiler: GrammarCompiler,
+    on_result: OnResult,
 ) -> AsyncIterator[None]:
-    reader = asyncio.create_task(_read_plans(requests, stream, device, on_result))
+    reader = asyncio.create_task(_read(requests, stream, device, compiler, on_result))
     try:
         yield
     finally:
@@ -147,18 +186,24 @@ async def _reading(
         await asyncio.gather(reader, return_exceptions=True)
 
 
-async def _read_plans(
-    requests: AsyncIterator[pb.ExecuteRequest], stream: _Stream, device: DeviceThread, on_result: OnResult
+async def _read(
+    requests: AsyncIterator[pb.ExecuteRequest],
+    stream: _Stream,
+    device: DeviceThread,
+    compiler: GrammarCompiler,
+    on_result: OnResult,
 ) -> None:
     try:
         async for message in requests:
-            arrived_ns = monotonic_ns()
-            if message.WhichOneof("message") != "plan":
-                raise refuse("invalid_argument", "only plans may follow ExecuteBegin")
-            plan = wire.plan_from_message(message.plan)
-            deliver = functools.partial(_deliver, stream, on_result, plan)
-            device.submit(plan, epoch=stream.epoch, arrived_ns=arrived_ns, deliver=deliver)
-            stream.expect()
+            match message.WhichOneof("message"):
+                case "plan":
+                    _take_plan(message.plan, stream, device, on_result)
+                case "prepare":
+                    stream.prepare(message.prepare.id, wire.structured_of(message.prepare), compiler)
+                case "forget":
+                    stream.grammars.pop(message.forget.id, None)
+                case _:
+                    raise refuse("invalid_argument", "only plans and grammars may follow ExecuteBegin")
     except wire.WireError as error:
         stream.fail(refuse("invalid_argument", str(error)))
     except InboxFullError as error:
@@ -169,3 +214,11 @@ async def _read_plans(
         stream.fail(error)
     else:
         stream.half_close()
+
+
+def _take_plan(message: pb.StepPlan, stream: _Stream, device: DeviceThread, on_result: OnResult) -> None:
+    arrived_ns = monotonic_ns()
+    plan = wire.plan_from_message(message, stream.grammars)
+    deliver = functools.partial(_deliver, stream, on_result, plan)
+    device.submit(plan, epoch=stream.epoch, arrived_ns=arrived_ns, deliver=deliver)
+    stream.expect()

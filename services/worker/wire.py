@@ -1,7 +1,10 @@
 """Protobuf ⇄ values for the worker: the only place that knows both."""
 
+from collections.abc import Mapping
+
 import grpc
 import numpy as np
+from llguidance import LLMatcher
 
 from services.worker.identity import Lease, WorkerIdentity
 from services.worker.plan import Admit, BlockTable, RowLogprobs, RowPromptLogprobs, StepPlan, StepResult
@@ -9,19 +12,24 @@ from shared.rpc.sluice.v1 import execution_pb2 as pb
 from shared.rpc.sluice.v1 import scheduling_pb2
 from shared.rpc.sluice.v1.execution_pb2_grpc import RegistryStub
 from shared.sampling import Sampling
+from shared.structured import Structured
 
 
 class WireError(Exception):
     """A message that is valid protobuf and yet makes no sense: arrays of different lengths, bytes cut short."""
 
 
-def plan_from_message(message: pb.StepPlan) -> StepPlan:
-    """Raises WireError where the packed arrays do not fit each other."""
+Grammars = Mapping[int, LLMatcher | None]
+"""Those that were prepared, by id."""
+
+
+def plan_from_message(message: pb.StepPlan, grammars: Grammars) -> StepPlan:
+    """Raises WireError where the packed arrays do not fit each other, or a grammar is not there."""
     slots = _unpack(message.slots, "<u2", np.int64, "slots")
     plan = StepPlan(
         step=message.step,
         exact=message.exact,
-        admits=tuple(_admit(admit) for admit in message.admits),
+        admits=tuple(_admit(admit, grammars) for admit in message.admits),
         slots=slots,
         counts=_unpack(message.counts, "<u2", np.int64, "counts"),
         block_counts=_unpack(message.block_counts, "<u2", np.int64, "block_counts"),
@@ -38,7 +46,10 @@ def plan_from_message(message: pb.StepPlan) -> StepPlan:
     return plan
 
 
-def _admit(message: pb.Admit) -> Admit:
+def _admit(message: pb.Admit, grammars: Grammars) -> Admit:
+    grammar = grammars.get(message.grammar) if message.grammar else None
+    if message.grammar and grammar is None:
+        raise WireError(f"slot {message.slot} names grammar {message.grammar}, which is not prepared")
     return Admit(
         slot=message.slot,
         token_ids=_unpack(message.token_ids, "<u4", np.int32, "token_ids"),
@@ -54,7 +65,16 @@ def _admit(message: pb.Admit) -> Admit:
         logprobs=message.logprobs,
         prompt_logprobs=message.prompt_logprobs,
         trace=message.trace,
+        grammar=grammar,
     )
+
+
+def structured_of(message: pb.Prepare) -> Structured:
+    return Structured(message.grammar.kind, message.grammar.text)
+
+
+def prepared_reply(grammar_id: int, error: str) -> pb.ExecuteReply:
+    return pb.ExecuteReply(prepared=pb.Prepared(id=grammar_id, error=error))
 
 
 def _sampling(message: scheduling_pb2.RowSampling) -> Sampling:
@@ -90,6 +110,7 @@ def result_to_reply(result: StepResult) -> pb.ExecuteReply:
             wait_ns=result.wait_ns,
             run_ns=result.run_ns,
             error=result.error,
+            grammar_errors=[pb.GrammarError(row=row, message=told) for row, told in output.grammar_errors],
         )
     )
 

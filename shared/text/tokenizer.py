@@ -54,6 +54,10 @@ class Tokenizer:
         """The whole text of `token_ids`."""
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
+    def to_json(self) -> str:
+        """The whole tokenizer, as tokenizer.json spells it."""
+        return self._backend.to_str()
+
     def token_id(self, token: str) -> int | None:
         return self._backend.token_to_id(token)
 
@@ -61,6 +65,16 @@ class Tokenizer:
     def eos_token_id(self) -> int | None:
         eos = self.named_tokens.get("eos_token")
         return None if eos is None else self._backend.token_to_id(eos)
+
+
+def end_token_ids(generation: dict[str, Any], settings: dict[str, Any], tokenizer: Tokenizer) -> frozenset[int]:
+    """What ends an answer: generation_config's, else config's, else the tokenizer's end-of-sequence tokens."""
+    for declared in (generation.get("eos_token_id"), settings.get("eos_token_id"), tokenizer.eos_token_id):
+        if isinstance(declared, int):
+            return frozenset((declared,))
+        if isinstance(declared, list) and declared:
+            return frozenset(declared)
+    return frozenset()
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

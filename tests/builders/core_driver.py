@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from services.scheduler.core.events import Released, SampleEnded, Tokens
+from services.scheduler.core.grammars import Prepare
 from services.scheduler.core.invariants import violations
 from services.scheduler.core.phases import MOST_SEGMENTS
 from services.scheduler.core.plan import StepPlan, StepResult
@@ -55,16 +56,19 @@ class CoreDriver:
         self.core = Scheduler(self.config)
         self.devices: dict[str, PretendDevice] = {}
         self.flying: dict[str, deque[StepPlan]] = {}
+        self.asked: dict[str, deque[Prepare]] = {}
+        """Grammars that the device has not answered for."""
 
     def add_group(self, name: str = "g0", *, num_blocks: int = 64, block_size: int = 4, **spec: object) -> None:
         spec = {"max_num_seqs": 64, "max_num_batched_tokens": 4096, **spec}
         self.core.add_group(GroupSpec(id=name, num_blocks=num_blocks, block_size=block_size, **spec), self.now_ns)
         self.devices[name] = PretendDevice(num_blocks, block_size, VOCAB, windows=spec.get("windows", (None,)))
         self.flying[name] = deque()
+        self.asked[name] = deque()
 
     def lose_group(self, name: str) -> None:
         self.core.lose_group(name, self.now_ns)
-        del self.devices[name], self.flying[name]
+        del self.devices[name], self.flying[name], self.asked[name]
         self._absorb()
 
     def submit(self, one: Submission) -> None:
@@ -79,8 +83,26 @@ class CoreDriver:
         self.core.abort(key, index, cause, self.now_ns)
         self._absorb()
 
+    def prepare(self, name: str = "g0", *, error: str = "") -> None:
+        """The device's answer for the grammar that it was asked for first, if any."""
+        self._hear(name)
+        if self.asked.get(name):
+            grammar = self.asked[name].popleft()
+            if not error:
+                self.devices[name].grammars[grammar.id] = grammar.structured
+            self.core.prepared(name, grammar.id, error, self.now_ns)
+            self._absorb()
+
+    def _hear(self, name: str) -> None:
+        for command in self.core.groups[name].grammars.drain() if name in self.devices else ():
+            if isinstance(command, Prepare):
+                self.asked[name].append(command)
+            elif self.devices[name].grammars.pop(command.id, None) is None:
+                self.asked[name] = deque(each for each in self.asked[name] if each.id != command.id)
+
     def schedule(self, name: str = "g0") -> StepPlan | None:
         """One plan, where another may fly."""
+        self._hear(name)
         if name not in self.flying or len(self.flying[name]) >= self.max_in_flight:
             return None
         plan = self.core.schedule(name, self.now_ns)
@@ -89,6 +111,7 @@ class CoreDriver:
             assert plan.num_tokens <= self.config.max_num_batched_tokens, "a step keeps to its budget"
             self.plans.append(plan)
             self._check_windows(name)
+            self.devices[name].arrive(plan)
             self.flying[name].append(plan)
         self._absorb()
         return plan
@@ -100,6 +123,8 @@ class CoreDriver:
         plan = self.flying[name].popleft()
         if error:
             self.flying[name].clear()
+            self._hear(name)
+            self.asked[name].clear()
             self.devices[name].reset()
             result = StepResult(step=plan.step, error=error)
         else:
@@ -115,6 +140,7 @@ class CoreDriver:
                 return
             self.now_ns += 1_000_000
             for name in list(self.devices):
+                self.prepare(name)
                 while self.schedule(name):
                     pass
                 self.deliver(name)
@@ -156,6 +182,7 @@ class CoreDriver:
         assert not self.core.requests
         for group in self.core.groups.values():
             load = group.load()
+            assert len(group.grammars) == 0
             assert load.kv_blocks_referenced == 0 == load.requests_running == load.requests_waiting
             assert load.kv_blocks_free + load.kv_blocks_cached == load.kv_blocks_total
 
@@ -220,7 +247,11 @@ def replay(plans: Sequence[StepPlan]) -> list[object]:
             "blocks": list(plan.blocks),
             "admissions": [
                 {
-                    **{k: value for k, value in msgspec.to_builtins(a).items() if k not in ("trace", "tables")},
+                    **{
+                        name: value
+                        for name, value in msgspec.to_builtins(a).items()
+                        if name not in ("trace", "tables", "grammar")
+                    },
                     "blocks": [block for _, blocks in a.tables for block in blocks],
                     "token_ids": len(a.token_ids) // 4,
                     "stop_token_ids": sorted(a.stop_token_ids),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from services.scheduler.core.plan import Admission, StepPlan, StepResult
 from shared.sampling import TokenLogprobs
+from shared.structured import Structured
 
 POISON = b"poison"
 
@@ -68,6 +69,8 @@ class PretendDevice:
     vocab: int = 50
     windows: tuple[int | None, ...] = (None,)
     slots: dict[int, Row] = field(default_factory=dict)
+    grammars: dict[int, Structured] = field(default_factory=dict)
+    """Those that were prepared, by id."""
     content: list[list[tuple[int, bytes]]] = field(init=False)
     last_step: int = 0
     seen_tokens: int = 0
@@ -77,6 +80,14 @@ class PretendDevice:
 
     def reset(self) -> None:
         self.slots.clear()
+        self.grammars.clear()
+
+    def arrive(self, plan: StepPlan) -> None:
+        """The plan is read, behind what was told of grammars before it."""
+        for admission in plan.admissions:
+            if admission.grammar:
+                told = self.grammars[admission.grammar].text
+                assert told == str(admission.sampling.seed), "a sample is given its own grammar, once that is prepared"
 
     def run(self, plan: StepPlan, *, run_ns: int = 1_000_000) -> StepResult:
         assert plan.step > self.last_step, "steps run in order"

@@ -2,6 +2,7 @@
 
 import random
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from services.worker.execute.runner import Runner
@@ -44,7 +45,9 @@ def make_runner(
         vocab_size=vocab_size,
         windows=layout.windows,
     )
-    return Runner(decoder, pool.pages, slots, Sampler(max_num_seqs=max_num_seqs, vocab_size=vocab_size), **fields)
+    guiding = ThreadPoolExecutor(1, thread_name_prefix="guide")
+    sampler = Sampler(max_num_seqs=max_num_seqs, vocab_size=vocab_size, guiding=guiding)
+    return Runner(decoder, pool.pages, slots, sampler, **fields)
 
 
 @dataclass(slots=True)

@@ -340,6 +340,19 @@ def test_bias_is_added_and_forbidden_ids_are_minus_infinity(body):
     assert logits.tolist() == [[0.0, 1.5, 0.0, 0.0], [-2.0, 0.0, -torch.inf, 3.0]]
 
 
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 100])
+def test_only_tokens_whose_bit_is_set_are_left(body, vocab):
+    logits = random_logits(3, vocab)
+    words = torch.randint(-(2**31), 2**31, (2, -(-vocab // 32)), generator=torch.Generator().manual_seed(5))
+    body.restrict(changed := logits.clone(), torch.tensor([2, 0]), words.int())
+    assert torch.equal(changed[1], logits[1])
+    for row, line in ((2, words[0].tolist()), (0, words[1].tolist())):
+        for token in range(vocab):
+            allowed = line[token // 32] >> (token % 32) & 1
+            assert changed[row, token] == (logits[row, token] if allowed else -torch.inf)
+
+
 def test_both_bodies_penalize_to_the_same_bits():
     logits = random_logits(5, 400)
     rows, ids = entries([(row, list(range(row, 400, 7))) for row in range(5)])

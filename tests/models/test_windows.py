@@ -40,7 +40,7 @@ class RealDevice:
         self.runner.reset()
 
     def run(self, plan: StepPlan) -> StepResult:
-        output = self.runner.run(plan_from_message(plan_message(plan).plan))
+        output = self.runner.run(plan_from_message(plan_message(plan).plan, {}))
         return StepResult(step=plan.step, tokens=output.tokens.tolist())
 
 

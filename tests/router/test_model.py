@@ -116,6 +116,7 @@ def test_the_longest_context_may_go_by_other_names_and_is_left_to_the_workers_wh
         ("{{ messages }}", "", ""),
         ("{% if thinking %}<think>{% else %}</think>{% endif %}", "", "qwen3"),
         ("[TOOL_CALLS][THINK]", "mistral", "mistral"),
+        ("Use exact format: [func_name1(param1=value1), func_name2(...)]", "pythonic", ""),
     ],
 )
 def test_the_parsers_are_those_that_the_chat_template_speaks_or_the_flags_name(

@@ -166,20 +166,6 @@ def test_a_model_that_is_not_served_is_not_found(tiny_model):
     run(test())
 
 
-@pytest.mark.parametrize(
-    "structured",
-    [pb.Structured(json_object=True), pb.Structured(regex="a+"), pb.Structured(choice=pb.Choice(options=["a"]))],
-)
-def test_structured_output_is_not_served_yet(tiny_model, structured):
-    async def test():
-        async with running_router(tiny_model, FakeScheduler()) as router:
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await router.generate(ask(structured=structured))
-            assert refusal(caught.value) == ("FAILED_PRECONDITION", "structured", 0)
-
-    run(test())
-
-
 def test_a_chat_without_a_template_is_refused(tmp_path):
     async def test():
         model = write_tiny_model(tmp_path / "m", chat=False)

@@ -96,6 +96,7 @@ def test_the_scheduler_exports_its_metrics_and_no_other():
             "blocks",
             "max_num_seqs",
             "priority",
+            "grammar",
             "worker_lost",
         }
         assert said.labels("num_preemptions_total", "reason") == {"blocks": 0, "step_failed": 0, "worker_lost": 0}

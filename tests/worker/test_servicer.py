@@ -70,7 +70,7 @@ async def end_of(call):
 
 
 @contextlib.asynccontextmanager
-async def worker(runner=None, *, attach=True):
+async def worker(runner=None, *, attach=True, compiler=None):
     server = create_server(max_receive_bytes=INTERNAL_MESSAGE_BYTES)
     servicer = ExecutionServicer()
     servicer.add_to(server)
@@ -80,7 +80,7 @@ async def worker(runner=None, *, attach=True):
     device = DeviceThread(runner)
     device.start()
     if attach:
-        servicer.attach(device)
+        servicer.attach(device, compiler)
     channel = open_internal_channel(f"127.0.0.1:{port}")
     try:
         yield Worker(ExecutionStub(channel), runner, device, servicer)

@@ -136,7 +136,20 @@ def to_wire(request: Request) -> inference_pb2.GenerateRequest:
     with _naming("stop_token_ids"):
         wire.stopping.stop_token_ids.extend(request.stop_token_ids)
     _set(wire.response, request, RESPONSE)
+    if request.structured is not None:
+        _set_structured(wire.structured, *request.structured)
     return wire
+
+
+def _set_structured(wire: inference_pb2.Structured, kind: str, value: str | tuple[str, ...]) -> None:
+    with _naming(kind):
+        if kind == "json_object":
+            wire.json_object = True
+        elif kind == "choice":
+            wire.choice.options.extend(value)
+            wire.choice.SetInParent()
+        else:
+            setattr(wire, kind, value)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from shared.net.options import SPLIT_BYTES
 from shared.outcome import REFUSALS, AbortCause, Refusal
 from shared.rpc.sluice.v1 import scheduling_pb2 as pb
 from shared.sampling import TokenLogprobs
+from shared.structured import Structured
 
 CAUSES = {
     AbortCause.CLIENT: pb.ABORT_CAUSE_CLIENT,
@@ -53,11 +54,16 @@ def submit_parts(key: int, submission: Submission) -> list[pb.Submit]:
         salt=submission.salt,
         trace=submission.trace,
         stops_on_text=submission.stopping.stops_on_text,
+        grammar=_grammar(submission.structured),
     )
     parts = [first, *(pb.Submit(key=key, token_ids=chunk) for chunk in chunks[1:])]
     for part in parts[:-1]:
         part.more = True
     return parts
+
+
+def _grammar(structured: Structured | None) -> pb.Grammar | None:
+    return None if structured is None else pb.Grammar(kind=structured.kind, text=structured.text)
 
 
 def _row_sampling(submission: Submission) -> pb.RowSampling:

@@ -8,6 +8,7 @@ import msgspec
 from shared import PROTOCOL_VERSION
 from shared.outcome import AbortCause, FinishReason, Refusal
 from shared.sampling import Sampling, Stopping, TokenLogprobs, Want
+from shared.structured import Structured
 
 
 class Submission(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,6 +24,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     deterministic: bool = False
     deadline_in_ns: int = 0
     salt: bytes = b""
+    structured: Structured | None = None
     trace: bytes = b""
 
 

@@ -41,6 +41,20 @@ def call_object(read: Reader, say: Speaker, names: Collection[str] = ()) -> Wait
             return False
 
 
+def call_list(read: Reader, say: Speaker) -> Waiting[bool]:
+    """Reads and tells the calls of a JSON array that has been opened. False as of `call_object`."""
+    while True:
+        yield from read.space()
+        if not (yield from call_object(read, say)):
+            return False
+        read.record()
+        yield from read.space()
+        if (yield from read.literal("]")):
+            return True
+        if not (yield from read.literal(",")):
+            return False
+
+
 def arguments(read: Reader, say: Speaker, name: str) -> Waiting[bool]:
     """Reads and tells the arguments of a call that begins with them. From here on nothing can be taken back: what is
     recorded begins anew behind them."""

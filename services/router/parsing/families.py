@@ -5,7 +5,8 @@ from collections.abc import Callable, Collection
 
 import msgspec
 
-from services.router.parsing import hermes, llama3, mistral
+from services.router.parsing import hermes, llama3, mistral, pythonic
+from services.router.parsing.forced import one_call, some_calls
 from services.router.parsing.reader import Reader, Waiting
 from services.router.parsing.speaker import Speaker
 from services.router.parsing.thinking import Thinking
@@ -34,12 +35,19 @@ TOOL_CALLS: dict[str, ToolCalls] = {
     "hermes": ToolCalls(read=hermes.hermes, marks=hermes.MARKS),
     "llama3_json": ToolCalls(read=llama3.llama3_json, marks=llama3.MARKS),
     "mistral": ToolCalls(read=mistral.mistral, marks=mistral.MARKS, new_id=_short_id),
+    "pythonic": ToolCalls(read=pythonic.pythonic, marks=pythonic.MARKS),
 }
 THINKING: dict[str, Thinking] = {
     "deepseek_r1": Thinking(always=True),
     "qwen3": Thinking(),
     "mistral": Thinking(open="[THINK]", close="[/THINK]"),
 }
+
+
+def forced(family: ToolCalls | None, *, named: bool) -> ToolCalls:
+    """How calls are read that a request demands of a model of this family: of the one tool that is named, or of any."""
+    new_id = family.new_id if family is not None else _call_id
+    return ToolCalls(read=one_call if named else some_calls, marks=(), new_id=new_id)
 
 
 def tool_calls_of(template: str) -> str:
@@ -49,6 +57,8 @@ def tool_calls_of(template: str) -> str:
         return "" if any(mark in template for mark in foreign) else "hermes"
     if "[TOOL_CALLS]" in template:
         return "mistral"
+    if "[func_name1(param" in template:
+        return "pythonic"
     if "<|python_tag|>" in template or '"parameters": dictionary of argument name' in template:
         return "llama3_json"
     return ""

@@ -4,7 +4,7 @@ itself, `[TOOL_CALLS]name[ARGS]{…}` or `[TOOL_CALLS]name{…}`, with `[CALL_ID
 import re
 from collections.abc import Collection
 
-from services.router.parsing.calls import arguments, call_object
+from services.router.parsing.calls import arguments, call_list
 from services.router.parsing.reader import Reader, Waiting
 from services.router.parsing.speaker import TOOL_NAME, Speaker
 
@@ -18,23 +18,10 @@ def mistral(read: Reader, say: Speaker, names: Collection[str]) -> Waiting[None]
         read.record(OPEN)
         yield from read.space()
         listed = yield from read.literal("[")
-        whole = yield from (_listed(read, say) if listed else _named(read, say))
+        whole = yield from (call_list(read, say) if listed else _named(read, say))
         rest = read.recorded()
         if not whole:
             say.content(rest)
-
-
-def _listed(read: Reader, say: Speaker) -> Waiting[bool]:
-    while True:
-        yield from read.space()
-        if not (yield from call_object(read, say)):
-            return False
-        read.record()
-        yield from read.space()
-        if (yield from read.literal("]")):
-            return True
-        if not (yield from read.literal(",")):
-            return False
 
 
 def _named(read: Reader, say: Speaker) -> Waiting[bool]:

@@ -119,10 +119,14 @@ class Reader:
 
     def _held(self, marks: Sequence[str]) -> int:
         """How many of the last characters may begin a mark."""
-        longest = min(self._left, max(map(len, marks), default=1) - 1)
-        for length in range(longest, 0, -1):
-            if any(mark.startswith(self._text[-length:]) for mark in marks):
-                return length
+        if not marks:
+            return 0
+        longest = max(map(len, marks)) - 1
+        tail = self._text[max(self._at, len(self._text) - longest) :]
+        begins = [at for mark in marks if (at := tail.find(mark[0])) >= 0]
+        for at in range(min(begins, default=len(tail)), len(tail)):
+            if any(mark.startswith(tail[at:]) for mark in marks):
+                return len(tail) - at
         return 0
 
     def json_string(self) -> Waiting[str | None]:

@@ -14,7 +14,7 @@ def violations(scheduler: Scheduler) -> list[str]:
     """Every broken invariant, as a sentence; empty when all hold. Takes time proportional to blocks and requests."""
     found = [text for group in scheduler.groups.values() for text in _group_violations(group)]
     live = [s for r in scheduler.requests.values() for s in r.samples if s.status is not Status.ENDED]
-    placed = Counter(id(s) for g in scheduler.groups.values() for s in [*g.running, *g.waiting])
+    placed = Counter(id(s) for g in scheduler.groups.values() for s in [*g.running, *g.waiting, *g.preparing])
     found += [f"{_name(s)} stands in {placed[id(s)]} queues" for s in live if placed[id(s)] != 1]
     if len(placed) != len(live):
         found.append(f"{len(placed)} samples are queued, {len(live)} are live")
@@ -32,7 +32,8 @@ def _group_violations(group: WorkerGroup) -> Iterator[str]:
             in_flight[id(sample)] += flight.plan.samples[row]
     for sample in group.running:
         yield from _running_violations(group, sample, in_flight[id(sample)])
-    for sample in group.waiting:
+    yield from _grammar_violations(group)
+    for sample in [*group.waiting, *group.preparing]:
         if sample.status is not Status.WAITING or sample.tables or sample.slot != -1 or sample.planned:
             yield f"{_name(sample)} waits but holds a slot, blocks or progress"
         if sample.unknown != in_flight[id(sample)]:
@@ -57,11 +58,28 @@ def _slot_violations(group: WorkerGroup) -> Iterator[str]:
     slots = sorted([*group.free_slots, *(sample.slot for sample in group.running)])
     if slots != list(range(group.spec.max_num_seqs)):
         yield f"{group.id}: free and taken slots are {slots}"
-    for queue, name in ((group.running, "running"), (group.waiting, "waiting")):
+    queues = ((group.running, "running"), (group.waiting, "waiting"), (group.preparing, "preparing"))
+    for queue, name in queues:
         if queue.tokens != sum(sample.backlog for sample in queue):
             yield f"{group.id}: the {name} queue counts {queue.tokens} tokens"
         if any(a.order >= b.order for a, b in pairwise(queue.samples)):
             yield f"{group.id}: the {name} queue is out of order"
+
+
+def _grammar_violations(group: WorkerGroup) -> Iterator[str]:
+    grammars = group.grammars
+    needed = Counter(s.structured for s in [*group.running, *group.waiting, *group.preparing] if s.structured)
+    if len(grammars) != len(needed):
+        yield f"{group.id}: {len(grammars)} grammars are held, {len(needed)} needed"
+    for structured, count in needed.items():
+        if grammars.num_samples(structured) != count:
+            yield f"{group.id}: {count} samples need a grammar that counts {grammars.num_samples(structured)}"
+    for sample in [*group.running, *group.waiting]:
+        if not grammars.is_ready(sample.structured):
+            yield f"{_name(sample)} may run, and its grammar is not ready"
+    for sample in group.preparing:
+        if grammars.is_ready(sample.structured):
+            yield f"{_name(sample)} waits for a grammar that is ready"
 
 
 def _index_violations(group: WorkerGroup) -> Iterator[str]:

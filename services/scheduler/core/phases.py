@@ -21,13 +21,14 @@ class Phase(enum.IntEnum):
 @enum.unique
 class WaitReason(enum.Enum):
     """Why a request waits. The first four are the queue's, for everybody in it; the others a request's own. `step` is
-    the least: nothing but the steps in flight was in the way."""
+    the least: nothing but the steps in flight was in the way. `grammar`: its worker compiles what it must look like."""
 
     STEP = "step"
     BUDGET = "budget"
     BLOCKS = "blocks"
     MAX_NUM_SEQS = "max_num_seqs"
     PRIORITY = "priority"
+    GRAMMAR = "grammar"
     WORKER_LOST = "worker_lost"
 
 
@@ -109,7 +110,8 @@ class Ledger:
     work_before: tuple[int, int, int] = field(init=False)
     own_before: tuple[int, ...] = (0, 0, 0, 0, 0)
     own_reason: WaitReason | None = None
-    """Why the request waits from now on, whatever the queue says: a lost worker, or one that overtook it."""
+    """Why the request waits from now on, whatever the queue says: a lost worker, its grammar, or one that overtook
+    it."""
     preemptions: int = 0
     chunks: int = 0
     """Rows of steps that computed for it, and their tokens; those found in the cache; those it sampled."""
@@ -134,12 +136,13 @@ class Ledger:
         self.phase = phase
         self._enter(clock, now_ns)
 
-    def change_queue(self, clock: WaitClock, now_ns: int, *, worker_lost: bool = False) -> None:
-        """The request waits elsewhere from now on. Nothing to do while one of its samples runs."""
+    def change_queue(self, clock: WaitClock, now_ns: int, own_reason: WaitReason | None = None) -> None:
+        """The request waits elsewhere from now on, or for something else. Nothing to do while one of its samples
+        runs."""
         if self.phase is Phase.QUEUE:
             self._settle(now_ns)
             self._enter(clock, now_ns)
-            self.own_reason = WaitReason.WORKER_LOST if worker_lost else None
+            self.own_reason = own_reason
 
     def overtake(self, overtaken: bool, now_ns: int) -> None:
         """Whether, from now on, one that came later stands before it in its queue. A lost worker outweighs that."""

@@ -26,6 +26,8 @@ class Admission(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int
     prompt_logprobs: int
     trace: bytes = b""
+    grammar: int = 0
+    """The id of a grammar that the worker has prepared; 0: none."""
 
 
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,3 +58,5 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True):
     wait_ns: int = 0
     run_ns: int = 0
     error: str = ""
+    grammar_errors: Mapping[int, str] = {}
+    """Why rows cannot go on; the tokens of these rows mean nothing."""

@@ -13,6 +13,7 @@ from services.scheduler.core.phases import Ledger, Phase
 from shared.outcome import Refusal
 from shared.prefix import BlockHash
 from shared.sampling import Sampling, Stopping, TokenLogprobs, Want
+from shared.structured import Structured
 
 
 class Submission(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,6 +29,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     deterministic: bool = False
     deadline_ns: int = 0
     salt: bytes = b""
+    structured: Structured | None = None
     trace: bytes = b""
     """Opaque: passed on to the worker."""
 
@@ -124,6 +126,10 @@ class Sample:
     @property
     def num_generated(self) -> int:
         return len(self.tokens) - self.prompt_len
+
+    @property
+    def structured(self) -> Structured | None:
+        return self.request.submission.structured
 
     @property
     def order(self) -> tuple[float, int, int]:

@@ -77,7 +77,7 @@ class Scheduler:
             for sample in flight.rows:
                 sample.unknown = 0
             self._note_freed(flight, now_ns)
-        for sample in [*group.running, *group.waiting]:
+        for sample in [*group.running, *group.waiting, *group.preparing]:
             if sample.status is Status.RUNNING:
                 self._count_preemption(sample, group, PreemptReason.WORKER_LOST, now_ns)
             sample.forget_progress()
@@ -89,15 +89,15 @@ class Scheduler:
                 )
                 self._end(sample, FinishReason.ERROR, group, now_ns, refusal=refusal)
             else:
-                self._enqueue(sample, target)
-                sample.request.ledger.change_queue(target.clock, now_ns, worker_lost=True)
+                self._join(sample, target, now_ns)
+                sample.request.ledger.change_queue(target.clock, now_ns, WaitReason.WORKER_LOST)
 
     def submit(self, submission: Submission, now_ns: int) -> None:
         """Takes a request, or refuses it by name through a Released event. Raises ValueError for a live key."""
         if submission.key in self.requests:
             raise ValueError(f"request {submission.key} is live")
         groups = list(self.groups.values())
-        num_waiting = sum(len(group.waiting) for group in groups)
+        num_waiting = sum(group.num_waiting for group in groups)
         order = self._policy.order(arrival=self._arrivals + 1, priority=submission.priority, now_ns=now_ns)
         refusal = refuse_submission(submission, groups, num_waiting, self._limits, order, now_ns)
         if refusal:
@@ -107,9 +107,26 @@ class Scheduler:
         request, target = self._make_request(submission, groups, order, now_ns)
         self.requests[submission.key] = request
         for sample in request.samples:
-            self._enqueue(sample, target)
+            self._join(sample, target, now_ns)
         if submission.deadline_ns:
             self._watch_deadline(submission)
+
+    def prepared(self, group_id: str, grammar_id: int, error: str, now_ns: int) -> None:
+        """The worker has compiled a grammar, or says why it cannot: then those who need it end. An id that is not
+        known any more is passed over."""
+        group = self.groups[group_id]
+        structured = group.grammars.settle(grammar_id)
+        if structured is None:
+            return
+        for sample in [each for each in group.preparing if each.structured == structured]:
+            group.preparing.remove(sample)
+            group.waiting.add(sample)
+            if sample.request.ledger.own_reason is WaitReason.GRAMMAR:
+                sample.request.ledger.change_queue(group.clock, now_ns)
+        if error:
+            refusal = Refusal(name="invalid_argument", message=error, field=f"structured.{structured.kind}")
+            for sample in [each for each in group.waiting if each.structured == structured]:
+                self._end_live(sample, FinishReason.ERROR, now_ns, refusal=refusal)
 
     def abort(self, key: RequestKey, index: int, cause: AbortCause, now_ns: int) -> None:
         """Ends one sample (or all, index -1), in whatever state. Idempotent: an unknown key is one already released."""
@@ -268,7 +285,7 @@ class Scheduler:
             self.counts.prefix_queries += len(sample.tokens)
             self.counts.prefix_hits += sample.planned
         group.running.add(sample)
-        step.admit(sample)
+        step.admit(sample, group.grammars.id_of(sample.structured))
         count = step.cut(self._chunk(len(sample.tokens) - sample.planned))
         step.grant(sample, count)
         step.pending += group.index_full_blocks(sample, sample.planned)
@@ -280,7 +297,7 @@ class Scheduler:
             for other in self.groups.values()
             if len(other.waiting) and other.clock.reason in (WaitReason.BLOCKS, WaitReason.MAX_NUM_SEQS)
         ]
-        if not stuck or not group.free_slots:
+        if not stuck or not group.free_slots or len(group.preparing):
             return None
         other = max(stuck, key=lambda candidate: len(candidate.waiting))
         sample = other.waiting.samples[0]
@@ -288,9 +305,10 @@ class Scheduler:
         if sample.unknown or not group.fits(sample.max_len) or needed > group.pool.num_available:
             return None
         other.waiting.remove(sample)
+        other.grammars.leave(sample.structured)
         sample.request.ledger.change_queue(group.clock, now_ns)
-        self._enqueue(sample, group)
-        return sample
+        self._join(sample, group, now_ns)
+        return group.waiting.first
 
     # After a step.
 
@@ -319,6 +337,9 @@ class Scheduler:
             ledger.computed_tokens += count
             if sample.computed // group.spec.block_size > sample.num_indexed:
                 group.index_full_blocks(sample, sample.computed)
+        if result.grammar_errors and row in result.grammar_errors:
+            self._end_unguided(sample, result.grammar_errors[row], now_ns)
+            return
         if token is not None:
             logprobs = result.logprobs.get(row) if result.logprobs else None
             self._emit_token(sample, token, logprobs, group, now_ns)
@@ -343,6 +364,13 @@ class Scheduler:
         elif len(sample.tokens) >= sample.max_len:
             self._end(sample, FinishReason.LENGTH, group, now_ns)
 
+    def _end_unguided(self, sample: Sample, message: str, now_ns: int) -> None:
+        """The grammar turned out to be too much for the worker, or to allow nothing: the last token means nothing."""
+        del sample.tokens[-1]
+        field = f"structured.{sample.structured.kind}" if sample.structured else "structured"
+        refusal = Refusal(name="invalid_argument", message=message, field=field)
+        self._end_live(sample, FinishReason.ERROR, now_ns, refusal=refusal)
+
     def _fail_step(self, group: WorkerGroup, now_ns: int) -> None:
         """The oldest plan failed and the worker skips what follows it: what was pending is withdrawn, and every
         running sample falls back to what the index still holds. Who was in too many failed steps ends."""
@@ -354,6 +382,7 @@ class Scheduler:
                 sample.unknown = 0
             self._note_freed(flight, now_ns)
         group.in_flight.clear()
+        self._prepare_again(group, now_ns)
         for sample in reversed(list(group.running)):
             self._preempt(sample, group, PreemptReason.STEP_FAILED, now_ns)
         refusal = Refusal(name="step_failed", message="the model failed on this batch; the server's log says why")
@@ -380,10 +409,25 @@ class Scheduler:
         request.ledger.change_queue(target.clock, now_ns)
         return request, target
 
-    def _enqueue(self, sample: Sample, group: WorkerGroup) -> None:
+    def _prepare_again(self, group: WorkerGroup, now_ns: int) -> None:
+        """The worker begins afresh, without the grammars that it had."""
+        group.grammars.ask_again()
+        for sample in [each for each in group.waiting if each.structured]:
+            group.waiting.remove(sample)
+            self._enqueue(sample, group, now_ns)
+
+    def _join(self, sample: Sample, group: WorkerGroup, now_ns: int) -> None:
+        """The sample comes to a group that it was not in."""
+        group.grammars.join(sample.structured)
+        self._enqueue(sample, group, now_ns)
+
+    def _enqueue(self, sample: Sample, group: WorkerGroup, now_ns: int) -> None:
         sample.group_id = group.id
         sample.backlog = len(sample.tokens) - group.num_warm(sample)
-        group.waiting.add(sample)
+        queue = group.queue_of(sample)
+        queue.add(sample)
+        if queue is group.preparing:
+            sample.request.ledger.change_queue(group.clock, now_ns, WaitReason.GRAMMAR)
 
     def _best_group(self, sample: Sample) -> WorkerGroup | None:
         """Where the least work stands before the sample's first token: its own tokens that are not warm, those of
@@ -394,7 +438,8 @@ class Scheduler:
 
         def work(group: WorkerGroup) -> tuple[int, int, str]:
             cold = len(sample.tokens) - group.num_warm(sample)
-            return cold + group.waiting.tokens + len(group.running), len(group.running), group.id
+            queued = group.waiting.tokens + group.preparing.tokens
+            return cold + queued + len(group.running), len(group.running), group.id
 
         return min(fitting, key=work)
 
@@ -403,7 +448,7 @@ class Scheduler:
         group.running.remove(sample)
         self._release(sample, group)
         self._count_preemption(sample, group, reason, now_ns)
-        self._enqueue(sample, group)
+        self._enqueue(sample, group, now_ns)
 
     def _count_preemption(self, sample: Sample, group: WorkerGroup, reason: PreemptReason, now_ns: int) -> None:
         self.counts.preemptions[reason] += 1
@@ -452,7 +497,9 @@ class Scheduler:
             group.running.remove(sample)
             self._release(sample, group)
         elif group.id in self.groups:
-            group.waiting.remove(sample)
+            group.queue_of(sample).remove(sample)
+        if group.id in self.groups:
+            group.grammars.leave(sample.structured)
         sample.move(Status.ENDED)
         request = sample.request
         request.refusal = request.refusal or refusal

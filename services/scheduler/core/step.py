@@ -60,8 +60,8 @@ class Step:
         if sample.exact:
             self.exact = True
 
-    def admit(self, sample: Sample) -> None:
-        """Adds the sample's whole state; its row follows."""
+    def admit(self, sample: Sample, grammar: int) -> None:
+        """Adds the sample's whole state; its row follows. `grammar` is the id of its grammar, 0 for none."""
         submission = sample.request.submission
         want_prompt = submission.want.prompt_logprobs if sample.wants_prompt_logprobs else NO_LOGPROBS
         self.admitted_tokens += len(sample.tokens)
@@ -79,6 +79,7 @@ class Step:
                 logprobs=submission.want.logprobs,
                 prompt_logprobs=want_prompt,
                 trace=submission.trace,
+                grammar=grammar,
             )
         )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from services.scheduler.core.blocks import BlockPool
+from services.scheduler.core.grammars import Grammars
 from services.scheduler.core.groups import BlockTable, CacheGroup, match_prefix
 from services.scheduler.core.phases import WaitClock, WaitReason
 from services.scheduler.core.plan import StepPlan
@@ -96,6 +97,9 @@ class WorkerGroup:
     """The most tokens of one sample that the pool can cache."""
     running: OrderedSamples = field(default_factory=OrderedSamples)
     waiting: OrderedSamples = field(default_factory=OrderedSamples)
+    preparing: OrderedSamples = field(default_factory=OrderedSamples)
+    """Those that wait for their grammar: no plan may hold them, and they hold up nobody."""
+    grammars: Grammars = field(default_factory=Grammars)
     clock: WaitClock = field(default_factory=WaitClock)
     pace: Pace = field(default_factory=Pace)
     in_flight: deque[InFlight] = field(default_factory=deque)
@@ -118,6 +122,14 @@ class WorkerGroup:
     def headroom_blocks(self) -> int:
         """Blocks left alone when a sample joins others, so that their next tokens do not preempt it at once."""
         return max(1, self.spec.num_blocks // 100) if len(self.running) else 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting) + len(self.preparing)
+
+    def queue_of(self, sample: Sample) -> OrderedSamples:
+        """Where a waiting sample of this group stands."""
+        return self.waiting if self.grammars.is_ready(sample.structured) else self.preparing
 
     @property
     def has_work(self) -> bool:
@@ -172,7 +184,7 @@ class WorkerGroup:
         return GroupLoad(
             group=self.id,
             requests_running=len(self.running),
-            requests_waiting=len(self.waiting),
+            requests_waiting=self.num_waiting,
             kv_blocks_total=pool.num_blocks,
             kv_blocks_free=len(pool.free),
             kv_blocks_cached=len(pool.cached),
@@ -182,7 +194,10 @@ class WorkerGroup:
 
     def waiting_by_reason(self) -> Counter[WaitReason]:
         """How many samples wait for what: the queue's reason, or their request's own."""
-        return Counter(sample.request.ledger.own_reason or self.clock.reason for sample in list(self.waiting.samples))
+        counts = Counter(sample.request.ledger.own_reason or self.clock.reason for sample in list(self.waiting.samples))
+        if len(self.preparing):
+            counts[WaitReason.GRAMMAR] = len(self.preparing)
+        return counts
 
     def match(self, sample: Sample) -> list[BlockTable]:
         """Tables with blocks that hold a prefix of the sample's tokens. The last token is left to compute, since its

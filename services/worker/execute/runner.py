@@ -119,8 +119,6 @@ class Runner:
         self._slots.extend(plan)
         if len(plan.slots) == 0:
             return ComputedStep(NO_OUTPUT)
-        if self._begun and (self._sampler.reads_history(plan.slots) & (self._slots.unread[plan.slots] > 0)).any():
-            self._read_begun()
         begun = self._launch(plan)
         self._begun.append(begun)
         return begun
@@ -171,6 +169,7 @@ class Runner:
         described: tuple[DescribedPrompt, ...] = ()
         if logits is None:
             logits, described = self._forward(plan, exact)
+        self._read_history(plan)
         sampled = self._sample(plan, logits)
         tensors = [tensor for each in (sampled, *described) if each is not None for tensor in each.tensors]
         return BegunStep(
@@ -223,8 +222,12 @@ class Runner:
             described.append(self._sampler.describe_prompt(logits[first:end], slot, row, start, token_ids))
         return tuple(described)
 
-    def _read_begun(self) -> None:
-        """Reads every step that was begun, for those who wait for its tokens. Raises the first one's error."""
+    def _read_history(self, plan: StepPlan) -> None:
+        """Reads every step that was begun, where a row samples by tokens that nobody has read yet: the device computes
+        this step meanwhile. Raises the first one's error."""
+        slots = plan.slots[plan.samples]
+        if not (self._sampler.reads_history(slots) & (self._slots.unread[slots] > 0)).any():
+            return
         while self._begun:
             begun = self._begun[0]
             self._read(begun)
@@ -248,4 +251,5 @@ class Runner:
             self._slots.fill(begun.placed, sampled)
             tokens = sampled.astype("uint32")
         described = tuple(each.read([next(arrays) for _ in each.tensors]) for each in begun.described)
-        return StepOutput(tokens, logprobs, described)
+        errors = begun.sampled.grammar_errors if begun.sampled is not None else ()
+        return StepOutput(tokens, logprobs, described, errors)

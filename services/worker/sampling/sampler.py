@@ -1,11 +1,12 @@
 """How each slot samples, as arrays by slot, and the sampling of one step's rows: first what is launched, then, once its
 tensors are on the host, what is read.
 
-The order: raw logprobs, logit bias, penalties, min_tokens, then kernels.ops.sampling.sample (temperature, top-k, top-p,
-min-p, noise). Rows that ask for nothing pay for nothing: a plain greedy step is one argmax.
+The order: raw logprobs, logit bias, penalties, min_tokens, grammar, then kernels.ops.sampling.sample (temperature,
+top-k, top-p, min-p, noise). Rows that ask for nothing pay for nothing: a plain greedy step is one argmax.
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from kernels.ops import sampling as ops
 from services.worker.memory.copies import to_device
 from services.worker.plan import Admit, PlanError, RowLogprobs, RowPromptLogprobs, StepError
+from services.worker.sampling.guide import Guide
 from services.worker.sampling.history import TokenCounts
 from shared.sampling import NO_LOGPROBS, Sampling
 
@@ -32,6 +34,7 @@ class _Adjustments:
     bias: Array
     stop_token_ids: Array
     counts: TokenCounts | None
+    guide: Guide | None
     repetition: float
     presence: float
     frequency: float
@@ -44,20 +47,25 @@ class Sampled:
 
     `tensors`, where the logits lie: token ids int64 [n], highest logits float32 [n] and, where rows ask for logprobs,
     what `token_logprobs` gives for these. `asking`: their numbers in the plan; `num_top`: alternatives each wants.
-    `counts`: for rows whose penalties count tokens, which of the n, and the counts.
+    `counts`: for rows whose penalties count tokens, which of the n, and the counts. `guides`: for rows with a grammar,
+    which of the n, and where they stand. `grammar_errors`: numbers in the plan of rows whose tokens mean nothing, and
+    why.
     """
 
     tensors: tuple[Tensor, ...]
     asking: Array
     num_top: Array
     counts: tuple[tuple[int, TokenCounts], ...] = ()
+    guides: tuple[tuple[int, Guide], ...] = ()
+    grammar_errors: tuple[tuple[int, str], ...] = ()
 
     @property
     def token_ids(self) -> Tensor:
         return self.tensors[0]
 
     def read(self, arrays: Sequence[Array]) -> tuple[Array, tuple[RowLogprobs, ...]]:
-        """The tokens (int64 [n]) and the logprobs asked for, from the tensors' values; counts tokens for penalties.
+        """The tokens (int64 [n]) and the logprobs asked for, from the tensors' values; counts tokens for penalties, and
+        takes grammars on.
 
         Raises StepError where a row's logits held NaN or infinities.
         """
@@ -65,6 +73,8 @@ class Sampled:
         _check_finite(values)
         for index, counts in self.counts:
             counts.add(int(token_ids[index]))
+        for index, guide in self.guides:
+            guide.accept(int(token_ids[index]))
         return token_ids, self._logprobs(arrays[2:])
 
     def _logprobs(self, arrays: Sequence[Array]) -> tuple[RowLogprobs, ...]:
@@ -97,8 +107,10 @@ class DescribedPrompt:
 class Sampler:
     """Owned by the runner; used on the device thread only. Rebuilt for a slot at each admission, from known tokens."""
 
-    def __init__(self, *, max_num_seqs: int, vocab_size: int) -> None:
+    def __init__(self, *, max_num_seqs: int, vocab_size: int, guiding: Executor) -> None:
+        """`guiding` computes the masks of grammars."""
         self.vocab_size = vocab_size
+        self._guiding = guiding
         self._temperature = np.zeros(max_num_seqs, np.float32)
         self._top_k = np.zeros(max_num_seqs, np.int64)
         self._top_p = np.ones(max_num_seqs, np.float32)
@@ -111,6 +123,7 @@ class Sampler:
         self._first_stop = np.zeros(max_num_seqs, np.int64)  # the first position at which a stop token may stand
         self._adjusted = np.zeros(max_num_seqs, np.bool_)
         self._counted = np.zeros(max_num_seqs, np.bool_)  # those of the adjusted whose penalties count tokens
+        self._guided = np.zeros(max_num_seqs, np.bool_)  # and those with a grammar
         self._plain = np.ones(max_num_seqs, np.bool_)  # greedy, nothing else
         self._adjustments: dict[int, _Adjustments] = {}
 
@@ -130,6 +143,7 @@ class Sampler:
         adjustments = self._adjustments_of(admit)
         self._adjusted[slot] = adjustments is not None
         self._counted[slot] = adjustments is not None and adjustments.counts is not None
+        self._guided[slot] = adjustments is not None and adjustments.guide is not None
         if adjustments is not None:
             self._adjustments[slot] = adjustments
         else:
@@ -147,13 +161,17 @@ class Sampler:
         if (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0):
             prompt, output = np.split(admit.token_ids, [admit.prompt_len])
             counts = TokenCounts(prompt, output, vocab_size, with_prompt=sampling.repetition_penalty != 1.0)
-        if counts is None and not bias and len(stops) == 0:
+        guide = None
+        if admit.grammar is not None:
+            guide = Guide(admit.grammar, admit.token_ids[admit.prompt_len :], vocab_size, self._guiding)
+        if counts is None and guide is None and not bias and len(stops) == 0:
             return None
         return _Adjustments(
             bias_ids=np.asarray([token_id for token_id, _ in bias], np.int64),
             bias=np.asarray([value for _, value in bias], np.float32),
             stop_token_ids=stops,
             counts=counts,
+            guide=guide,
             repetition=sampling.repetition_penalty,
             presence=sampling.presence_penalty,
             frequency=sampling.frequency_penalty,
@@ -164,8 +182,8 @@ class Sampler:
         return self._num_prompt_logprobs[slots] != NO_LOGPROBS
 
     def reads_history(self, slots: Array) -> Array:
-        """Which of the slots sample by the tokens before, bool: these must be on the host when a step begins."""
-        return self._counted[slots]
+        """Which of the slots sample by the tokens before, bool: these must have been read when `sample` is called."""
+        return self._counted[slots] | self._guided[slots]
 
     def sample(self, logits: Tensor, slots: Array, positions: Array, rows: Array) -> Sampled:
         """Launches the draw of one token per row of `logits` [n, vocab], which it may overwrite.
@@ -186,7 +204,9 @@ class Sampler:
         if len(asking):
             drawn = tensors[0] if at is None else tensors[0][at]
             tensors += ops.token_logprobs(raw, drawn, int(num_top.max()))
-        return Sampled(tensors, rows[asking], num_top, tuple(self._counts_of(slots)))
+        guides = tuple(self._guides_of(slots))
+        errors = tuple((int(rows[index]), guide.error) for index, guide in guides if guide.error)
+        return Sampled(tensors, rows[asking], num_top, tuple(self._counts_of(slots)), guides, errors)
 
     def _draw(self, logits: Tensor, slots: Array, positions: Array) -> tuple[Tensor, Tensor]:
         keys = ops.noise_keys(*(_beside(logits, each) for each in self._noise_counters(slots, positions)))
@@ -204,11 +224,17 @@ class Sampler:
             assert counts is not None
             yield index, counts
 
+    def _guides_of(self, slots: Array) -> Iterator[tuple[int, Guide]]:
+        for index in np.flatnonzero(self._guided[slots]).tolist():
+            guide = self._adjustments[int(slots[index])].guide
+            assert guide is not None
+            yield index, guide
+
     def _noise_counters(self, slots: Array, positions: Array) -> tuple[Array, Array, Array]:
         return self._seed[slots].view(np.int64), self._sample_index[slots], positions
 
     def _adjust(self, logits: Tensor, slots: Array, positions: Array, at: Array) -> None:
-        """Bias, penalties and min_tokens for the rows `at` of `logits`, each kind in one operation."""
+        """Bias, penalties, min_tokens and grammars for the rows `at` of `logits`, each kind in one operation."""
         if len(slots) == 0:
             return
         chosen = [self._adjustments[slot] for slot in slots.tolist()]
@@ -226,6 +252,10 @@ class Sampler:
         ]
         if stops:
             ops.forbid(logits, *_entries(logits, stops))
+        guided = [(row, each.guide.allowed()) for row, each in zip(at, chosen, strict=True) if each.guide is not None]
+        if guided:
+            allowed = np.stack([mask for _, mask in guided])
+            ops.restrict(logits, _beside(logits, np.array([row for row, _ in guided])), _beside(logits, allowed))
 
     def describe_prompt(self, logits: Tensor, slot: int, row: int, start: int, token_ids: Array) -> DescribedPrompt:
         """Launches the logprobs of the prompt tokens `token_ids` int32 [n] at positions `start`, …, whose logits are

@@ -348,6 +348,18 @@ def test_entries_of_no_row_are_left_out(device):
         assert torch.equal(untouched, logits)
 
 
+@pytest.mark.parametrize("vocab", [30, 2048, 5003])
+def test_left_out_tokens_change_to_the_bits_of_the_specification(vocab, device):
+    logits, rows = logits_of(4, vocab, device=device), torch.tensor([3, 1], device=device)
+    words = torch.randint(-(2**31), 2**31, (2, -(-vocab // 32)), generator=torch.Generator().manual_seed(6))
+    allowed = words.int().to(device)
+    ours, theirs = logits.clone(), logits.clone()
+    sampling.restrict(ours, rows, allowed)
+    spec.restrict(theirs, rows, allowed)
+    assert torch.equal(ours, theirs)
+    assert torch.isinf(ours[[1, 3]]).any() and not torch.isinf(ours[[0, 2]]).any()
+
+
 # Logprobs
 
 
@@ -404,3 +416,5 @@ def test_what_does_not_fit_is_refused(device):
         sampling.forbid(logits.bfloat16(), good[1], good[1])
     with pytest.raises(ValueError, match="token_ids must be"):
         sampling.add_bias(logits, good[1], good[1][:1], good[2])
+    with pytest.raises(ValueError, match="allowed must be"):
+        sampling.restrict(logits, good[1], torch.zeros(2, 1, dtype=torch.int32, device=device))

@@ -1,23 +1,16 @@
 """Tools and reasoning in /v1/chat/completions: what the template is given, what clients read, whole and streamed."""
 
 import json
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
-from shared.text.tokenizer import Tokenizer, load_tokenizer
-from tests.builders.fake_scheduler import FakeScheduler
-from tests.builders.http import asking, events
-from tests.builders.router import run, running_router
-from tests.builders.tool_text import LLAMA3, MISTRAL, QWEN3, R1, TOOLS, VOCAB_SIZE, write_tool_model
+from tests.builders.http import events
+from tests.builders.router import run
+from tests.builders.saying import HELLO, saying
+from tests.builders.tool_text import LLAMA3, MISTRAL, QWEN3, R1, TOOLS
 
-PATH = "/v1/chat/completions"
-HELLO = [{"role": "user", "content": "the fox"}]
-EOS = 1
 PARIS = '{"city": "Paris \\"quoted\\" {é}"}'
 CALLS = (
     f'Both.\n<tool_call>\n{{"name": "get_weather", "arguments": {PARIS}}}\n</tool_call>\n'
@@ -26,87 +19,9 @@ CALLS = (
 THOUGHT = "<think>\nThe user wants 天気.\n</think>\n\n"
 
 
-@dataclass
-class Asked:
-    """A router whose model says `says`."""
-
-    client: httpx.AsyncClient
-    scheduler: FakeScheduler
-    tokenizer: Tokenizer
-    says: str = ""
-    ends: bool = True
-    base_url: str = ""
-    posts: dict[str, Any] = field(default_factory=dict)
-
-    def answer(self, request, index):
-        tokens = self.tokenizer.encode(self.says, add_special_tokens=False)
-        return [*tokens, EOS] if self.ends else tokens
-
-    async def post(self, says: str, *, ends: bool = True, status: int = 200, **ask) -> httpx.Response:
-        self.says, self.ends = says, ends
-        said = await self.client.post(PATH, json={"messages": HELLO, **ask})
-        assert said.status_code == status, said.text
-        return said
-
-    async def choice(self, says: str, **ask) -> dict[str, Any]:
-        """The first choice of a whole body, which a stream of the same answer equals."""
-        [whole] = (await self.post(says, **ask)).json()["choices"]
-        assert joined(events((await self.post(says, **ask, stream=True)).text)) == without_ids(whole)
-        return whole
-
-    def prompt(self) -> str:
-        """What the model was given last."""
-        return self.tokenizer.decode(self.scheduler.requests[-1].token_ids, skip_special_tokens=False)
-
-
-@asynccontextmanager
-async def asked(folder, template: str, **settings):
-    model = write_tool_model(folder / "m", template)
-    scheduler = FakeScheduler(vocab_size=VOCAB_SIZE, max_model_len=4096)
-    async with running_router(model, scheduler, **settings) as router, asking(router) as client:
-        one = Asked(client, scheduler, load_tokenizer(model), base_url=f"http://{router.http}/v1")
-        scheduler.answer = one.answer
-        yield one
-
-
-def joined(chunks: list[dict[str, Any]]) -> dict[str, Any]:
-    """The one choice that chunks tell, without ids."""
-    message: dict[str, Any] = {"content": ""}
-    calls: dict[int, dict[str, str]] = {}
-    ends = []
-    for chunk in chunks:
-        [choice] = chunk["choices"]
-        delta = choice["delta"]
-        for name in ("content", "reasoning", "reasoning_content"):
-            if name in delta:
-                assert delta[name] or delta.get("role")
-                message[name] = message.get(name, "") + delta[name]
-        for call in delta.get("tool_calls", ()):
-            if call["index"] not in calls:
-                assert call["index"] == len(calls) and call["type"] == "function" and call["id"]
-                calls[call["index"]] = {"name": call["function"]["name"], "arguments": ""}
-            else:
-                assert set(call) == {"index", "function"} and set(call["function"]) == {"arguments"}
-            calls[call["index"]]["arguments"] += call["function"]["arguments"]
-        ends += [choice["finish_reason"]] if choice["finish_reason"] else []
-    if calls:
-        message["tool_calls"] = list(calls.values())
-    message["content"] = message["content"] or (None if len(message) > 1 else "")
-    return {"message": message, "ends": ends}
-
-
-def without_ids(choice: dict[str, Any]) -> dict[str, Any]:
-    """A whole body's choice as `joined` gives it."""
-    message = {key: value for key, value in choice["message"].items() if key not in ("role", "refusal")}
-    if "tool_calls" in message:
-        assert len({call["id"] for call in message["tool_calls"]}) == len(message["tool_calls"])
-        message["tool_calls"] = [call["function"] for call in message["tool_calls"]]
-    return {"message": message, "ends": [choice["finish_reason"]]}
-
-
 def test_calls_are_told_whole_and_streamed(tmp_path):
     async def test():
-        async with asked(tmp_path, QWEN3) as one:
+        async with saying(tmp_path, QWEN3) as one:
             choice = await one.choice(THOUGHT + CALLS, tools=TOOLS)
             message = choice["message"]
             assert (choice["finish_reason"], message["content"]) == ("tool_calls", "Both.")
@@ -122,7 +37,7 @@ def test_calls_are_told_whole_and_streamed(tmp_path):
 
 def test_the_openai_client_puts_a_stream_of_calls_together(tmp_path):
     async def test():
-        async with asked(tmp_path, QWEN3) as one:
+        async with saying(tmp_path, QWEN3) as one:
             one.says = CALLS
             async with openai.AsyncOpenAI(base_url=one.base_url, api_key="none", max_retries=0) as client:
                 ask: dict[str, Any] = {"model": "m", "messages": HELLO, "tools": TOOLS, "tool_choice": "auto"}
@@ -156,7 +71,7 @@ def test_the_template_is_given_tools_calls_results_and_reasoning(tmp_path):
             {"role": "assistant", "content": None, "reasoning": "Hm.", "tool_calls": calls},
             {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "21"}]},
         ]
-        async with asked(tmp_path, QWEN3) as one:
+        async with saying(tmp_path, QWEN3) as one:
             await one.post("", messages=messages, tools=TOOLS)
             system, conversation = one.prompt().split("<|im_end|>\n", 1)
             assert [
@@ -178,7 +93,7 @@ def test_the_template_is_given_tools_calls_results_and_reasoning(tmp_path):
 
 def test_arguments_are_text_to_a_template_that_writes_them_out(tmp_path):
     async def test():
-        async with asked(tmp_path, LLAMA3) as one:
+        async with saying(tmp_path, LLAMA3) as one:
             for sent in ('{"city":  "Paris"}', '{"city": "Par', "[1]"):
                 calls = [{"id": "c1", "type": "function", "function": {"name": "now", "arguments": sent}}]
                 await one.post("", messages=[*HELLO, {"role": "assistant", "tool_calls": calls}])
@@ -204,7 +119,7 @@ def test_marks_that_are_special_tokens_are_understood_and_other_special_tokens_s
     tmp_path, template, text, calls
 ):
     async def test():
-        async with asked(tmp_path, template) as one:
+        async with saying(tmp_path, template) as one:
             message = (await one.choice(text, tools=TOOLS))["message"]
             assert [
                 (call["function"]["name"], call["function"]["arguments"]) for call in message["tool_calls"]
@@ -220,7 +135,7 @@ def test_marks_that_are_special_tokens_are_understood_and_other_special_tokens_s
 
 def test_an_answer_that_ends_by_length_keeps_the_arguments_so_far(tmp_path):
     async def test():
-        async with asked(tmp_path, QWEN3) as one:
+        async with saying(tmp_path, QWEN3) as one:
             says = CALLS[: CALLS.index(" {é}")]
             choice = await one.choice(says, ends=False, tools=TOOLS)
             assert choice["finish_reason"] == "length"
@@ -233,7 +148,7 @@ def test_an_answer_that_ends_by_length_keeps_the_arguments_so_far(tmp_path):
 @pytest.mark.parametrize("says", ["\n Plain.\n", "<tool_call>\n{oops}\n</tool_call>\n", "<tool_call", ""])
 def test_an_answer_without_calls_is_content_and_ends_as_ever(tmp_path, says):
     async def test():
-        async with asked(tmp_path, QWEN3) as one:
+        async with saying(tmp_path, QWEN3) as one:
             choice = await one.choice(says, tools=TOOLS)
             assert (choice["message"]["content"], choice["finish_reason"]) == (says, "stop")
             assert "tool_calls" not in choice["message"] and "reasoning" not in choice["message"]
@@ -245,7 +160,7 @@ def test_an_answer_without_calls_is_content_and_ends_as_ever(tmp_path, says):
 
 def test_reasoning_is_told_apart_unless_it_is_not_wanted(tmp_path):
     async def test():
-        async with asked(tmp_path, QWEN3) as one:
+        async with saying(tmp_path, QWEN3) as one:
             told = await one.choice(THOUGHT + "Yes\n")
             assert (told["message"]["reasoning_content"], told["message"]["content"]) == (
                 "The user wants 天気.",
@@ -263,7 +178,7 @@ def test_reasoning_is_told_apart_unless_it_is_not_wanted(tmp_path):
 
 def test_reasoning_that_the_prompt_has_opened_is_told_apart(tmp_path):
     async def test():
-        async with asked(tmp_path, R1) as one:
+        async with saying(tmp_path, R1) as one:
             told = await one.choice("Hm.\n</think>\n\nYes")
             assert (told["message"]["reasoning"], told["message"]["content"]) == ("Hm.", "Yes")
 
@@ -272,13 +187,13 @@ def test_reasoning_that_the_prompt_has_opened_is_told_apart(tmp_path):
 
 def test_the_parsers_can_be_chosen_and_turned_off(tmp_path):
     async def test():
-        async with asked(tmp_path, QWEN3, tool_call_parser="none", reasoning_parser="none") as one:
+        async with saying(tmp_path, QWEN3, tool_call_parser="none", reasoning_parser="none") as one:
             plain = await one.choice(THOUGHT + CALLS)
             assert plain["message"]["content"] == THOUGHT + CALLS
             refused = await one.post("", tools=TOOLS, status=400)
             assert "--tool-call-parser" in refused.json()["error"]["message"]
             await one.post("", tools=TOOLS, tool_choice="none")
-        async with asked(tmp_path, QWEN3, tool_call_parser="llama3_json") as one:
+        async with saying(tmp_path, QWEN3, tool_call_parser="llama3_json") as one:
             call = await one.choice('{"name": "now", "parameters": {}}', tools=TOOLS)
             assert call["finish_reason"] == "tool_calls"
 
@@ -287,7 +202,7 @@ def test_the_parsers_can_be_chosen_and_turned_off(tmp_path):
 
 def test_every_token_of_a_parsed_stream_has_its_logprob_and_id(tmp_path):
     async def test():
-        async with asked(tmp_path, QWEN3) as one:
+        async with saying(tmp_path, QWEN3) as one:
             ask = {"tools": TOOLS, "return_token_ids": True, "stream_options": {"include_usage": True}, "n": 2}
             chunks = events((await one.post(CALLS, stream=True, **ask)).text)
             tokens = one.answer(None, 0)
@@ -332,7 +247,7 @@ WRONG = [
 
 def test_what_is_wrong_with_tools_and_calls_is_named(tmp_path):
     async def test():
-        async with asked(tmp_path, QWEN3) as one:
+        async with saying(tmp_path, QWEN3) as one:
             for wrong, param in WRONG:
                 error = (await one.post("", status=400, **wrong)).json()["error"]
                 assert (error["param"], error["code"]) == (param, "invalid_argument"), error
@@ -345,7 +260,7 @@ def test_what_is_wrong_with_tools_and_calls_is_named(tmp_path):
 
 def test_a_template_without_a_place_for_tools_refuses_them(tmp_path):
     async def test():
-        async with asked(tmp_path, R1) as one:
+        async with saying(tmp_path, R1) as one:
             error = (await one.post("", status=400, tools=[F])).json()["error"]
             assert error["param"] == "tools" and "--chat-template" in error["message"]
 

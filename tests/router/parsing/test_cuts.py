@@ -16,6 +16,16 @@ BITS = [
     *("<think>", "</think>", "[THINK]", "[/THINK]"),
     *('{"name": "now", "arguments": {"a": [1, "\\"}"]}}', '{"name": "search", "parameters": {"q": "é🙂"}}'),
     *('{"arguments": {"z": 1}, "name": "now"}', '{"name": "now", "arguments": "{\\"b\\": 2}"}', 'now{"x": "\\\\"}'),
+    *(
+        '[now(a="世界", b=[1, {"c": null}]), ',
+        "search(q='🙂\\'')]",
+        "[now()]",
+        "<|python_start|>",
+        "<|python_end|>",
+        "(",
+        ")",
+        "=",
+    ),
     *('{"name": "now"', ', "arguments": ', '{"a": ', '"\\u00', "7}", "}", "]", "[", '"', "\\", ";", ",", " ", "\n"),
     *("Hello", "世界", "🙂", "<", "</", "<|", "[T", "now"),
 ]
@@ -55,6 +65,9 @@ def test_the_cuts_of_an_answer_change_nothing(tools, thinking):
         ("mistral", "", "[TOOL_CALLS] ["),
         ("mistral", "mistral", "[TOOL_CALLS]now"),
         ("mistral", "", "\\"),
+        ("pythonic", "", "["),
+        ("pythonic", "", "[now(a='"),
+        ("pythonic", "", "[now([{("),
     ],
 )
 def test_the_cost_of_an_answer_grows_with_its_length_alone(tools, thinking, piece):

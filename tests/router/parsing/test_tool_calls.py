@@ -179,3 +179,51 @@ def test_ids_are_unique_and_as_the_family_wants_them(family):
 def test_a_tool_may_have_any_name_that_is_a_word():
     assert TOOL_NAME.fullmatch("mcp__files.read-all:v2/x")
     assert not any(TOOL_NAME.fullmatch(name) for name in ("", "a b", "é", "x" * 129))
+
+
+PYTHON = [
+    ('[get_weather(city="Paris")]', [PARIS]),
+    ("\n[ get_weather(city='Paris'), now() ]\n", [PARIS, ("now", "{}")]),
+    (
+        """[search(query={"any": ["a 'quoted' [bracket", 'C:\\\\', "é"], 'x': -1.5}, y=true, z=(1, None))]""",
+        [
+            (
+                "search",
+                '{"query": {"any": ["a \'quoted\' [bracket", "C:\\\\", "é"], "x": -1.5}, "y": true, "z": [1, null]}',
+            )
+        ],
+    ),
+    ('<|python_start|>[now(), get_weather(city="Paris")]<|python_end|>', [("now", "{}"), PARIS]),
+]
+
+
+@pytest.mark.parametrize(("text", "calls"), PYTHON)
+def test_calls_written_in_python_are_told_as_json(text, calls):
+    assert said([text], tools="pythonic") == said(list(text), tools="pythonic") == Said(calls=calls)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1, 2]",
+        "[now",
+        "[now(",
+        '[now(a="',
+        "[now(1)]",
+        "[now(**{})]",
+        "[now(a=b)]",
+        "[now(a=1e999)]",
+        "[now(a='\\ud800')]",
+        "[now(a=__import__('os').getcwd())]",
+        "[now(), delete_all()]",
+        "[now()](link)[",
+        "[now(a=" + "-" * 30_000 + "1)]",
+        "[now(a=" + "[" * 300 + "]" * 300 + ")]",
+        "[now(a='" + "x" * 70_000 + "')]",
+        "<|python_start|>print(1)<|python_end|>",
+        "Look: [now()]",
+    ],
+)
+def test_what_is_no_list_of_calls_in_python_is_content(text):
+    expected = Said("(link)[", calls=[("now", "{}")]) if "link" in text else Said(text)
+    assert said([text], tools="pythonic") == expected

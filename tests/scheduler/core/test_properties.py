@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from services.scheduler.core.scheduler import CoreConfig
 from shared.outcome import AbortCause
 from shared.sampling import Want
+from shared.structured import Structured
 from tests.builders.core_driver import CoreDriver, submission
 from tests.counts import count
 
@@ -54,6 +55,7 @@ def operate(driver: CoreDriver, kind: int, number: int) -> None:
                 deterministic=number % 11 == 0,
                 want=Want(prompt_logprobs=0 if number % 6 == 1 else -1),
                 seed=number % 5,
+                structured=Structured("regex", str(number % 5)) if number % 4 == 1 else None,
                 salt=b"tenant" if number % 5 == 0 else b"",
                 deadline_ns=driver.now_ns + number * 1000 if number % 13 == 0 else 0,
             )
@@ -72,7 +74,9 @@ def operate(driver: CoreDriver, kind: int, number: int) -> None:
             max_num_seqs=1 + number % 9,
             windows=driver.core.groups[groups[0]].spec.windows if groups and number % 2 else (None,),
         )
-    elif kind < 65:
+    elif kind < 35:
+        driver.prepare(group, error="no such grammar" if number % 8 == 0 else "")
+    elif kind < 66:
         driver.schedule(group)
     else:
         driver.deliver(group)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from shared.rpc.sluice.v1 import scheduling_pb2 as shared_dot_rpc_dot_sluice_dot_v1_dot_scheduling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$shared/rpc/sluice/v1/execution.proto\x12\tsluice.v1\x1a%shared/rpc/sluice/v1/scheduling.proto\"\xd2\x02\n\x0fRegisterRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x12\n\nnum_blocks\x18\x08 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\t \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\n \x01(\r\x12\x15\n\rmax_model_len\x18\x0b \x01(\r\x12\x12\n\nvocab_size\x18\x0c \x01(\r\x12\x0c\n\x04rank\x18\r \x01(\r\x12\r\n\x05world\x18\x0e \x01(\r\x12\x13\n\x0b\x62lock_bytes\x18\x0f \x01(\x04\x12\x0f\n\x07windows\x18\x10 \x03(\r\"1\n\x10RegisterResponse\x12\r\n\x05lease\x18\x01 \x01(\x04\x12\x0e\n\x06ttl_ms\x18\x02 \x01(\r\"/\n\x0cRenewRequest\x12\r\n\x05lease\x18\x01 \x01(\x04\x12\x10\n\x08progress\x18\x02 \x01(\x04\"\x0f\n\rRenewResponse\"j\n\x0e\x45xecuteRequest\x12(\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x17.sluice.v1.ExecuteBeginH\x00\x12#\n\x04plan\x18\x02 \x01(\x0b\x32\x13.sluice.v1.StepPlanH\x00\x42\t\n\x07message\"0\n\x0c\x45xecuteBegin\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x11\n\tscheduler\x18\x02 \x01(\t\"l\n\x0c\x45xecuteReply\x12(\n\x05ready\x18\x01 \x01(\x0b\x32\x17.sluice.v1.ExecuteReadyH\x00\x12\'\n\x06result\x18\x02 \x01(\x0b\x32\x15.sluice.v1.StepResultH\x00\x42\t\n\x07message\"\x1d\n\x0c\x45xecuteReady\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x9f\x01\n\x08StepPlan\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05\x65xact\x18\x02 \x01(\x08\x12 \n\x06\x61\x64mits\x18\x03 \x03(\x0b\x32\x10.sluice.v1.Admit\x12\r\n\x05slots\x18\x04 \x01(\x0c\x12\x0e\n\x06\x63ounts\x18\x05 \x01(\x0c\x12\x14\n\x0c\x62lock_counts\x18\x06 \x01(\x0c\x12\x0f\n\x07samples\x18\x07 \x01(\x0c\x12\x0e\n\x06\x62locks\x18\x08 \x01(\x0c\"\x9b\x02\n\x05\x41\x64mit\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x12\n\nprompt_len\x18\x03 \x01(\r\x12\x10\n\x08\x63omputed\x18\x04 \x01(\r\x12%\n\x06tables\x18\x05 \x03(\x0b\x32\x15.sluice.v1.BlockTable\x12\x14\n\x0csample_index\x18\x06 \x01(\r\x12(\n\x08sampling\x18\x07 \x01(\x0b\x32\x16.sluice.v1.RowSampling\x12\x12\n\nmin_tokens\x18\x08 \x01(\r\x12\x16\n\x0estop_token_ids\x18\t \x01(\x0c\x12\x10\n\x08logprobs\x18\n \x01(\x11\x12\x17\n\x0fprompt_logprobs\x18\x0b \x01(\x11\x12\r\n\x05trace\x18\x0c \x01(\x0c\"+\n\nBlockTable\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0e\n\x06\x62locks\x18\x02 \x01(\x0c\"\xbb\x01\n\nStepResult\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x01(\x0c\x12(\n\x08logprobs\x18\x03 \x03(\x0b\x32\x16.sluice.v1.RowLogprobs\x12\x35\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x1c.sluice.v1.RowPromptLogprobs\x12\x0f\n\x07wait_ns\x18\x05 \x01(\x04\x12\x0e\n\x06run_ns\x18\x06 \x01(\x04\x12\r\n\x05\x65rror\x18\x07 \x01(\t\"F\n\x0bRowLogprobs\x12\x0b\n\x03row\x18\x01 \x01(\r\x12*\n\x08logprobs\x18\x02 \x01(\x0b\x32\x18.sluice.v1.TokenLogprobs\"[\n\x11RowPromptLogprobs\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\r\n\x05start\x18\x02 \x01(\r\x12*\n\x08logprobs\x18\x03 \x03(\x0b\x32\x18.sluice.v1.TokenLogprobs2\x8b\x01\n\x08Registry\x12\x43\n\x08Register\x12\x1a.sluice.v1.RegisterRequest\x1a\x1b.sluice.v1.RegisterResponse\x12:\n\x05Renew\x12\x17.sluice.v1.RenewRequest\x1a\x18.sluice.v1.RenewResponse2N\n\tExecution\x12\x41\n\x07\x45xecute\x12\x19.sluice.v1.ExecuteRequest\x1a\x17.sluice.v1.ExecuteReply(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$shared/rpc/sluice/v1/execution.proto\x12\tsluice.v1\x1a%shared/rpc/sluice/v1/scheduling.proto\"\xd2\x02\n\x0fRegisterRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x12\n\nnum_blocks\x18\x08 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\t \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\n \x01(\r\x12\x15\n\rmax_model_len\x18\x0b \x01(\r\x12\x12\n\nvocab_size\x18\x0c \x01(\r\x12\x0c\n\x04rank\x18\r \x01(\r\x12\r\n\x05world\x18\x0e \x01(\r\x12\x13\n\x0b\x62lock_bytes\x18\x0f \x01(\x04\x12\x0f\n\x07windows\x18\x10 \x03(\r\"1\n\x10RegisterResponse\x12\r\n\x05lease\x18\x01 \x01(\x04\x12\x0e\n\x06ttl_ms\x18\x02 \x01(\r\"/\n\x0cRenewRequest\x12\r\n\x05lease\x18\x01 \x01(\x04\x12\x10\n\x08progress\x18\x02 \x01(\x04\"\x0f\n\rRenewResponse\"\xb6\x01\n\x0e\x45xecuteRequest\x12(\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x17.sluice.v1.ExecuteBeginH\x00\x12#\n\x04plan\x18\x02 \x01(\x0b\x32\x13.sluice.v1.StepPlanH\x00\x12%\n\x07prepare\x18\x03 \x01(\x0b\x32\x12.sluice.v1.PrepareH\x00\x12#\n\x06\x66orget\x18\x04 \x01(\x0b\x32\x11.sluice.v1.ForgetH\x00\x42\t\n\x07message\"0\n\x0c\x45xecuteBegin\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x11\n\tscheduler\x18\x02 \x01(\t\"\x95\x01\n\x0c\x45xecuteReply\x12(\n\x05ready\x18\x01 \x01(\x0b\x32\x17.sluice.v1.ExecuteReadyH\x00\x12\'\n\x06result\x18\x02 \x01(\x0b\x32\x15.sluice.v1.StepResultH\x00\x12\'\n\x08prepared\x18\x03 \x01(\x0b\x32\x13.sluice.v1.PreparedH\x00\x42\t\n\x07message\":\n\x07Prepare\x12\n\n\x02id\x18\x01 \x01(\x04\x12#\n\x07grammar\x18\x02 \x01(\x0b\x32\x12.sluice.v1.Grammar\"\x14\n\x06\x46orget\x12\n\n\x02id\x18\x01 \x01(\x04\"%\n\x08Prepared\x12\n\n\x02id\x18\x01 \x01(\x04\x12\r\n\x05\x65rror\x18\x02 \x01(\t\"\x1d\n\x0c\x45xecuteReady\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x9f\x01\n\x08StepPlan\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05\x65xact\x18\x02 \x01(\x08\x12 \n\x06\x61\x64mits\x18\x03 \x03(\x0b\x32\x10.sluice.v1.Admit\x12\r\n\x05slots\x18\x04 \x01(\x0c\x12\x0e\n\x06\x63ounts\x18\x05 \x01(\x0c\x12\x14\n\x0c\x62lock_counts\x18\x06 \x01(\x0c\x12\x0f\n\x07samples\x18\x07 \x01(\x0c\x12\x0e\n\x06\x62locks\x18\x08 \x01(\x0c\"\xac\x02\n\x05\x41\x64mit\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x12\n\nprompt_len\x18\x03 \x01(\r\x12\x10\n\x08\x63omputed\x18\x04 \x01(\r\x12%\n\x06tables\x18\x05 \x03(\x0b\x32\x15.sluice.v1.BlockTable\x12\x14\n\x0csample_index\x18\x06 \x01(\r\x12(\n\x08sampling\x18\x07 \x01(\x0b\x32\x16.sluice.v1.RowSampling\x12\x12\n\nmin_tokens\x18\x08 \x01(\r\x12\x16\n\x0estop_token_ids\x18\t \x01(\x0c\x12\x10\n\x08logprobs\x18\n \x01(\x11\x12\x17\n\x0fprompt_logprobs\x18\x0b \x01(\x11\x12\r\n\x05trace\x18\x0c \x01(\x0c\x12\x0f\n\x07grammar\x18\r \x01(\x04\"+\n\nBlockTable\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0e\n\x06\x62locks\x18\x02 \x01(\x0c\"\xec\x01\n\nStepResult\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x01(\x0c\x12(\n\x08logprobs\x18\x03 \x03(\x0b\x32\x16.sluice.v1.RowLogprobs\x12\x35\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x1c.sluice.v1.RowPromptLogprobs\x12\x0f\n\x07wait_ns\x18\x05 \x01(\x04\x12\x0e\n\x06run_ns\x18\x06 \x01(\x04\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12/\n\x0egrammar_errors\x18\x08 \x03(\x0b\x32\x17.sluice.v1.GrammarError\",\n\x0cGrammarError\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\"F\n\x0bRowLogprobs\x12\x0b\n\x03row\x18\x01 \x01(\r\x12*\n\x08logprobs\x18\x02 \x01(\x0b\x32\x18.sluice.v1.TokenLogprobs\"[\n\x11RowPromptLogprobs\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\r\n\x05start\x18\x02 \x01(\r\x12*\n\x08logprobs\x18\x03 \x03(\x0b\x32\x18.sluice.v1.TokenLogprobs2\x8b\x01\n\x08Registry\x12\x43\n\x08Register\x12\x1a.sluice.v1.RegisterRequest\x1a\x1b.sluice.v1.RegisterResponse\x12:\n\x05Renew\x12\x17.sluice.v1.RenewRequest\x1a\x18.sluice.v1.RenewResponse2N\n\tExecution\x12\x41\n\x07\x45xecute\x12\x19.sluice.v1.ExecuteRequest\x1a\x17.sluice.v1.ExecuteReply(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,28 +40,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RENEWREQUEST']._serialized_end=529
   _globals['_RENEWRESPONSE']._serialized_start=531
   _globals['_RENEWRESPONSE']._serialized_end=546
-  _globals['_EXECUTEREQUEST']._serialized_start=548
-  _globals['_EXECUTEREQUEST']._serialized_end=654
-  _globals['_EXECUTEBEGIN']._serialized_start=656
-  _globals['_EXECUTEBEGIN']._serialized_end=704
-  _globals['_EXECUTEREPLY']._serialized_start=706
-  _globals['_EXECUTEREPLY']._serialized_end=814
-  _globals['_EXECUTEREADY']._serialized_start=816
-  _globals['_EXECUTEREADY']._serialized_end=845
-  _globals['_STEPPLAN']._serialized_start=848
-  _globals['_STEPPLAN']._serialized_end=1007
-  _globals['_ADMIT']._serialized_start=1010
-  _globals['_ADMIT']._serialized_end=1293
-  _globals['_BLOCKTABLE']._serialized_start=1295
-  _globals['_BLOCKTABLE']._serialized_end=1338
-  _globals['_STEPRESULT']._serialized_start=1341
-  _globals['_STEPRESULT']._serialized_end=1528
-  _globals['_ROWLOGPROBS']._serialized_start=1530
-  _globals['_ROWLOGPROBS']._serialized_end=1600
-  _globals['_ROWPROMPTLOGPROBS']._serialized_start=1602
-  _globals['_ROWPROMPTLOGPROBS']._serialized_end=1693
-  _globals['_REGISTRY']._serialized_start=1696
-  _globals['_REGISTRY']._serialized_end=1835
-  _globals['_EXECUTION']._serialized_start=1837
-  _globals['_EXECUTION']._serialized_end=1915
+  _globals['_EXECUTEREQUEST']._serialized_start=549
+  _globals['_EXECUTEREQUEST']._serialized_end=731
+  _globals['_EXECUTEBEGIN']._serialized_start=733
+  _globals['_EXECUTEBEGIN']._serialized_end=781
+  _globals['_EXECUTEREPLY']._serialized_start=784
+  _globals['_EXECUTEREPLY']._serialized_end=933
+  _globals['_PREPARE']._serialized_start=935
+  _globals['_PREPARE']._serialized_end=993
+  _globals['_FORGET']._serialized_start=995
+  _globals['_FORGET']._serialized_end=1015
+  _globals['_PREPARED']._serialized_start=1017
+  _globals['_PREPARED']._serialized_end=1054
+  _globals['_EXECUTEREADY']._serialized_start=1056
+  _globals['_EXECUTEREADY']._serialized_end=1085
+  _globals['_STEPPLAN']._serialized_start=1088
+  _globals['_STEPPLAN']._serialized_end=1247
+  _globals['_ADMIT']._serialized_start=1250
+  _globals['_ADMIT']._serialized_end=1550
+  _globals['_BLOCKTABLE']._serialized_start=1552
+  _globals['_BLOCKTABLE']._serialized_end=1595
+  _globals['_STEPRESULT']._serialized_start=1598
+  _globals['_STEPRESULT']._serialized_end=1834
+  _globals['_GRAMMARERROR']._serialized_start=1836
+  _globals['_GRAMMARERROR']._serialized_end=1880
+  _globals['_ROWLOGPROBS']._serialized_start=1882
+  _globals['_ROWLOGPROBS']._serialized_end=1952
+  _globals['_ROWPROMPTLOGPROBS']._serialized_start=1954
+  _globals['_ROWPROMPTLOGPROBS']._serialized_end=2045
+  _globals['_REGISTRY']._serialized_start=2048
+  _globals['_REGISTRY']._serialized_end=2187
+  _globals['_EXECUTION']._serialized_start=2189
+  _globals['_EXECUTION']._serialized_end=2267
 # @@protoc_insertion_point(module_scope)

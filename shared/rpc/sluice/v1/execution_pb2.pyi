@@ -64,12 +64,16 @@ class RenewResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class ExecuteRequest(_message.Message):
-    __slots__ = ("begin", "plan")
+    __slots__ = ("begin", "plan", "prepare", "forget")
     BEGIN_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
+    PREPARE_FIELD_NUMBER: _ClassVar[int]
+    FORGET_FIELD_NUMBER: _ClassVar[int]
     begin: ExecuteBegin
     plan: StepPlan
-    def __init__(self, begin: _Optional[_Union[ExecuteBegin, _Mapping]] = ..., plan: _Optional[_Union[StepPlan, _Mapping]] = ...) -> None: ...
+    prepare: Prepare
+    forget: Forget
+    def __init__(self, begin: _Optional[_Union[ExecuteBegin, _Mapping]] = ..., plan: _Optional[_Union[StepPlan, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., forget: _Optional[_Union[Forget, _Mapping]] = ...) -> None: ...
 
 class ExecuteBegin(_message.Message):
     __slots__ = ("epoch", "scheduler")
@@ -80,12 +84,36 @@ class ExecuteBegin(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., scheduler: _Optional[str] = ...) -> None: ...
 
 class ExecuteReply(_message.Message):
-    __slots__ = ("ready", "result")
+    __slots__ = ("ready", "result", "prepared")
     READY_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
+    PREPARED_FIELD_NUMBER: _ClassVar[int]
     ready: ExecuteReady
     result: StepResult
-    def __init__(self, ready: _Optional[_Union[ExecuteReady, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ...) -> None: ...
+    prepared: Prepared
+    def __init__(self, ready: _Optional[_Union[ExecuteReady, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., prepared: _Optional[_Union[Prepared, _Mapping]] = ...) -> None: ...
+
+class Prepare(_message.Message):
+    __slots__ = ("id", "grammar")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    grammar: _scheduling_pb2.Grammar
+    def __init__(self, id: _Optional[int] = ..., grammar: _Optional[_Union[_scheduling_pb2.Grammar, _Mapping]] = ...) -> None: ...
+
+class Forget(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    def __init__(self, id: _Optional[int] = ...) -> None: ...
+
+class Prepared(_message.Message):
+    __slots__ = ("id", "error")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    error: str
+    def __init__(self, id: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
 
 class ExecuteReady(_message.Message):
     __slots__ = ("epoch",)
@@ -114,7 +142,7 @@ class StepPlan(_message.Message):
     def __init__(self, step: _Optional[int] = ..., exact: bool = ..., admits: _Optional[_Iterable[_Union[Admit, _Mapping]]] = ..., slots: _Optional[bytes] = ..., counts: _Optional[bytes] = ..., block_counts: _Optional[bytes] = ..., samples: _Optional[bytes] = ..., blocks: _Optional[bytes] = ...) -> None: ...
 
 class Admit(_message.Message):
-    __slots__ = ("slot", "token_ids", "prompt_len", "computed", "tables", "sample_index", "sampling", "min_tokens", "stop_token_ids", "logprobs", "prompt_logprobs", "trace")
+    __slots__ = ("slot", "token_ids", "prompt_len", "computed", "tables", "sample_index", "sampling", "min_tokens", "stop_token_ids", "logprobs", "prompt_logprobs", "trace", "grammar")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LEN_FIELD_NUMBER: _ClassVar[int]
@@ -127,6 +155,7 @@ class Admit(_message.Message):
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     slot: int
     token_ids: bytes
     prompt_len: int
@@ -139,7 +168,8 @@ class Admit(_message.Message):
     logprobs: int
     prompt_logprobs: int
     trace: bytes
-    def __init__(self, slot: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., prompt_len: _Optional[int] = ..., computed: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[BlockTable, _Mapping]]] = ..., sample_index: _Optional[int] = ..., sampling: _Optional[_Union[_scheduling_pb2.RowSampling, _Mapping]] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[bytes] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., trace: _Optional[bytes] = ...) -> None: ...
+    grammar: int
+    def __init__(self, slot: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., prompt_len: _Optional[int] = ..., computed: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[BlockTable, _Mapping]]] = ..., sample_index: _Optional[int] = ..., sampling: _Optional[_Union[_scheduling_pb2.RowSampling, _Mapping]] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[bytes] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., trace: _Optional[bytes] = ..., grammar: _Optional[int] = ...) -> None: ...
 
 class BlockTable(_message.Message):
     __slots__ = ("first", "blocks")
@@ -150,7 +180,7 @@ class BlockTable(_message.Message):
     def __init__(self, first: _Optional[int] = ..., blocks: _Optional[bytes] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("step", "tokens", "logprobs", "prompt_logprobs", "wait_ns", "run_ns", "error")
+    __slots__ = ("step", "tokens", "logprobs", "prompt_logprobs", "wait_ns", "run_ns", "error", "grammar_errors")
     STEP_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -158,6 +188,7 @@ class StepResult(_message.Message):
     WAIT_NS_FIELD_NUMBER: _ClassVar[int]
     RUN_NS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_ERRORS_FIELD_NUMBER: _ClassVar[int]
     step: int
     tokens: bytes
     logprobs: _containers.RepeatedCompositeFieldContainer[RowLogprobs]
@@ -165,7 +196,16 @@ class StepResult(_message.Message):
     wait_ns: int
     run_ns: int
     error: str
-    def __init__(self, step: _Optional[int] = ..., tokens: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[RowLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[RowPromptLogprobs, _Mapping]]] = ..., wait_ns: _Optional[int] = ..., run_ns: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
+    grammar_errors: _containers.RepeatedCompositeFieldContainer[GrammarError]
+    def __init__(self, step: _Optional[int] = ..., tokens: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[RowLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[RowPromptLogprobs, _Mapping]]] = ..., wait_ns: _Optional[int] = ..., run_ns: _Optional[int] = ..., error: _Optional[str] = ..., grammar_errors: _Optional[_Iterable[_Union[GrammarError, _Mapping]]] = ...) -> None: ...
+
+class GrammarError(_message.Message):
+    __slots__ = ("row", "message")
+    ROW_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    row: int
+    message: str
+    def __init__(self, row: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
 
 class RowLogprobs(_message.Message):
     __slots__ = ("row", "logprobs")

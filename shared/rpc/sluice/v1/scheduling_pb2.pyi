@@ -41,7 +41,7 @@ class LinkHello(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., router: _Optional[str] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("key", "token_ids", "more", "request_id", "sampling", "n", "max_tokens", "min_tokens", "stop_token_ids", "priority", "deterministic", "logprobs", "prompt_logprobs", "deadline_in_ns", "salt", "stops_on_text", "trace")
+    __slots__ = ("key", "token_ids", "more", "request_id", "sampling", "n", "max_tokens", "min_tokens", "stop_token_ids", "priority", "deterministic", "logprobs", "prompt_logprobs", "deadline_in_ns", "salt", "stops_on_text", "trace", "grammar")
     KEY_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     MORE_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +59,7 @@ class Submit(_message.Message):
     SALT_FIELD_NUMBER: _ClassVar[int]
     STOPS_ON_TEXT_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     key: int
     token_ids: bytes
     more: bool
@@ -76,7 +77,16 @@ class Submit(_message.Message):
     salt: bytes
     stops_on_text: bool
     trace: bytes
-    def __init__(self, key: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., more: bool = ..., request_id: _Optional[str] = ..., sampling: _Optional[_Union[RowSampling, _Mapping]] = ..., n: _Optional[int] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[bytes] = ..., priority: _Optional[int] = ..., deterministic: bool = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., deadline_in_ns: _Optional[int] = ..., salt: _Optional[bytes] = ..., stops_on_text: bool = ..., trace: _Optional[bytes] = ...) -> None: ...
+    grammar: Grammar
+    def __init__(self, key: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., more: bool = ..., request_id: _Optional[str] = ..., sampling: _Optional[_Union[RowSampling, _Mapping]] = ..., n: _Optional[int] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[bytes] = ..., priority: _Optional[int] = ..., deterministic: bool = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., deadline_in_ns: _Optional[int] = ..., salt: _Optional[bytes] = ..., stops_on_text: bool = ..., trace: _Optional[bytes] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ...) -> None: ...
+
+class Grammar(_message.Message):
+    __slots__ = ("kind", "text")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    text: str
+    def __init__(self, kind: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
 
 class RowSampling(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")

@@ -1,0 +1,140 @@
+"""llguidance, behind one door: constraints as grammars, with limits on the time and the memory that one may take.
+
+JSON is written compactly, or with one space behind a comma or a colon: a grammar that allows whitespace everywhere
+lets a model write nothing else. A schema may say otherwise in `x-guidance`, as llguidance documents it.
+"""
+
+import json
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+from llguidance.gbnf_to_lark import gbnf_to_lark
+
+from shared.structured import Structured
+
+MAX_MESSAGE_CHARS = 400
+MAX_PLACES = 200
+"""Parts of a schema that are compiled by themselves, to say which of them is wrong."""
+JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+LARK_BEGINS = ("start:", "start :", "?start:", "%llguidance")
+MAX_GBNF_CHARS = 8 * 1024
+"""llguidance converts GBNF in Python, in a time that grows with the square of it: half a second for so much."""
+ANY_OBJECT = '{"type":"object"}'
+SUBSCHEMAS = ("items", "additionalProperties", "additionalItems")
+LISTS_OF_SUBSCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
+MAPS_OF_SUBSCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
+
+
+class GrammarError(ValueError):
+    """A constraint that cannot be compiled, or that is too large; the message says where it is wrong."""
+
+
+def limits() -> LLParserLimits:
+    """Of one grammar. The worst that was found takes 0.6 s to check and 1.6 s to compile on a busy machine; the fuel of
+    a step is about 10 ms."""
+    return LLParserLimits(
+        initial_lexer_fuel=300_000,
+        step_lexer_fuel=150_000,
+        max_lexer_states=50_000,
+        max_grammar_size=50_000,
+        verbose_errors=False,
+    )
+
+
+def check(structured: Structured) -> None:
+    """Compiles it without a vocabulary. Blocking, without the interpreter's lock. Raises GrammarError."""
+    message = _message_of(_grammar_of(structured))
+    if message and structured.kind == "json_schema":
+        raise _error(message, _place_of(json.loads(structured.text), message))
+    if message:
+        raise _error(message)
+
+
+def load_vocabulary(tokenizer_json: str, vocab_size: int, eos_token_ids: Collection[int]) -> LLTokenizer:
+    """The tokens of a model with `vocab_size` logits, padding included. Takes about a second for 128,000 of them."""
+    return LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=sorted(eos_token_ids))
+
+
+def compile_grammar(structured: Structured, vocabulary: LLTokenizer) -> LLMatcher:
+    """A matcher at the beginning of an answer, its first mask computed once: copies of it find that ready. Blocking,
+    without the interpreter's lock. Raises GrammarError."""
+    matcher = LLMatcher(vocabulary, _grammar_of(structured), log_level=0, limits=limits())
+    matcher.compute_bitmask()
+    if matcher.is_error():
+        raise _error(matcher.get_error())
+    return matcher
+
+
+def _grammar_of(structured: Structured) -> str:
+    """As llguidance spells it."""
+    try:
+        match structured.kind:
+            case "json_object":
+                return LLMatcher.grammar_from_json_schema(ANY_OBJECT, defaults=JSON_OPTIONS)
+            case "json_schema":
+                return LLMatcher.grammar_from_json_schema(structured.text, defaults=JSON_OPTIONS)
+            case "regex":
+                return LLMatcher.grammar_from_regex(structured.text)
+            case "choice":
+                return grammar_from("choice", structured.text)
+            case "grammar":
+                return LLMatcher.grammar_from_lark(_lark_of(structured.text))
+    except GrammarError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise _error(str(error)) from None
+    raise GrammarError(f"structure of an unknown kind, {structured.kind!r}")
+
+
+def _lark_of(text: str) -> str:
+    """The text itself where it is Lark, which has a rule `start`; else GBNF, converted."""
+    if any(line.lstrip().startswith(LARK_BEGINS) for line in text.splitlines()):
+        return text
+    if len(text) > MAX_GBNF_CHARS:
+        raise GrammarError(f"{len(text)} characters of GBNF; {MAX_GBNF_CHARS} are allowed, and more of Lark")
+    try:
+        return gbnf_to_lark(text)
+    except Exception as error:  # llguidance raises bare Exception
+        raise _error(f"neither Lark (no rule `start:`) nor GBNF: {error}") from None
+
+
+def _message_of(grammar: str) -> str:
+    return LLMatcher.validate_grammar(grammar, None, limits=limits()).removesuffix("<non-verbose/>")
+
+
+def _error(message: str, place: str = "") -> GrammarError:
+    told = " ".join(message.removesuffix("<non-verbose/>").split())
+    cut = told if len(told) <= MAX_MESSAGE_CHARS else told[:MAX_MESSAGE_CHARS] + "…"
+    return GrammarError(f"at {place}: {cut}" if place else cut)
+
+
+def _place_of(schema: Any, message: str) -> str:
+    """A JSON pointer to the innermost part that by itself is refused for the same reason; empty for the whole."""
+    place, tried = "", 0
+    parts = list(_parts(schema))
+    while parts and tried < MAX_PLACES:
+        step, part = parts.pop(0)
+        tried += 1
+        if isinstance(part, dict) and _message_of(_grammar_of(Structured("json_schema", json.dumps(part)))) == message:
+            place, parts = place + step, list(_parts(part))
+    return place
+
+
+def _parts(schema: Any) -> Iterator[tuple[str, Any]]:
+    """The schemas directly inside one, each with the step of a JSON pointer that leads there."""
+    if not isinstance(schema, dict):
+        return
+    for key in SUBSCHEMAS:
+        if isinstance(schema.get(key), dict):
+            yield f"/{key}", schema[key]
+    for key in LISTS_OF_SUBSCHEMAS:
+        if isinstance(schema.get(key), list):
+            yield from ((f"/{key}/{number}", part) for number, part in enumerate(schema[key]))
+    for key in MAPS_OF_SUBSCHEMAS:
+        if isinstance(schema.get(key), dict):
+            yield from ((f"/{key}/{_escaped(name)}", part) for name, part in schema[key].items())
+
+
+def _escaped(name: str) -> str:
+    return name.replace("~", "~0").replace("/", "~1")
