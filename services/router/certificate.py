@@ -51,6 +51,9 @@ class Certificate:
         self._files.load(context)
         if self._files.ssl_ca_certs:
             context.verify_mode = ssl.CERT_REQUIRED
+            # Nobody takes up an old session: in it a certificate would not be asked for again.
+            context.options |= ssl.OP_NO_TICKET
+            context.num_tickets = 0
         pair = content(self._files.ssl_keyfile), content(self._files.ssl_certfile)
         authorities = content(self._files.ssl_ca_certs) if self._files.ssl_ca_certs else None
         return context, grpc.ssl_server_certificate_configuration([pair], authorities)

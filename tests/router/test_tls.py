@@ -3,6 +3,7 @@ certificates of clients: http/test_tls.py."""
 
 import asyncio
 import shutil
+import socket
 import ssl
 from pathlib import Path
 
@@ -144,6 +145,32 @@ def test_new_connections_see_renewed_files_and_a_forgotten_authority_is_forgotte
                 with pytest.raises(httpx.TransportError):
                     await status_over_http(router.http, late)
             assert (await open_before.complete(ASK)).text == "the quick fox"  # on the connection that it has
+
+    run(test())
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_client_shows_its_certificate_with_every_connection(tiny_model, pki, version):
+    context = ssl.create_default_context()
+    context.maximum_version = version
+    Tls(ssl_ca_certs=pki.authority, **pki.issue("client")).load(context)
+
+    def session_of(address: str, taken_up: ssl.SSLSession | None) -> tuple[ssl.SSLSession | None, bool | None]:
+        host, port = address.split(":")
+        with (
+            socket.create_connection((host, int(port)), timeout=10) as plain,
+            context.wrap_socket(plain, server_hostname=host, session=taken_up) as connection,
+        ):
+            connection.sendall(b"GET /health HTTP/1.1\r\nhost: here\r\n\r\n")
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+            return connection.session, connection.session_reused
+
+    async def test():
+        files = {**pki.issue("server"), "ssl_ca_certs": pki.authority}
+        async with running_router(tiny_model, FakeScheduler(), **files) as router:
+            session, _ = await asyncio.to_thread(session_of, router.http, None)
+            _, reused = await asyncio.to_thread(session_of, router.http, session)
+            assert not reused
 
     run(test())
 
