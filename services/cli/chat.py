@@ -8,7 +8,18 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from services.cli.generate import CONNECT_TIMEOUT_S, DEFAULT_ADDRESS, RETRIES, Address, api_key
+from services.cli.connecting import (
+    CONNECT_TIMEOUT_S,
+    DEFAULT_ADDRESS,
+    RETRIES,
+    Address,
+    CaCerts,
+    Certfile,
+    Keyfile,
+    UseTls,
+    api_key,
+    tls_of,
+)
 from services.cli.output import fail, fail_call, fail_field
 
 COMMANDS = "/reset forgets the conversation, /timing shows the last answer's phases, /exit leaves (Ctrl-D too)"
@@ -16,6 +27,10 @@ COMMANDS = "/reset forgets the conversation, /timing shows the last answer's pha
 
 def chat(
     address: Address = DEFAULT_ADDRESS,
+    tls: UseTls = False,
+    ssl_ca_certs: CaCerts = "",
+    ssl_certfile: Certfile = "",
+    ssl_keyfile: Keyfile = "",
     model: Annotated[str, typer.Option(help="The served model; needed where there are several.")] = "",
     system: Annotated[str, typer.Option(help="A system message.")] = "",
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
@@ -25,8 +40,9 @@ def chat(
 ) -> None:
     """Talk to a model. Ctrl-C ends an answer and keeps the conversation; /reset forgets it."""
     settings = {"model": model, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+    secured = tls_of(tls, ssl_ca_certs, ssl_certfile, ssl_keyfile)
     with asyncio.Runner() as runner:
-        session = Session(runner, address, system, settings)
+        session = Session(runner, address, secured, system, settings)
         try:
             code = session.run()
         finally:
@@ -38,9 +54,10 @@ class Session:
     """One conversation. Blocking where it reads a line, asynchronous where it streams an answer: the runner turns
     Ctrl-C during an answer into a cancellation of that answer alone."""
 
-    def __init__(self, runner: asyncio.Runner, address: str, system: str, settings: dict[str, Any]) -> None:
+    def __init__(self, runner: asyncio.Runner, address: str, tls: Any, system: str, settings: dict[str, Any]) -> None:
         self._runner = runner
         self._address = address
+        self._tls = tls
         self._settings = settings
         self._first = [("system", system)] if system else []
         self._history: list[tuple[str, str]] = list(self._first)
@@ -82,7 +99,7 @@ class Session:
         """Connects; returns why the conversation cannot begin, or nothing."""
         from services.cli.client import CallError, Client
 
-        self._client = Client(self._address, api_key=api_key())
+        self._client = Client(self._address, api_key=api_key(), tls=self._tls)
         try:
             await self._client.connect(CONNECT_TIMEOUT_S)
             models = await self._client.list_models()

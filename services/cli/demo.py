@@ -7,8 +7,9 @@ import typer
 from rich.console import Console
 
 from services.cli.cluster import Cluster, up_flags
+from services.cli.connecting import CONNECT_TIMEOUT_S
 from services.cli.flags import with_flags
-from services.cli.generate import CONNECT_TIMEOUT_S, stream
+from services.cli.generate import stream
 from services.cli.output import fail_call
 from services.cli.up import LogFile, start
 
@@ -16,13 +17,16 @@ PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n   
 SETTINGS: dict[str, Any] = {"max_tokens": 96, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 3}
 """A seed, so that everybody sees the same answer; some warmth, because a model this small repeats itself greedily."""
 
+PLAIN: dict[str, Any] = {"ssl_certfile": "", "ssl_keyfile": "", "ssl_ca_certs": ""}
+"""It calls a router of its own, on free ports: without TLS, whatever files and variables say."""
+
 Keep = Annotated[bool, typer.Option("--keep", help="Leave the cluster up, and say how to call it.")]
 Prompt = Annotated[str, typer.Option("--prompt", help="What to ask.")]
 
 
 def add_demo(app: typer.Typer) -> None:
     """Adds `sluice demo` with the flags of all services."""
-    app.command("demo")(with_flags(demo, up_flags()))
+    app.command("demo")(with_flags(demo, [flag for flag in up_flags() if flag.name not in PLAIN]))
 
 
 def demo(
@@ -37,7 +41,7 @@ def demo(
             await asyncio.Event().wait()
         return code
 
-    raise typer.Exit(start({"grpc_port": 0, **flags}, log_file=log_file, meanwhile=show))
+    raise typer.Exit(start({"grpc_port": 0, **flags, **PLAIN}, log_file=log_file, meanwhile=show))
 
 
 async def _ask(cluster: Cluster, prompt: str) -> int:

@@ -11,18 +11,28 @@ import msgspec
 import typer
 from rich.console import Console
 
+from services.cli.connecting import (
+    CONNECT_TIMEOUT_S,
+    DEFAULT_ADDRESS,
+    RETRIES,
+    Address,
+    CaCerts,
+    Certfile,
+    Keyfile,
+    UseTls,
+    api_key,
+    tls_of,
+)
 from services.cli.output import fail_call, fail_field
-
-Address = Annotated[str, typer.Option("--address", envvar="SLUICE_ADDRESS", metavar="HOST:PORT", help="The router.")]
-DEFAULT_ADDRESS = "127.0.0.1:50051"
-CONNECT_TIMEOUT_S = 5.0
-RETRIES = 2
-"""Of a request that a busy server refused, after the delay that it names."""
 
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to go on from; `-` reads standard input.")] = "-",
     address: Address = DEFAULT_ADDRESS,
+    tls: UseTls = False,
+    ssl_ca_certs: CaCerts = "",
+    ssl_certfile: Certfile = "",
+    ssl_keyfile: Keyfile = "",
     model: Annotated[str, typer.Option(help="The served model; needed where there are several.")] = "",
     chat: Annotated[
         bool, typer.Option("--chat", help="Send the prompt as a user's message, through the chat template.")
@@ -68,6 +78,7 @@ def generate(
     """
     from services.cli.client import Request
 
+    secured = tls_of(tls, ssl_ca_certs, ssl_certfile, ssl_keyfile)
     _require_chat(
         chat, {"--system": system, "--tools-json": tools_json, "--template-kwargs-json": template_kwargs_json}
     )
@@ -100,7 +111,7 @@ def generate(
             request_id=request_id,
             structured=_structured(json_object, json_schema, regex, choice, grammar),
         )
-        code = asyncio.run(_run(address, request, timeout, json_lines=json_lines))
+        code = asyncio.run(_run(address, secured, request, timeout, json_lines=json_lines))
     except KeyboardInterrupt:
         print(file=sys.stderr)
         code = 130
@@ -110,15 +121,10 @@ def generate(
     raise typer.Exit(code)
 
 
-def api_key() -> str:
-    """What the router's key is, where it wants one. No option: a command line is for all to read."""
-    return os.environ.get("SLUICE_API_KEY", "")
-
-
-async def _run(address: str, request: Any, timeout_s: float | None, *, json_lines: bool) -> int:
+async def _run(address: str, tls: Any, request: Any, timeout_s: float | None, *, json_lines: bool) -> int:
     from services.cli.client import CallError, Client, FieldError
 
-    async with Client(address, api_key=api_key()) as client:
+    async with Client(address, api_key=api_key(), tls=tls) as client:
         try:
             await client.connect(CONNECT_TIMEOUT_S)
             return await stream(client, request, timeout_s=timeout_s, json_lines=json_lines)

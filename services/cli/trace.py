@@ -11,12 +11,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from services.cli.generate import CONNECT_TIMEOUT_S, DEFAULT_ADDRESS, Address, api_key
+from services.cli.connecting import (
+    CONNECT_TIMEOUT_S,
+    DEFAULT_ADDRESS,
+    Address,
+    CaCerts,
+    Certfile,
+    Keyfile,
+    UseTls,
+    api_key,
+    tls_of,
+)
 from services.cli.output import fail, fail_call
 from shared.telemetry import names
 
 if TYPE_CHECKING:
-    from services.cli.client import Trace, TraceSpan
+    from services.cli.client import Tls, Trace, TraceSpan
 
 NS_PER_MS = 1_000_000
 COLOURS = {
@@ -41,10 +51,19 @@ LISTED = 20
 
 
 def trace(
-    request: Id = "", last: Last = 1, listed: List = False, as_json: Json = False, address: Address = DEFAULT_ADDRESS
+    request: Id = "",
+    last: Last = 1,
+    listed: List = False,
+    as_json: Json = False,
+    address: Address = DEFAULT_ADDRESS,
+    tls: UseTls = False,
+    ssl_ca_certs: CaCerts = "",
+    ssl_certfile: Certfile = "",
+    ssl_keyfile: Keyfile = "",
 ) -> None:
     """Show where the time of a finished request went: the router keeps the last 256."""
-    traces = asyncio.run(_fetch(address, request, max(last, LISTED) if listed else last))
+    secured = tls_of(tls, ssl_ca_certs, ssl_certfile, ssl_keyfile)
+    traces = asyncio.run(_fetch(address, secured, request, max(last, LISTED) if listed else last))
     if traces is None:
         raise typer.Exit(1)
     if not traces:
@@ -61,10 +80,10 @@ def trace(
             console.print(waterfall(one, console.width))
 
 
-async def _fetch(address: str, request: str, limit: int) -> "tuple[Trace, ...] | None":
+async def _fetch(address: str, tls: "Tls | None", request: str, limit: int) -> "tuple[Trace, ...] | None":
     from services.cli.client import CallError, Client
 
-    async with Client(address, api_key=api_key()) as client:
+    async with Client(address, api_key=api_key(), tls=tls) as client:
         try:
             await client.connect(CONNECT_TIMEOUT_S)
             return await client.traces(limit, request)

@@ -12,11 +12,11 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from services.router.admission import Admission
+from services.router.certificate import Certificate
 from services.router.fleet import Expected, Fleet
 from services.router.gate import Gate
 from services.router.guard import KeyInterceptor
 from services.router.http.answering import Answering
-from services.router.http.certificate import Certificate
 from services.router.http.door import Door
 from services.router.http.guard import Guard
 from services.router.http.routes import Api
@@ -33,6 +33,7 @@ from shared.ids import new_instance_id
 from shared.net.address import join_address
 from shared.net.health import Health
 from shared.net.server import bind, create_server
+from shared.net.tls import Tls
 from shared.outcome import AbortCause
 from shared.telemetry.exposition import Exposition
 from shared.telemetry.lag import LoopLag
@@ -101,6 +102,8 @@ class Router:
         self._exporter = Exporter(tracing.export) if tracing.export else None
         self.traces = Traces(tracing.sampler, self._exporter.add if self._exporter else None)
         self._shares_ports = place is not None
+        files = Tls(ssl_ca_certs=config.ssl_ca_certs, ssl_certfile=config.ssl_certfile, ssl_keyfile=config.ssl_keyfile)
+        self._certificate = Certificate(files) if files != Tls() else None
         self._server = create_server(
             max_receive_bytes=config.max_request_bytes + SIZE_HEADROOM_BYTES,
             interceptors=[KeyInterceptor(self._gate, self._rejections)],
@@ -180,14 +183,12 @@ class Router:
         guarded: ASGIApp = Guard(api.application(), self._gate, self._rejections)
         if config.allowed_origins:  # a page's first question brings no key
             guarded = CORSMiddleware(guarded, config.allowed_origins, allow_methods=["*"], allow_headers=["*"])
-        tls = config.ssl_certfile or config.ssl_keyfile
-        certificate = Certificate(config.ssl_certfile, config.ssl_keyfile) if tls else None
         return Door(
             guarded,
             config.host,
             config.port,
             flag="--port",
-            certificate=certificate,
+            certificate=self._certificate,
             shares_port=self._shares_ports,
         )
 
@@ -210,7 +211,9 @@ class Router:
                 await asyncio.to_thread(self._exporter.close, LAST_TRACES_S)
 
     async def _open(self) -> None:
-        port = bind(self._server, self._config.host, self._config.grpc_port, flag="--grpc-port")
+        config, certificate = self._config, self._certificate
+        credentials = certificate.credentials if certificate else None
+        port = bind(self._server, config.host, config.grpc_port, flag="--grpc-port", credentials=credentials)
         self._address = join_address(self._config.host, port)
         await self.peers.open(
             OwnAnswers(

@@ -11,7 +11,7 @@ import msgspec
 Config = TypeVar("Config", bound=msgspec.Struct)
 
 ENV_PREFIX = "SLUICE_"
-RESERVED = frozenset({"SLUICE_ADDRESS", "SLUICE_CONFIG", "SLUICE_TEST_TIER", "SLUICE_TORCH_INDEX"})
+RESERVED = frozenset({"SLUICE_ADDRESS", "SLUICE_CONFIG", "SLUICE_TEST_TIER", "SLUICE_TLS", "SLUICE_TORCH_INDEX"})
 """Variables that are no field of a service: of the command line, of the scripts and of the tests."""
 
 

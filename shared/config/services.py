@@ -52,8 +52,10 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     api_key_file: str = ""
     """TOML: a table per key with its `sha256`, its `tenant` and its limits. Read again when it changes."""
     ssl_certfile: str = ""
-    """Of the HTTP door, which then speaks HTTPS alone. Read again when it changes."""
+    """Of HTTP and gRPC, which then speak TLS alone. Read again when it changes."""
     ssl_keyfile: str = ""
+    ssl_ca_certs: str = ""
+    """Whose certificates clients must show; empty: they need none. Read again when it changes."""
     internal_token: str = ""
     log_content: bool = False
     """Prompts and answers go into the log, which they otherwise never do."""

@@ -72,11 +72,19 @@ def create_server(
     )
 
 
-def bind(server: grpc.aio.Server, host: str, port: int, *, flag: str = "--port") -> int:
-    """Binds and returns the port (chosen by the system for port 0). Raises BindError."""
+def bind(
+    server: grpc.aio.Server,
+    host: str,
+    port: int,
+    *,
+    flag: str = "--port",
+    credentials: grpc.ServerCredentials | None = None,
+) -> int:
+    """Binds and returns the port (chosen by the system for port 0), which with credentials speaks TLS. Raises
+    BindError."""
     address = join_address(host, port)
     try:
-        bound = server.add_insecure_port(address)
+        bound = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError:
         bound = 0
     if bound == 0:

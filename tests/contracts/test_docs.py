@@ -11,7 +11,7 @@ from services.cli.main import COMMANDS
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
-OWN_FLAGS = {"--config", "--help", "--keep", "--full", "--timing", "--address"}
+OWN_FLAGS = {"--config", "--help", "--keep", "--full", "--timing", "--tls", "--address"}
 
 
 def test_the_first_screen_has_the_two_commands_a_picture_and_a_drawing() -> None:

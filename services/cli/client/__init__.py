@@ -7,6 +7,8 @@ async with Client("127.0.0.1:50051") as client:
 
 with BlockingClient("127.0.0.1:50051") as client:
     print(client.complete(Request(prompt="def add(a, b):", max_tokens=32), timeout_s=60).text)
+
+A router that speaks TLS is called with tls=Tls(ssl_ca_certs="authority.pem").
 """
 
 from services.cli.client.asynchronous import DEFAULT_ADDRESS, Client
@@ -31,6 +33,7 @@ from services.cli.client.values import (
     TraceSpan,
     Usage,
 )
+from shared.net.tls import Tls
 
 __all__ = [
     "DEFAULT_ADDRESS",
@@ -52,6 +55,7 @@ __all__ = [
     "ServerInfo",
     "Stream",
     "Timing",
+    "Tls",
     "TopLogprob",
     "Trace",
     "TraceSpan",

@@ -11,6 +11,7 @@ import grpc
 from services.cli.client import wire
 from services.cli.client.retry import Attempts, hands_over
 from services.cli.client.values import Answer, Event, Load, Model, Request, ServerInfo, Trace
+from shared.net.tls import Tls
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 T = TypeVar("T")
@@ -19,10 +20,16 @@ T = TypeVar("T")
 class Client:
     """One channel to one router (or, for the control calls, a scheduler). An async context manager."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, api_key: str = "") -> None:
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, api_key: str = "", tls: Tls | None = None) -> None:
+        """Plain text without `tls`. Raises ConfigError for files of `tls` that cannot be used."""
         self.address = address
+        self._tls = tls
         self._metadata = wire.metadata_of(api_key)
-        self._channel = grpc.aio.insecure_channel(address, options=wire.CHANNEL_OPTIONS)
+        self._channel = (
+            grpc.aio.insecure_channel(address, options=wire.CHANNEL_OPTIONS)
+            if tls is None
+            else grpc.aio.secure_channel(address, wire.credentials_of(tls), options=wire.CHANNEL_OPTIONS)
+        )
         self._stubs = wire.Stubs(self._channel)
 
     async def __aenter__(self) -> Self:
@@ -41,7 +48,7 @@ class Client:
         try:
             await asyncio.wait_for(self._channel.channel_ready(), timeout_s)
         except TimeoutError:
-            raise wire.nobody_at(self.address) from None
+            raise wire.nobody_at(self.address, self._tls) from None
 
     async def generate(
         self,

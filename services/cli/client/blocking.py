@@ -12,6 +12,7 @@ from services.cli.client.asynchronous import DEFAULT_ADDRESS
 from services.cli.client.errors import CallError
 from services.cli.client.retry import Attempts, hands_over
 from services.cli.client.values import Answer, Event, Load, Model, Request, ServerInfo, Trace
+from shared.net.tls import Tls
 
 T = TypeVar("T")
 
@@ -85,10 +86,16 @@ class Stream(Iterator[Event]):
 class BlockingClient:
     """One channel to one router. A context manager; may be shared by threads."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, api_key: str = "") -> None:
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, api_key: str = "", tls: Tls | None = None) -> None:
+        """Plain text without `tls`. Raises ConfigError for files of `tls` that cannot be used."""
         self.address = address
+        self._tls = tls
         self._metadata = wire.metadata_of(api_key)
-        self._channel = grpc.insecure_channel(address, options=wire.CHANNEL_OPTIONS)
+        self._channel = (
+            grpc.insecure_channel(address, options=wire.CHANNEL_OPTIONS)
+            if tls is None
+            else grpc.secure_channel(address, wire.credentials_of(tls), options=wire.CHANNEL_OPTIONS)
+        )
         self._stubs = wire.Stubs(self._channel)
 
     def __enter__(self) -> Self:
@@ -107,7 +114,7 @@ class BlockingClient:
         try:
             grpc.channel_ready_future(self._channel).result(timeout_s)
         except grpc.FutureTimeoutError:
-            raise wire.nobody_at(self.address) from None
+            raise wire.nobody_at(self.address, self._tls) from None
 
     def generate(self, request: Request, *, timeout_s: float | None = None, retries: int = 0) -> Stream:
         """As Client.generate. Raises FieldError at once, CallError on the way."""

@@ -1,9 +1,11 @@
 """Values ⇄ protobuf: the only file of the client that knows messages."""
 
 import contextlib
+import ssl
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
+import grpc
 import msgspec
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
@@ -27,6 +29,7 @@ from services.cli.client.values import (
     TraceSpan,
     Usage,
 )
+from shared.net.tls import Tls, content
 from shared.rpc.sluice.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 CHANNEL_OPTIONS = [
@@ -218,8 +221,23 @@ def metadata_of(api_key: str) -> Metadata:
     return (("authorization", f"Bearer {api_key}"),) if api_key else ()
 
 
-def nobody_at(address: str) -> CallError:
-    return CallError("UNAVAILABLE", f"nothing answers at {address}; is `sluice up` running?")
+def credentials_of(tls: Tls) -> grpc.ChannelCredentials:
+    """The files of a client as gRPC takes them. Raises ConfigError for those that cannot be used."""
+    tls.check()
+    authorities = tls.ssl_ca_certs or ssl.get_default_verify_paths().cafile or ""
+    files = (authorities, tls.ssl_keyfile, tls.ssl_certfile)
+    return grpc.ssl_channel_credentials(*(content(file) if file else None for file in files))
+
+
+def nobody_at(address: str, tls: Tls | None) -> CallError:
+    if tls is None:
+        said = f"nothing answers at {address}; is `sluice up` running? A router with TLS is called with --tls"
+    else:
+        said = (
+            f"nothing that we trust, and that trusts us, answers by TLS at {address}: is `sluice up` running with TLS, "
+            "is its certificate for this host and of --ssl-ca-certs, does it ask for one of ours (--ssl-certfile)?"
+        )
+    return CallError("UNAVAILABLE", said)
 
 
 def call_error(error: Any) -> CallError:
@@ -237,6 +255,8 @@ def call_error(error: Any) -> CallError:
 
 
 CHANNEL_SAYS = {
+    "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not of an authority that --ssl-ca-certs names",
+    "Hostname Verification Check failed": "the server's certificate is not for the host of the address",
     "failed to connect": "nothing answers there; is `sluice up` running?",
     "Stream removed": "the connection broke off before the answer was complete",
     "Socket closed": "the connection broke off before the answer was complete",

@@ -8,7 +8,7 @@ import uvicorn
 from starlette.types import ASGIApp, Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from services.router.http.certificate import Certificate
+from services.router.certificate import Certificate
 from shared.net.http import listen
 
 MAX_HEAD_BYTES = 64 * 2**10

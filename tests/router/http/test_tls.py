@@ -9,8 +9,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from services.router.http.certificate import Certificate
+from services.router.certificate import Certificate
 from shared.config import ConfigError
+from shared.net.tls import Tls
 from tests.builders.fake_scheduler import FakeScheduler
 from tests.builders.router import run, running_router
 
@@ -71,10 +72,10 @@ def test_files_that_are_no_pair_are_refused_with_a_sentence(tmp_path):
     cert, key = make_pair(tmp_path, "first")
     other, _ = make_pair(tmp_path, "second")
     with pytest.raises(ConfigError, match="go together"):
-        Certificate(str(cert), "")
+        Certificate(Tls(ssl_certfile=str(cert)))
     for pair in ((tmp_path / "missing.pem", key), (other, key), (key, key)):
         with pytest.raises(ConfigError, match="--ssl-certfile") as caught:
-            Certificate(*map(str, pair))
+            Certificate(Tls(ssl_certfile=str(pair[0]), ssl_keyfile=str(pair[1])))
         assert str(pair[0]) in str(caught.value)
     locked = tmp_path / "locked.key"
     # fmt: off
@@ -84,4 +85,4 @@ def test_files_that_are_no_pair_are_refused_with_a_sentence(tmp_path):
     )
     # fmt: on
     with pytest.raises(ConfigError, match="--ssl-keyfile"):
-        Certificate(str(cert), str(locked))
+        Certificate(Tls(ssl_certfile=str(cert), ssl_keyfile=str(locked)))
