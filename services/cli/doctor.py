@@ -19,6 +19,7 @@ from rich.table import Table
 
 from services.cli.output import REFUSED, fail, user_message
 from services.cli.ports import holder, require_free
+from shared.checkpoint import BUNDLED_FOLDER
 from shared.config import ConfigError
 
 GIB = 2**30
@@ -26,7 +27,6 @@ MIN_PYTHON = (3, 11)
 MIN_FREE_BYTES = 2 * GIB
 CPUINFO = Path("/proc/cpuinfo")
 PORTS = {50051: "--grpc-port", 50052: "--scheduler-port", 50053: "--worker-port"}
-BUNDLED = Path("ops/demo_model/model")
 BFLOAT16_FLAGS = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16", "bf16": "ARM BF16"}
 """What /proc/cpuinfo calls it, and how it is shown; a worker asks for the same flags."""
 
@@ -203,17 +203,11 @@ def look_at_ports() -> Iterable[Finding]:
 
 
 def look_at_model() -> Iterable[Finding]:
-    folder = _bundled_folder()
-    if folder is None:
+    if not (BUNDLED_FOLDER / "config.json").is_file():
         yield Finding("bundled model", "note", "not found", "run from a clone, or name a model with --model")
         return
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    yield Finding("bundled model", "ok", f"{size / 2**20:.1f} MiB at {folder}")
-
-
-def _bundled_folder() -> Path | None:
-    folder = Path(__file__).resolve().parents[2] / BUNDLED
-    return folder if (folder / "config.json").is_file() else None
+    size = sum(file.stat().st_size for file in BUNDLED_FOLDER.glob("*.safetensors"))
+    yield Finding("bundled model", "ok", f"{size / 2**20:.1f} MiB at {BUNDLED_FOLDER}")
 
 
 def _version(package: str) -> str | None:

@@ -6,13 +6,11 @@ from typing import Any
 import msgspec
 import structlog
 
-import shared
 from services.router.limits import RANGES, Limits
 from services.router.parsing.families import THINKING, TOOL_CALLS, ToolCalls, thinking_of, tool_calls_of
 from services.router.parsing.thinking import Thinking
 from shared.checkpoint import CheckpointError, locate, open_checkpoint, read_config
 from shared.config import RouterConfig
-from shared.config.services import BUNDLED_MODEL
 from shared.outcome import refuse
 from shared.text.chat import ChatTemplate, load_chat_template
 from shared.text.tokenizer import Tokenizer, TokenizerError, end_token_ids, load_tokenizer
@@ -22,7 +20,6 @@ log = structlog.get_logger("model")
 LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 """How families spell the longest context."""
 UNSTATED_LENGTH = 2**31 - 1
-BUNDLED_FOLDER = Path(shared.__path__[0]).resolve().parent / "ops" / "demo_model" / "model"
 
 
 class ModelError(ValueError):
@@ -71,8 +68,7 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
 
 def load_model(config: RouterConfig) -> ServedModel:
     """Blocking: reads files, and downloads a hub id. Raises ModelError or CheckpointError, naming what is wrong."""
-    folder = BUNDLED_FOLDER if config.model == BUNDLED_MODEL else None
-    folder = folder or locate(config.model, revision=config.revision or None)
+    folder = locate(config.model, revision=config.revision or None)
     try:
         words = _tokenizer_folder(config, folder)
         tokenizer = load_tokenizer(words)

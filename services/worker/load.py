@@ -13,7 +13,6 @@ import structlog
 import torch
 from llguidance import LLTokenizer
 
-import shared
 from kernels.ops import choice, forms
 from services.worker.execute.runner import Runner
 from services.worker.execute.slots import Slots
@@ -35,14 +34,12 @@ from services.worker.work import StepCosts
 from shared.cache_groups import held_blocks, longest_context
 from shared.checkpoint import Checkpoint, open_checkpoint
 from shared.config import WorkerConfig
-from shared.config.services import BUNDLED_MODEL
 from shared.sampling import Sampling
 from shared.text.grammar import load_vocabulary
 from shared.text.tokenizer import end_token_ids, load_tokenizer
 
 log = structlog.get_logger("load")
 
-BUNDLED_FOLDER = Path(shared.__path__[0]).resolve().parent / "ops" / "demo_model" / "model"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FAST_BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """As /proc/cpuinfo spells what makes bfloat16 faster than float32 (x86 and ARM)."""
@@ -68,9 +65,8 @@ def load(config: WorkerConfig, progress: Progress) -> Loaded:
     """Raises WorkerError, CheckpointError or PoolTooSmall, each with a message for a person."""
     device = choose_device(config.device)
     torch.set_num_threads(config.threads or count_cores())
-    model = str(BUNDLED_FOLDER) if config.model == BUNDLED_MODEL else config.model
     drawn = config.load_format == "dummy"
-    checkpoint = open_checkpoint(model, revision=config.revision or None, progress=progress, weights=not drawn)
+    checkpoint = open_checkpoint(config.model, revision=config.revision or None, progress=progress, weights=not drawn)
     spec = translate(checkpoint.config).spec
     flags = cpu_flags() if device == "cpu" else frozenset[str]()
     if device == "cuda" and (refusal := refuse_expandable_segments(os.environ)):

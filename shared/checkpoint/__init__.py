@@ -3,6 +3,15 @@
 from shared.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_config
 from shared.checkpoint.errors import CheckpointError
 from shared.checkpoint.headers import TensorHeader
-from shared.checkpoint.source import Progress, locate
+from shared.checkpoint.source import BUNDLED_FOLDER, Progress, locate
 
-__all__ = ["Checkpoint", "CheckpointError", "Progress", "TensorHeader", "locate", "open_checkpoint", "read_config"]
+__all__ = [
+    "BUNDLED_FOLDER",
+    "Checkpoint",
+    "CheckpointError",
+    "Progress",
+    "TensorHeader",
+    "locate",
+    "open_checkpoint",
+    "read_config",
+]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shared.checkpoint.errors import CheckpointError
+from shared.config.services import BUNDLED_MODEL
 
 SMALL = [
     "config.json",
@@ -31,16 +32,21 @@ Progress = Callable[[int, int], None]
 """Called with (done, total), in bytes, from any thread."""
 
 
+BUNDLED_FOLDER = Path(__file__).resolve().parents[2] / "ops" / "demo_model" / "model"
+
+
 def locate(model: str, *, revision: str | None = None, progress: Progress | None = None, weights: bool = True) -> Path:
     """The folder of a checkpoint.
 
-    `model` is a folder or a hub id, of which the weights are left out unless they are wanted. HF_ENDPOINT, HF_HOME and
-    HF_HUB_OFFLINE act as huggingface_hub documents them; a complete snapshot in the cache is used when the hub cannot
-    be reached. Raises CheckpointError.
+    `model` is a folder, `bundled`, or a hub id, of which the weights are left out unless they are wanted. HF_ENDPOINT,
+    HF_HOME and HF_HUB_OFFLINE act as huggingface_hub documents them; a complete snapshot in the cache is used when the
+    hub cannot be reached. Raises CheckpointError.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
+    if model == BUNDLED_MODEL:
+        return BUNDLED_FOLDER
     if folder.exists():
         raise CheckpointError(f"{model} is a file: give the folder that holds config.json and the weights")
     if model.count("/") > 1 or model.startswith((".", "/", "~")):

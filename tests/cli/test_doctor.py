@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from services.cli import doctor
-from services.worker.load import BUNDLED_FOLDER, FAST_BFLOAT16_FLAGS
+from services.worker.load import FAST_BFLOAT16_FLAGS
+from shared.checkpoint import BUNDLED_FOLDER
 from tests.cli.test_flags import sluice
 
 
@@ -81,7 +82,7 @@ def test_a_checkpoint_is_described_from_its_config_alone(tmp_path: Path) -> None
 
 
 def test_what_is_said_of_a_checkpoint_to_people_names_everything() -> None:
-    said = sluice("doctor", "--model", str(BUNDLED_FOLDER), "--device", "cpu").stdout
+    said = sluice("doctor", "--model", "bundled", "--device", "cpu").stdout
     for word in (
         "parameters",
         "weights",

@@ -11,7 +11,7 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 
 from services.cli.client import Request
-from services.router.model import BUNDLED_FOLDER
+from shared.checkpoint import BUNDLED_FOLDER
 from shared.structured import Structured
 from shared.text.grammar import compile_grammar, load_vocabulary
 from shared.text.tokenizer import load_tokenizer

@@ -7,9 +7,9 @@ import msgspec
 import pytest
 import structlog
 
-from services.router.model import BUNDLED_FOLDER, UNSTATED_LENGTH, ModelError, load_model
+from services.router.model import UNSTATED_LENGTH, ModelError, load_model
 from services.router.parsing.families import THINKING, TOOL_CALLS
-from shared.checkpoint import CheckpointError, open_checkpoint
+from shared.checkpoint import BUNDLED_FOLDER, CheckpointError, open_checkpoint
 from shared.config import ConfigError, RouterConfig, load_config
 from tests.builders.tiny_text import write_tiny_model
 from tests.builders.tool_text import LLAMA3, MISTRAL, QWEN3, R1, write_tool_model

@@ -11,7 +11,6 @@ import torch
 from services.worker.app import serve
 from services.worker.environment import SPIN_COUNT, worker_environment
 from services.worker.load import (
-    BUNDLED_FOLDER,
     SECOND_COPY_SHARE,
     WorkerError,
     choose_device,
@@ -25,7 +24,7 @@ from services.worker.load import (
 from services.worker.memory.layout import BlockLayout
 from services.worker.memory.pool import PoolTooSmall
 from services.worker.warm import uses_graphs
-from shared.checkpoint import CheckpointError, open_checkpoint
+from shared.checkpoint import BUNDLED_FOLDER, CheckpointError, open_checkpoint
 from shared.config import WorkerConfig
 from shared.net.channel import open_internal_channel
 from shared.rpc.sluice.v1 import execution_pb2 as pb

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from services.worker.execute.graphs import CudaCapture
-from services.worker.load import BUNDLED_FOLDER
 from services.worker.memory.copies import CudaCopies
 from services.worker.models.decoder import load_decoder
-from shared.checkpoint import open_checkpoint
+from shared.checkpoint import BUNDLED_FOLDER, open_checkpoint
 from shared.sampling import Sampling
 from tests.builders.runners import answer_all, make_asked, make_runner
 
