@@ -212,8 +212,9 @@ class _Reply:
 
     @property
     def params(self) -> dict[str, str]:
-        """What this endpoint calls some of the fields."""
-        return CHAT_PARAMS if self._scope["path"].startswith("/v1/chat") else COMPLETION_PARAMS
+        """What this endpoint, and this request, calls some of the fields."""
+        known = CHAT_PARAMS if self._scope["path"].startswith("/v1/chat") else COMPLETION_PARAMS
+        return {**known, **(self.question.params if self.question else {})}
 
     async def write(self, chunk: bytes) -> None:
         """One more piece of a stream. Raises RefusedError where the client does not read."""

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from services.router.gate import PUBLIC, Key
-from services.router.http.errors import plainly
+from services.router.http.errors import plainly, renamed
 from services.router.http.schema import (
     UNSERVED,
     ChatRequest,
@@ -16,12 +16,13 @@ from services.router.http.schema import (
     TokenizeRequest,
     unserved,
 )
+from services.router.http.structure import structure_of
 from services.router.limits import MAX_MESSAGES, check_depth, check_request_id, invalid
 from services.router.model import ServedModel
 from services.router.request import ChatPrompt, GenerateOptions, Prompt, TextPrompt, TokenPrompt
 from services.router.resolve import Asked, resolve, token_prompt
 from shared.ids import new_request_id
-from shared.outcome import refuse
+from shared.outcome import RefusedError, refuse
 from shared.sampling import NO_LOGPROBS
 from shared.telemetry.context import Caller
 
@@ -53,6 +54,8 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     include_stop: bool = False
     token_ids: bool = False
     tokens_as_ids: bool = False
+    params: dict[str, str] = {}
+    """What the client calls some of the fields, by the names that refusals give them."""
 
     @property
     def n(self) -> int:
@@ -133,9 +136,8 @@ def to_tokenize(request: TokenizeRequest, model: ServedModel) -> TextPrompt | Ch
 
 def _check(request: Common, model: ServedModel) -> None:
     _check_served(request, model)
-    if request.response_format is not None and request.response_format.get("type") != "text":
-        message = f'response_format: {UNSERVED["structured_outputs"]}; only {{"type": "text"}} is'
-        raise refuse("unsupported", message, field="response_format")
+    if request.structured_outputs is not None:
+        _check_unserved(request.structured_outputs, "structured_outputs.")
     if request.stream_options is not None and not request.stream:
         raise invalid("stream_options", "needs stream to be true")
     if request.prompt_logprobs is not None and request.stream:
@@ -145,9 +147,13 @@ def _check(request: Common, model: ServedModel) -> None:
 def _check_served(request: Common | TokenizeRequest, model: ServedModel) -> None:
     if request.model:
         model.check_name(request.model)
+    _check_unserved(request)
+
+
+def _check_unserved(request: msgspec.Struct, within: str = "") -> None:
     name = unserved(request)
     if name:
-        raise refuse("unsupported", f"{name}: {UNSERVED[name]}", field=name)
+        raise refuse("unsupported", f"{within}{name}: {UNSERVED[name]}", field=within + name)
 
 
 def _asked(request: Common, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None) -> Asked:
@@ -200,7 +206,13 @@ def _question(
     check_request_id(ids[-1])
     stream = request.stream_options
     known: dict[str, Any] = {"name": request.model or "", "key": source.key, "caller": source.caller, "door": "http"}
-    options = tuple(resolve(asked, model, request_id=one, **known) for one in ids)  # each with a seed of its own
+    field, structure = structure_of(request)
+    params = {f"structured.{kind}": field for kind in structure}
+    asked = msgspec.structs.replace(asked, structured=structure)
+    try:
+        options = tuple(resolve(asked, model, request_id=one, **known) for one in ids)  # each with a seed of its own
+    except RefusedError as error:
+        raise RefusedError(renamed(error.refusal, params)) from None
     return Question(
         prompts=prompts,
         options=options,
@@ -213,6 +225,7 @@ def _question(
         include_stop=bool(request.include_stop_str_in_output),
         token_ids=bool(request.return_token_ids),
         tokens_as_ids=bool(request.return_tokens_as_token_ids),
+        params=params,
         **told,
     )
 
