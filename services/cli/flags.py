@@ -52,6 +52,7 @@ HELP = {
     "num_gpu_blocks_override": "The number of KV blocks, on any device; 0: sized from memory.",
     "otlp_traces_endpoint": "Where traces go by OTLP; empty: where OTEL_EXPORTER_OTLP_ENDPOINT says, or nowhere.",
     "port": "The port to listen on: HTTP of a router (and of `up`), gRPC of a scheduler or worker.",
+    "reasoning_parser": "How the model marks its reasoning; auto: as its chat template does, none: not told apart.",
     "revision": "Branch, tag or commit of a hub id.",
     "scheduler": "HOST:PORT of the scheduler.",
     "scheduler_port": "The scheduler's internal port; 0: a free one.",
@@ -66,6 +67,7 @@ HELP = {
     "threads": "Compute threads; 0: the physical cores.",
     "tokenizer": "A folder or hub id whose tokenizer to use instead of the model's.",
     "tokenizer_threads": "Threads that tokenize.",
+    "tool_call_parser": "How the model calls tools; auto: as its chat template asks it to, none: no tools.",
     "worker_port": "The first worker's internal port, the others follow; 0: free ones.",
     "workers": "Workers under the one scheduler, each with its own copy of the model.",
 }

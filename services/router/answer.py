@@ -72,7 +72,9 @@ class Answer:
         self._unread_bytes = 0
         self._samples = [
             _Sample(
-                texts.stream(prompt_ids, skip_special_tokens=options.skip_special_tokens),
+                texts.stream(
+                    prompt_ids, skip_special_tokens=options.skip_special_tokens, shown=options.shown_token_ids
+                ),
                 StopMatcher(stops) if stops else None,
             )
             for _ in range(options.n)

@@ -8,6 +8,8 @@ import structlog
 
 import shared
 from services.router.limits import RANGES, Limits
+from services.router.parsing.families import THINKING, TOOL_CALLS, ToolCalls, thinking_of, tool_calls_of
+from services.router.parsing.thinking import Thinking
 from shared.checkpoint import CheckpointError, locate, open_checkpoint, read_config
 from shared.config import RouterConfig
 from shared.config.services import BUNDLED_MODEL
@@ -51,6 +53,10 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     chat_template: ChatTemplate | None
     defaults: Defaults
     eos_token_ids: frozenset[int]
+    tool_calls: ToolCalls | None = None
+    """How it calls tools, where that is understood."""
+    thinking: Thinking | None = None
+    """How it marks its reasoning, where it does."""
 
     def check_name(self, name: str) -> None:
         """Refuses a name that is not served."""
@@ -75,6 +81,7 @@ def load_model(config: RouterConfig) -> ServedModel:
         raise ModelError(str(error)) from None
     settings, generation, fingerprint = _read(folder)
     text = settings.get("text_config", settings)
+    tool_calls, thinking = _parsers(config, template)
     return ServedModel(
         names=config.served_model_name or (_own_name(config.model),),
         vocab_size=_positive(text, "vocab_size", folder),
@@ -85,7 +92,22 @@ def load_model(config: RouterConfig) -> ServedModel:
         chat_template=template,
         defaults=_defaults(generation, folder),
         eos_token_ids=end_token_ids(generation, settings, tokenizer),
+        tool_calls=TOOL_CALLS.get(tool_calls),
+        thinking=THINKING.get(thinking),
     )
+
+
+def _parsers(config: RouterConfig, template: ChatTemplate | None) -> tuple[str, str]:
+    """The names of the families that the flags name, or the chat template speaks; "none" for neither."""
+    tool_calls, thinking = config.tool_call_parser, config.reasoning_parser
+    source = template.source if template is not None else ""
+    chosen = (
+        (tool_calls_of(source) or "none") if tool_calls == "auto" else tool_calls,
+        (thinking_of(source) or "none") if thinking == "auto" else thinking,
+    )
+    if template is not None:
+        log.info("parsers", tool_call_parser=chosen[0], reasoning_parser=chosen[1], asked=(tool_calls, thinking))
+    return chosen
 
 
 def _tokenizer_folder(config: RouterConfig, folder: Path) -> Path:

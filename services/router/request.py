@@ -57,6 +57,8 @@ class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
     include_timing: bool = False
     skip_special_tokens: bool = True
     """Whether special tokens have no text in the answer."""
+    shown_token_ids: frozenset[int] = frozenset()
+    """Special tokens that have text nonetheless: they mark parts of the answer."""
     key: Key = PUBLIC
     """Whose request it is."""
     door: str = "grpc"

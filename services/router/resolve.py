@@ -44,6 +44,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     deterministic: bool = False
     include_timing: bool = False
     skip_special_tokens: bool = True
+    shown_token_ids: frozenset[int] = frozenset()
 
 
 def token_prompt(token_ids: Sequence[int], model: ServedModel, max_model_len: int) -> TokenPrompt:
@@ -87,6 +88,7 @@ def resolve(
         deterministic=asked.deterministic,
         include_timing=asked.include_timing,
         skip_special_tokens=asked.skip_special_tokens,
+        shown_token_ids=asked.shown_token_ids,
         key=key,
         door=door,
         deadline_ns=deadline_ns,

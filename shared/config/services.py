@@ -28,6 +28,10 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tokenizer: str = ""
     served_model_name: tuple[str, ...] = ()
     chat_template: str = ""
+    tool_call_parser: Literal["auto", "none", "hermes", "llama3_json", "mistral", "pythonic"] = "auto"
+    """How the model calls tools; auto: as its chat template asks it to."""
+    reasoning_parser: Literal["auto", "none", "deepseek_r1", "qwen3", "mistral"] = "auto"
+    """How the model marks its reasoning; auto: as its chat template does."""
     max_num_queued_reqs: Positive = 512
     """Requests in flight at this router; one more is refused with RESOURCE_EXHAUSTED."""
     max_request_bytes: Positive = 8 * 2**20

@@ -5,6 +5,9 @@ INTERNAL_MESSAGE_BYTES = 16 * 2**20
 SPLIT_BYTES = 1 * 2**20
 """What a sender splits at, towards clients too: those have that default."""
 
+MAX_PENDING_CALLS = 100_000
+"""Calls that have arrived and that Python has not seen yet."""
+
 Options = list[tuple[str, int]]
 
 
@@ -12,6 +15,10 @@ def server_options(*, max_receive_bytes: int, reuse_port: bool = False) -> Optio
     """Options of any server of ours. Without `so_reuseport=0` a second server would share the port silently."""
     return [
         ("grpc.so_reuseport", int(reuse_port)),
+        # Python takes calls in one by one: of a crowd that arrives at once gRPC would cancel some beyond 1,000, with no
+        # reason given. Who is too many is for the router to say.
+        ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
         ("grpc.max_receive_message_length", max_receive_bytes),
         ("grpc.max_send_message_length", INTERNAL_MESSAGE_BYTES),
         ("grpc.keepalive_time_ms", 20_000),

@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import msgspec
 from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -166,9 +167,14 @@ class ChatTemplate:
         environment = _environment()
         try:
             self._templates = {name: environment.from_string(source) for name, source in sources.items()}
+            known = {name: jinja2.meta.find_undeclared_variables(environment.parse(sources[name])) for name in sources}
         except jinja2.exceptions.TemplateError as error:
             raise TokenizerError(f"the chat template is not valid: {error}") from None
         self._special_tokens = dict(special_tokens)
+        self.source = "\n".join(sources.values())
+        """The text of all of them."""
+        self.takes_tools = "tool_use" in sources or "tools" in known.get("default", ())
+        """Whether tools make a difference to what is rendered."""
 
     def render(
         self,

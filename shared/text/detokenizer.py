@@ -273,6 +273,7 @@ class TokenTexts:
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         specials = {token.content for token in added.values() if token.special}
         self._visible = [None if token in specials else token for token in self._tokens]
+        self._showing: dict[frozenset[int], list[str | None]] = {frozenset(): self._visible}
 
     def visible(self, token_id: int) -> str | None:
         """The token's string in the vocabulary; None for special and unknown ids, which have no text."""
@@ -288,13 +289,28 @@ class TokenTexts:
         byte = fallback_byte(token)
         return bytes([byte]) if byte is not None else token.replace("\u2581", " ").encode()
 
-    def stream(self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> "Detokenizer":
-        """A detokenizer for what follows `prompt_ids`. Special tokens have no text, or their names."""
-        strings = self._visible if skip_special_tokens else self._tokens
+    def stream(
+        self,
+        prompt_ids: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
+        shown: frozenset[int] = frozenset(),
+    ) -> "Detokenizer":
+        """A detokenizer for what follows `prompt_ids`. Special tokens have no text but for those `shown`, or all have
+        their names. For each set of `shown` a list of the vocabulary is kept: let there be few."""
+        strings = self._strings(shown) if skip_special_tokens else self._tokens
         detokenizer = Detokenizer(strings, [make() for make in self._stages])
         for token_id in self._context(prompt_ids):
             detokenizer.push(token_id)
         return detokenizer
+
+    def _strings(self, shown: frozenset[int]) -> Sequence[str | None]:
+        if shown not in self._showing:
+            self._showing[shown] = [
+                self._tokens[token_id] if token_id in shown else visible
+                for token_id, visible in enumerate(self._visible)
+            ]
+        return self._showing[shown]
 
     def _context(self, prompt_ids: Sequence[int]) -> list[int]:
         tail = prompt_ids[-CONTEXT_SCAN_TOKENS:]

@@ -1,13 +1,20 @@
 """The page at `/`, in a real browser: headless Chromium, driven by playwright. Skipped where one of them is missing."""
 
+import asyncio
 import functools
 import inspect
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from shared.rpc.sluice.v1 import scheduling_pb2
+from tests.builders.router import run
+from tests.builders.saying import saying
+from tests.builders.tool_text import QWEN3
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
 
@@ -156,3 +163,20 @@ def test_everything_is_reached_by_keyboard_in_order(page: Any) -> None:
         reached.append(page.evaluate("document.activeElement.id || document.activeElement.name"))
     assert reached[:5] == ["skip", "theme", "prompt", "send", "fresh"]
     assert reached[5:] == ["model", "kind", "system", "temperature", "max_tokens", "seed", "key"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+def test_reasoning_stands_above_the_answer(tmp_path: Path) -> None:
+    def scenario(page: Any) -> None:
+        answer = ask(page, "the fox")
+        assert answer.locator(".thoughts").text_content() == "Hm, 天気."
+        assert answer.locator(".text").text_content() == "Yes"
+
+    async def test() -> None:
+        async with saying(tmp_path, QWEN3) as one:
+            load = scheduling_pb2.LinkLoad(group="g", kv_blocks_total=9, kv_blocks_free=9)
+            one.scheduler.send(scheduling_pb2.SchedulerFrame(loads=scheduling_pb2.LinkLoads(groups=[load])))
+            one.says = "<think>\nHm, 天気.\n</think>\n\nYes"
+            await asyncio.to_thread(visit, str(one.client.base_url), scenario)
+
+    run(test())

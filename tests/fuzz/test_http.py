@@ -7,12 +7,15 @@ import random
 from tests.builders.fake_scheduler import FakeScheduler
 from tests.builders.http import asking
 from tests.builders.router import run, running_router
+from tests.builders.tool_text import QWEN3, TOOLS, VOCAB_SIZE, write_tool_model
 from tests.counts import count
 from tests.fuzz.test_door import IN_FLIGHT, mutated
 
 HELLO = [{"role": "user", "content": "the fox"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+CALL = {"id": "c", "type": "function", "function": {"name": "now", "arguments": '{"a": [1]}'}}
+CALLED = [*HELLO, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "tool_call_id": "c", "content": "x"}]
 COMMON = {
-    "model": "tiny",
+    "model": "m",
     "max_tokens": 4,
     "min_tokens": 1,
     "temperature": 0.5,
@@ -40,12 +43,14 @@ SEEDS = {
     "/v1/completions": {**COMMON, "prompt": "the fox", "echo": True, "suffix": None, "best_of": 2},
     "/v1/chat/completions": {
         **COMMON,
-        "messages": HELLO,
-        "max_completion_tokens": 4,
+        "messages": CALLED,
+        "max_completion_tokens": 64,
         "chat_template_kwargs": {"a": [1]},
         "documents": [{"text": "x"}],
-        "tools": [],
-        "tool_choice": "none",
+        "tools": TOOLS,
+        "tool_choice": "auto",
+        "parallel_tool_calls": False,
+        "include_reasoning": False,
     },
     "/tokenize": {"prompt": "the fox", "messages": HELLO, "add_special_tokens": True, "return_token_strs": True},
     "/detokenize": {"tokens": [5, 6, 7]},
@@ -55,8 +60,14 @@ for _ in range(60):
     DEEP = [DEEP]
 JUNK = [
     *(None, True, False, 0, -1, 1, 2**31, -(2**31), 2**63, 2**64, 10**40, 0.5, -0.5, 1e308, -1e308, 5e-324),
-    *("", "x", "none", "auto", "\x00", "\ud7ff", "é" * 300, "tiny", "text"),
+    *("", "x", "none", "auto", "\x00", "\ud7ff", "é" * 300, "m", "text"),
     *([], [[]], [None], [0], [-1], [399], [400], ["x"], [[5, 6], "x"], [{"role": "user"}], [{"role": "tool"}], DEEP),
+    *([{"type": "function", "function": {"name": "f", "parameters": DEEP}}], [{"type": "function"}], TOOLS * 200),
+    *(
+        [{"role": "assistant", "tool_calls": [junk]}]
+        for junk in (None, {}, {"function": {}}, {"function": {"name": "f"}})
+    ),
+    *({"type": "function", "function": {"name": name}} for name in ("now", "x", 5)),
     *({}, {"type": "text"}, {"type": "json_object"}, {"5": "x"}, {"-1": 1}, {"99999999999999999999": 1}, {"a": DEEP}),
 ]
 SERVED = {200, 400, 404, 413}
@@ -72,12 +83,13 @@ def body(rng: random.Random, path: str) -> bytes:
     return mutated(rng, data) if rng.random() < 0.3 else data
 
 
-def test_no_body_is_a_failure_of_ours(tiny_model):
+def test_no_body_is_a_failure_of_ours(tmp_path):
     async def test():
         rng = random.Random(6)
-        scheduler = FakeScheduler()
+        model = write_tool_model(tmp_path / "m", QWEN3)
+        scheduler = FakeScheduler(vocab_size=VOCAB_SIZE, max_model_len=2048)
         seen: dict[int, int] = {}
-        async with running_router(tiny_model, scheduler) as router, asking(router) as client:
+        async with running_router(model, scheduler) as router, asking(router) as client:
 
             async def some(number: int) -> None:
                 for _ in range(number):

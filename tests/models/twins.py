@@ -151,6 +151,7 @@ TWINS: dict[str, Twin] = {
     "gpt-neox-sequential": Twin("GPTNeoX", {"use_parallel_residual": False, "rotary_pct": 0.5}, spread=LIVELY),
     "gptj": Twin("GPTJ", {"rotary_dim": 12}, spread=LIVELY),
     "phi": Twin("Phi", {"partial_rotary_factor": 0.5}, spread=LIVELY),
+    "phi-relu-squared": Twin("Phi", {"hidden_act": "relu2"}, spread=LIVELY),
     "phi3": Twin("Phi3", {"sliding_window": 27}, spread=LIVELY),
     "phi3-longrope": Twin(
         "Phi3",
@@ -200,6 +201,7 @@ TWINS: dict[str, Twin] = {
     "cohere": Twin("Cohere", {"logit_scale": 0.3}),
     "cohere-qk-norm": Twin("Cohere", {"use_qk_norm": True, "logit_scale": 1.0}),
     "cohere2": Twin("Cohere2", {"sliding_window": 18, "sliding_window_pattern": 3, "logit_scale": 0.5}),
+    "cohere2-no-positions": Twin("Cohere2", {"layer_types": ["full_attention"] * 3, "logit_scale": 0.5}),
     "mixtral": Twin(
         "Mixtral", {"intermediate_size": 96, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": None}
     ),

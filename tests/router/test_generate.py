@@ -1,5 +1,7 @@
 """The router's ordinary path, through the real gRPC door, in front of a fake scheduler."""
 
+import asyncio
+
 import pytest
 
 from services.router import wire
@@ -401,3 +403,15 @@ def test_the_account_of_a_complete_answer_is_not_waited_for_for_ever(tiny_model,
             assert (finished.reason, finished.usage.completion_tokens) == (pb.FINISH_REASON_LENGTH, 8)
 
     run(test())
+
+
+def test_a_crowd_that_arrives_at_once_is_answered_whole(tiny_model):
+    """Beyond a thousand calls that Python has not taken in yet gRPC would cancel some, without a word."""
+
+    async def test():
+        async with running_router(tiny_model, FakeScheduler()) as router:
+            calls = [router.inference.ListModels(pb.ListModelsRequest()) for _ in range(4000)]
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert [answer for answer in answers if isinstance(answer, BaseException)] == []
+
+    run(test(), timeout_s=60)

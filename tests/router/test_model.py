@@ -1,14 +1,18 @@
 """What the edge reads of a checkpoint."""
 
 import json
+from typing import get_args
 
+import msgspec
 import pytest
 import structlog
 
 from services.router.model import BUNDLED_FOLDER, UNSTATED_LENGTH, ModelError, load_model
+from services.router.parsing.families import THINKING, TOOL_CALLS
 from shared.checkpoint import CheckpointError, open_checkpoint
-from shared.config import RouterConfig
+from shared.config import ConfigError, RouterConfig, load_config
 from tests.builders.tiny_text import write_tiny_model
+from tests.builders.tool_text import LLAMA3, MISTRAL, QWEN3, R1, write_tool_model
 
 
 def load(folder, **settings):
@@ -99,3 +103,38 @@ def test_the_longest_context_may_go_by_other_names_and_is_left_to_the_workers_wh
     folder = edit(write_tiny_model(tmp_path / "m"), "config.json", max_position_embeddings=None)
     assert load(folder).max_model_len == UNSTATED_LENGTH
     assert load(edit(folder, "config.json", **{key: length})).max_model_len == length
+
+
+@pytest.mark.parametrize(
+    ("template", "tool_calls", "thinking"),
+    [
+        (QWEN3, "hermes", "qwen3"),
+        (LLAMA3, "llama3_json", ""),
+        (MISTRAL, "mistral", ""),
+        (R1, "", "deepseek_r1"),
+        ("{{ tools }}<tool_call><function=f>", "", ""),
+        ("{{ messages }}", "", ""),
+        ("{% if thinking %}<think>{% else %}</think>{% endif %}", "", "qwen3"),
+        ("[TOOL_CALLS][THINK]", "mistral", "mistral"),
+        ("Use exact format: [func_name1(param1=value1), func_name2(...)]", "pythonic", ""),
+    ],
+)
+def test_the_parsers_are_those_that_the_chat_template_speaks_or_the_flags_name(
+    tmp_path, template, tool_calls, thinking
+):
+    folder = write_tool_model(tmp_path / "m", template)
+    with structlog.testing.capture_logs() as logs:
+        model = load(folder)
+    assert (model.tool_calls, model.thinking) == (TOOL_CALLS.get(tool_calls), THINKING.get(thinking))
+    [told] = [line for line in logs if line["event"] == "parsers"]
+    assert (told["tool_call_parser"], told["reasoning_parser"]) == (tool_calls or "none", thinking or "none")
+    named = load(folder, tool_call_parser="mistral", reasoning_parser="none")
+    assert (named.tool_calls, named.thinking) == (TOOL_CALLS["mistral"], None)
+
+
+def test_every_parser_can_be_named_by_its_flag():
+    fields = {field.name: field.type for field in msgspec.structs.fields(RouterConfig)}
+    assert set(get_args(fields["tool_call_parser"])) == {"auto", "none", *TOOL_CALLS}
+    assert set(get_args(fields["reasoning_parser"])) == {"auto", "none", *THINKING}
+    with pytest.raises(ConfigError, match=r"--tool-call-parser: .*kimi"):
+        load_config(RouterConfig, section="router", file="", environ={}, flags={"tool_call_parser": "kimi"})

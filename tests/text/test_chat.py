@@ -223,3 +223,16 @@ def test_client_s_variables_cannot_replace_the_conversation():
 
 def test_json_of_a_tool_keeps_its_order_and_letters():
     assert rendered("{{ tools[0] | tojson }}", tools=TOOLS) == json.dumps(TOOLS[0], ensure_ascii=False)
+
+
+@pytest.mark.parametrize(
+    ("sources", "takes"),
+    [
+        ({"default": "{% if tools %}{{ tools | tojson }}{% endif %}"}, True),
+        ({"default": "{% if x is defined %}{% set tools = x %}{% endif %}{{ tools or '' }}"}, True),
+        ({"default": "{{ messages[0].content }} tools"}, False),
+        ({"default": "{{ messages }}", "tool_use": "{{ tools }}"}, True),
+    ],
+)
+def test_a_template_takes_tools_if_it_asks_for_them(sources, takes):
+    assert ChatTemplate(sources, {}).takes_tools is takes

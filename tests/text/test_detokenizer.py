@@ -189,3 +189,12 @@ def test_strip_after_fuse_works_on_the_whole_text():
     for text in ["   two  spaces   ", "none", "a b "]:  # tokenizers panics on a text shorter than the strip
         token_ids = backend.encode(text, add_special_tokens=False).ids
         assert "".join(streamed(texts, token_ids)) == backend.decode(token_ids)
+
+
+def test_special_tokens_that_are_shown_have_their_names_and_others_no_text():
+    backend = KINDS["llama2"]()
+    texts = TokenTexts(backend)
+    begin, end, word = backend.token_to_id("<s>"), backend.token_to_id("</s>"), backend.encode("dog").ids[-1]
+    stream = texts.stream(shown=frozenset({end}))
+    assert "".join(map(stream.push, (begin, word, end, begin))).endswith(f"{texts.visible(word)}</s>".lstrip("\u2581"))
+    assert texts.stream().push(end) == ""

@@ -1,6 +1,6 @@
 """From a JSON body to what a Session takes: prompts and options, resolved and within limits, or refused by name."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -16,9 +16,11 @@ from services.router.http.schema import (
     TokenizeRequest,
     unserved,
 )
-from services.router.http.structure import structure_of
+from services.router.http.structure import Structure, structure_of
+from services.router.http.tools import Tool, check_tools, past_calls, tools_offered
 from services.router.limits import MAX_MESSAGES, check_depth, check_request_id, invalid
 from services.router.model import ServedModel
+from services.router.parsing.parser import Parsing
 from services.router.request import ChatPrompt, GenerateOptions, Prompt, TextPrompt, TokenPrompt
 from services.router.resolve import Asked, resolve, token_prompt
 from shared.ids import new_request_id
@@ -56,6 +58,9 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     tokens_as_ids: bool = False
     params: dict[str, str] = {}
     """What the client calls some of the fields, by the names that refusals give them."""
+    parsing: Parsing | None = None
+    """How the answers are taken apart; None: all of their text is content."""
+    include_reasoning: bool = True
 
     @property
     def n(self) -> int:
@@ -100,6 +105,7 @@ def completion(request: CompletionRequest, model: ServedModel, max_model_len: in
         model,
         prompts,
         asked,
+        structure_of(request),
         source,
         chat=False,
         logprobs=NO_LOGPROBS if request.logprobs is None else request.logprobs,
@@ -111,24 +117,60 @@ def completion(request: CompletionRequest, model: ServedModel, max_model_len: in
 def chat(request: ChatRequest, model: ServedModel, source: Source) -> Question:
     """Raises RefusedError."""
     _check(request, model)
-    if request.tool_choice not in (None, "none", "auto"):
-        raise refuse("unsupported", f"tool_choice: {UNSERVED['tools']}", field="tool_choice")
     if request.top_logprobs and not request.logprobs:
         raise invalid("top_logprobs", "needs logprobs to be true")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     asked = _asked(request, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=request.prompt_logprobs)
-    prompt = _chat_prompt(request, model, documents=request.documents, reasoning_effort=request.reasoning_effort)
+    tools = tools_offered(request.tools, request.tool_choice, model)
+    structure = structure_of(request)
+    parsing = _parsing(request, model, tools, structure)
+    asked = msgspec.structs.replace(asked, shown_token_ids=_marks(parsing, model))
+    known = {"documents": request.documents, "reasoning_effort": request.reasoning_effort}
     return _question(
-        request, model, (prompt,), asked, source, chat=True, logprobs=NO_LOGPROBS if logprobs is None else logprobs
+        request,
+        model,
+        (_chat_prompt(request, model, tools, **known),),
+        asked,
+        structure,
+        source,
+        chat=True,
+        logprobs=NO_LOGPROBS if logprobs is None else logprobs,
+        parsing=parsing,
+        include_reasoning=request.include_reasoning is not False,
     )
+
+
+def _parsing(request: ChatRequest, model: ServedModel, tools: Sequence[Tool], structure: Structure) -> Parsing | None:
+    """A message that is continued has its reasoning behind it. A structure is that of the whole answer, which has
+    neither reasoning nor calls. Raises RefusedError."""
+    if structure.field and tools:
+        message = f'{structure.field}: an answer with a structure calls no tools; leave out one, or tool_choice "none"'
+        raise refuse("unsupported", message, field=structure.field)
+    if structure.field:
+        return None
+    thinking = None if request.continue_final_message else model.thinking
+    tool_calls = model.tool_calls if tools else None
+    if thinking is None and tool_calls is None:
+        return None
+    names = frozenset(tool["function"]["name"] for tool in tools)
+    parallel = request.parallel_tool_calls is not False
+    return Parsing(thinking=thinking, tool_calls=tool_calls, names=names, parallel=parallel)
+
+
+def _marks(parsing: Parsing | None, model: ServedModel) -> frozenset[int]:
+    """The special tokens among the marks that a parser must see."""
+    if parsing is None:
+        return frozenset()
+    token_ids = {model.tokenizer.token_id(mark) for mark in parsing.marks}
+    return model.tokenizer.texts.special_ids & token_ids
 
 
 def to_tokenize(request: TokenizeRequest, model: ServedModel) -> TextPrompt | ChatPrompt:
     """Raises RefusedError."""
     _check_served(request, model)
     if request.messages is not None:
-        return _chat_prompt(request, model)
+        return _chat_prompt(request, model, check_tools(request.tools, model))
     if request.prompt is None:
         raise invalid("prompt", "one of prompt and messages is needed")
     return TextPrompt(request.prompt, request.add_special_tokens is not False)
@@ -196,7 +238,13 @@ def _logit_bias(given: Mapping[str, float]) -> dict[int, float]:
 
 
 def _question(
-    request: Common, model: ServedModel, prompts: tuple[Prompt, ...], asked: Asked, source: Source, **told: Any
+    request: Common,
+    model: ServedModel,
+    prompts: tuple[Prompt, ...],
+    asked: Asked,
+    structure: Structure,
+    source: Source,
+    **told: Any,
 ) -> Question:
     """`told` are fields of the Question that only one kind of request has."""
     if len(prompts) > 1 and asked.include_timing:
@@ -206,13 +254,11 @@ def _question(
     check_request_id(ids[-1])
     stream = request.stream_options
     known: dict[str, Any] = {"name": request.model or "", "key": source.key, "caller": source.caller, "door": "http"}
-    field, structure = structure_of(request)
-    params = {f"structured.{kind}": field for kind in structure}
-    asked = msgspec.structs.replace(asked, structured=structure)
+    asked = msgspec.structs.replace(asked, structured=structure.given)
     try:
         options = tuple(resolve(asked, model, request_id=one, **known) for one in ids)  # each with a seed of its own
     except RefusedError as error:
-        raise RefusedError(renamed(error.refusal, params)) from None
+        raise RefusedError(renamed(error.refusal, structure.params)) from None
     return Question(
         prompts=prompts,
         options=options,
@@ -225,7 +271,7 @@ def _question(
         include_stop=bool(request.include_stop_str_in_output),
         token_ids=bool(request.return_token_ids),
         tokens_as_ids=bool(request.return_tokens_as_token_ids),
-        params=params,
+        params=structure.params,
         **told,
     )
 
@@ -265,7 +311,9 @@ def _convert(field: str, value: Any, kind: type[T]) -> T:
         raise invalid(field, f"{at} {what}".strip()) from None
 
 
-def _chat_prompt(request: ChatRequest | TokenizeRequest, model: ServedModel, **known: Any) -> ChatPrompt:
+def _chat_prompt(
+    request: ChatRequest | TokenizeRequest, model: ServedModel, tools: Sequence[Tool], **known: Any
+) -> ChatPrompt:
     """`known` goes to the template beside what the client names for it."""
     if model.chat_template is None:
         raise invalid("chat", "this model has no chat template; use /v1/completions, or start with --chat-template")
@@ -282,6 +330,7 @@ def _chat_prompt(request: ChatRequest | TokenizeRequest, model: ServedModel, **k
         kwargs["add_generation_prompt"] = request.add_generation_prompt
     return ChatPrompt(
         tuple(_message(f"messages[{at}]", one) for at, one in enumerate(messages)),
+        tools=tuple(tools) or None,
         template_kwargs=kwargs,
         continue_final_message=bool(request.continue_final_message),
     )
@@ -296,7 +345,12 @@ def _message(field: str, given: Mapping[str, Any]) -> dict[str, Any]:
     if content is not None and not isinstance(content, str):
         content = _joined(f"{field}.content", content)
     passed = {name: given[name] for name in PASSED if given.get(name) is not None}
+    if "reasoning" in passed:  # what newer clients call it; templates know the older name
+        passed.setdefault("reasoning_content", passed["reasoning"])
     check_depth(field, passed)
+    if "tool_calls" in passed:
+        passed["tool_calls"] = past_calls(f"{field}.tool_calls", passed["tool_calls"])
+        check_depth(f"{field}.tool_calls", passed["tool_calls"])
     return {"role": role, "content": content or "", **passed}
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import msgspec
 
+from services.router.http.messages import Message
 from services.router.http.requests import Question
+from services.router.parsing.parser import Parser
 from services.router.request import Accepted, Delta, Finished, TextPrompt, Timing, TokenLogprob, Usage
 from shared.clock import NS_PER_MS
 from shared.outcome import FinishReason
@@ -19,6 +21,8 @@ from shared.text.tokenizer import Tokenizer
 LOWEST_LOGPROB = -9999.0
 """JSON has no infinity."""
 DONE = b"data: [DONE]\n\n"
+TAIL_TOKENS = 32
+"""Of a prompt, that may open or close the model's reasoning."""
 REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 """How an answer may end. Any other end is an error, told as such."""
 
@@ -42,6 +46,9 @@ class _Choice:
     text_offset: int = 0
     """Where the next token begins, in characters."""
     begun: bool = False
+    parser: Parser | None = None
+    """Of a chat whose answers are taken apart, once the prompt is known."""
+    message: Message = field(default_factory=Message)
 
 
 @dataclass(slots=True)
@@ -70,9 +77,9 @@ class Telling:
         self._closing = b'],"usage":null}\n\n' if question.include_usage else b"]}\n\n"
         self._plain_end = b',"logprobs":null,"finish_reason":null}' + self._closing
         self._starts = [self._opening + self._start(index) for index in range(len(self._choices))]
-        self._is_plain = not (
-            question.logprobs >= 0 or question.token_ids or question.continuous_usage or question.echo_only
-        )
+        self._is_told = question.logprobs >= 0 or question.token_ids or question.continuous_usage
+        """Whether there is more to tell of a piece than its text."""
+        self._is_plain = not (self._is_told or question.echo_only or question.parsing)
 
     # A stream.
 
@@ -86,9 +93,12 @@ class Telling:
                 return self._begin(at, index, choice) + self._plain(index, event.text) if event.text else b""
             if self._question.echo_only:
                 return b""
-            return self._begin(at, index, choice) + self._full(at, index, choice, event)
+            piece = self._piece(choice, event.text)
+            if not (self._is_told or _says(piece)):
+                return b""
+            return self._begin(at, index, choice) + self._full(at, index, choice, piece, event)
         if isinstance(event, Accepted):
-            self._asked[at].accepted = event
+            self._accept(at, event)
             return b""
         return self._end(at, event)
 
@@ -102,8 +112,8 @@ class Telling:
     def _plain(self, index: int, text: str) -> bytes:
         return self._starts[index] + _encode(text) + self._text_end + self._plain_end
 
-    def _full(self, at: int, index: int, choice: _Choice, event: Delta) -> bytes:
-        told: dict[str, Any] = {"index": index, **self._piece(event.text), "logprobs": None, "finish_reason": None}
+    def _full(self, at: int, index: int, choice: _Choice, piece: dict[str, Any], event: Delta) -> bytes:
+        told: dict[str, Any] = {"index": index, **piece, "logprobs": None, "finish_reason": None}
         if self._question.logprobs >= 0:
             told["logprobs"] = self._logprobs(event.logprobs, choice)
         if self._question.token_ids:
@@ -137,7 +147,8 @@ class Telling:
             return b""
         begin = self._begin(at, index, choice)
         stop = event.stop if event.stop and self._question.include_stop else ""
-        told = {"index": index, **self._last_piece(stop), "logprobs": None, **self._finish(event)}
+        last = self._last_piece(choice, stop)
+        told = {"index": index, **last, "logprobs": None, **self._finish(choice, event)}
         more = {} if self._question.include_usage else self._extras()
         return begin + self._chunk(at, choice, told, **more)
 
@@ -146,18 +157,16 @@ class Telling:
     def take(self, at: int, event: Accepted | Delta | Finished) -> None:
         """Keeps what an event of the at-th prompt says."""
         if isinstance(event, Accepted):
-            self._asked[at].accepted = event
-            return
+            return self._accept(at, event)
         choice = self._choices[at * self._question.n + event.index]
         if isinstance(event, Finished):
             self._account(at, event)
-            choice.finish = self._finish(event)
-            if event.stop and self._question.include_stop:
-                choice.texts.append(event.stop)
+            self._keep(choice, event.stop if event.stop and self._question.include_stop else "", last=True)
+            choice.finish = self._finish(choice, event)
             return
         choice.num_tokens += len(event.token_ids)
         if not self._question.echo_only:
-            choice.texts.append(event.text)
+            self._keep(choice, event.text)
             choice.token_ids += event.token_ids
             choice.logprobs += event.logprobs
 
@@ -175,13 +184,16 @@ class Telling:
 
     # Both.
 
+    def _accept(self, at: int, event: Accepted) -> None:
+        self._asked[at].accepted = event
+
     def _account(self, at: int, event: Finished) -> None:
         if event.usage is not None:
             self._asked[at].usage = event.usage
         if event.timing is not None:
             self._timing = event.timing
 
-    def _finish(self, event: Finished) -> dict[str, Any]:
+    def _finish(self, choice: _Choice, event: Finished) -> dict[str, Any]:
         reason = "length" if self._question.echo_only else REASONS.get(event.reason)
         return {"finish_reason": reason, "stop_reason": event.stop if event.stop is not None else event.stop_token_id}
 
@@ -233,13 +245,17 @@ class Telling:
         """A plain piece up to its text."""
         raise NotImplementedError
 
-    def _piece(self, text: str) -> dict[str, Any]:
+    def _piece(self, choice: _Choice, text: str) -> dict[str, Any]:
         """The part of a chunk that has the text."""
         raise NotImplementedError
 
-    def _last_piece(self, text: str) -> dict[str, Any]:
+    def _last_piece(self, choice: _Choice, text: str) -> dict[str, Any]:
         """The same, of the chunk that ends an answer."""
-        return self._piece(text)
+        return self._piece(choice, text)
+
+    def _keep(self, choice: _Choice, text: str, *, last: bool = False) -> None:
+        """More of the text of a whole body's answer."""
+        choice.texts.append(text)
 
     def _first(self, at: int, choice: _Choice) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a chunk before the first piece has in its choice, if there is one, and beside it."""
@@ -262,7 +278,7 @@ class CompletionTelling(Telling):
     def _start(self, index: int) -> bytes:
         return b'{"index":%d,"text":' % index
 
-    def _piece(self, text: str) -> dict[str, Any]:
+    def _piece(self, choice: _Choice, text: str) -> dict[str, Any]:
         return {"text": text}
 
     def _first(self, at: int, choice: _Choice) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -331,18 +347,50 @@ class ChatTelling(Telling):
     def _start(self, index: int) -> bytes:
         return b'{"index":%d,"delta":{"content":' % index
 
-    def _piece(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text}}
+    def _accept(self, at: int, event: Accepted) -> None:
+        """The end of the prompt says whether an answer begins with reasoning."""
+        super()._accept(at, event)
+        if self._question.parsing is None:
+            return
+        tail = self._tokenizer.decode(event.prompt_ids[-TAIL_TOKENS:], skip_special_tokens=False)
+        for choice in self._choices:
+            choice.parser = Parser(self._question.parsing, tail)
 
-    def _last_piece(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text} if text else {}}
+    def _piece(self, choice: _Choice, text: str) -> dict[str, Any]:
+        if choice.parser is None:
+            return {"delta": {"content": text}}
+        return {"delta": self._parsed(Message(), choice.parser, text).delta()}
+
+    def _last_piece(self, choice: _Choice, text: str) -> dict[str, Any]:
+        if choice.parser is None:
+            return {"delta": {"content": text} if text else {}}
+        return {"delta": self._parsed(Message(), choice.parser, text, last=True).delta()}
+
+    def _keep(self, choice: _Choice, text: str, *, last: bool = False) -> None:
+        if choice.parser is None:
+            return super()._keep(choice, text)
+        self._parsed(choice.message, choice.parser, text, last=last)
+
+    def _parsed(self, message: Message, parser: Parser, text: str, *, last: bool = False) -> Message:
+        """The message, with what the next piece of text adds to it."""
+        parts = parser.push(text)
+        if last:
+            parts += parser.finish()
+        return message.add(parts, reasoning=self._question.include_reasoning)
+
+    def _finish(self, choice: _Choice, event: Finished) -> dict[str, Any]:
+        told = super()._finish(choice, event)
+        if event.reason is FinishReason.STOP and choice.parser is not None and choice.parser.num_calls:
+            told["finish_reason"] = "tool_calls"
+        return told
 
     def _first(self, at: int, choice: _Choice) -> tuple[dict[str, Any], dict[str, Any]]:
         more = {"prompt_token_ids": self._prompt_ids(at)} if self._question.token_ids else {}
         return {"delta": {"role": "assistant", "content": ""}}, more
 
     def _whole(self, at: int, choice: _Choice) -> dict[str, Any]:
-        message = {"role": "assistant", "content": "".join(choice.texts), "refusal": None}
+        said = {"content": "".join(choice.texts)} if choice.parser is None else choice.message.whole()
+        message = {"role": "assistant", "refusal": None, **said}
         logprobs = self._logprobs(choice.logprobs, choice) if self._question.logprobs >= 0 else None
         return {"message": message, "logprobs": logprobs}
 
@@ -384,6 +432,11 @@ def _ms(value_ns: Any) -> Any:
     if isinstance(value_ns, Mapping):
         return {reason: _ms(waited_ns) for reason, waited_ns in value_ns.items()}
     return round(value_ns / NS_PER_MS, 3)
+
+
+def _says(piece: Mapping[str, Any]) -> bool:
+    """Whether a piece of a chunk has anything in it."""
+    return any(piece.values())
 
 
 def _usage_of(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:

@@ -126,9 +126,12 @@ class ChatRequest(Common, frozen=True, kw_only=True):
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
     """For the template; without meaning to the models that do not know it."""
+    include_reasoning: bool | None = None
+    """Whether the answer tells the model's reasoning, where it is told apart: true."""
+    tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
 
-    tools: Any = UNSET
     functions: Any = UNSET
     function_call: Any = UNSET
     chat_template: Any = UNSET
@@ -147,7 +150,7 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: Any = UNSET
+    tools: list[dict[str, Any]] | None = None
     chat_template: Any = UNSET
 
 
@@ -162,9 +165,8 @@ UNSERVED: dict[str, str] = {
     "structural_tag": "is not served; use json, regex, choice or grammar",
     "whitespace_pattern": "is not served; JSON is written with at most one space, behind a comma or a colon",
     "disable_additional_properties": 'is not served; say "additionalProperties": false in the schema',
-    "tools": "tool calls are not served by this version",
-    "functions": "tool calls are not served by this version",
-    "function_call": "tool calls are not served by this version",
+    "functions": "was replaced by tools",
+    "function_call": "was replaced by tool_choice",
     "use_beam_search": "beam search is not served",
     "allowed_token_ids": "is not served; use logit_bias",
     "bad_words": "is not served; use logit_bias",

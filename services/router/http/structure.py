@@ -4,22 +4,39 @@
 import json
 from typing import Any
 
+import msgspec
+
 from services.router.http.schema import Common, ResponseFormat
 from services.router.limits import check_depth, invalid
 from shared.outcome import refuse
 
 
-def structure_of(request: Common) -> tuple[str, dict[str, Any]]:
-    """The field that asks for a structure, and what it asks for as structured.structured_of takes it; empty where there
-    is none. Raises RefusedError."""
+class Structure(msgspec.Struct, frozen=True):
+    """The field that asks for a structure, and what it asks for as structured.structured_of takes it; empty where none
+    does."""
+
+    field: str = ""
+    given: dict[str, Any] = {}
+
+    @property
+    def params(self) -> dict[str, str]:
+        """The client's name for what refusals name."""
+        return {f"structured.{kind}": self.field for kind in self.given}
+
+
+NOTHING = Structure()
+
+
+def structure_of(request: Common) -> Structure:
+    """Raises RefusedError."""
     found = _asked_for(request)
     if len(found) > 1:
         names = [field for field, _, _ in found]
         raise invalid(names[-1], f"{' and '.join(names)} exclude each other; send one of them")
     if not found:
-        return "", {}
+        return NOTHING
     [(field, kind, value)] = found
-    return field, {kind: _json_text(field, value) if kind == "json_schema" else value}
+    return Structure(field, {kind: _json_text(field, value) if kind == "json_schema" else value})
 
 
 def _asked_for(request: Common) -> list[tuple[str, str, Any]]:

@@ -76,8 +76,8 @@ Rope: TypeAlias = DefaultRope | LinearRope | DynamicRope | YarnRope | LongRope |
 
 
 class Rotary(msgspec.Struct, frozen=True, tag="rotary"):
-    """Rope on the first `dim` elements of each head, a scaling per layer (None: that layer has no rope). Pairs are
-    halves apart, or side by side where `interleaved` (GPT-J)."""
+    """Rope on the first `dim` elements of each head, a scaling per layer (None: in that layer only the causal mask
+    tells positions apart). Pairs are halves apart, or side by side where `interleaved` (GPT-J)."""
 
     ropes: tuple[Rope | None, ...]
     dim: int
@@ -102,10 +102,6 @@ class Sinusoidal(msgspec.Struct, frozen=True, tag="sinusoidal"):
     sines, then the cosines, as tensor2tensor lays them."""
 
     offset: int = 0
-
-
-class NoPositions(msgspec.Struct, frozen=True, tag="none"):
-    """Only the causal mask tells positions apart."""
 
 
 Turns: TypeAlias = dict[Rope | None, tuple[Tensor, Tensor] | tuple[None, None]]
@@ -162,7 +158,7 @@ class Places:
 
     def __init__(
         self,
-        positions: "Rotary | Alibi | Learned | Sinusoidal | NoPositions",
+        positions: "Rotary | Alibi | Learned | Sinusoidal",
         hidden_size: int,
         dtype: torch.dtype,
         device: torch.device | str,

@@ -6,9 +6,9 @@ import msgspec
 
 from kernels.ops.activation import Activation
 from services.worker.layers.attention import HeadShape
-from services.worker.layers.positions import Alibi, Learned, LongRope, NoPositions, Rotary, Sinusoidal
+from services.worker.layers.positions import Alibi, Learned, LongRope, Rotary, Sinusoidal
 
-Positions: TypeAlias = Rotary | Alibi | Learned | Sinusoidal | NoPositions
+Positions: TypeAlias = Rotary | Alibi | Learned | Sinusoidal
 
 
 class RmsNormSpec(msgspec.Struct, frozen=True, tag="rms"):

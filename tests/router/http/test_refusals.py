@@ -69,7 +69,7 @@ WRONG = [
         "unsupported",
     ),
     (CHATS, {"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools", "unsupported"),
-    (CHATS, {"tool_choice": "required"}, 400, "tool_choice", "unsupported"),
+    (CHATS, {"tool_choice": "required"}, 400, "tool_choice", "invalid_argument"),
     (CHATS, {"functions": [{"name": "f"}]}, 400, "functions", "unsupported"),
     (CHATS, {"chat_template": "{{ 1 }}"}, 400, "chat_template", "unsupported"),
     (CHATS, {"top_logprobs": 3}, 400, "top_logprobs", "invalid_argument"),

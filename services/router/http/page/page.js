@@ -73,7 +73,7 @@ async function answer(text) {
   addTurn("You", text);
   messages.push({ role: "user", content: text });
   const turn = addTurn(settings.model.value || "Answer", "");
-  const place = turn.querySelector(".text");
+  const place = turn.querySelector(".text"), thoughts = turn.querySelector(".thoughts");
   turn.classList.add("is-answer", "is-open");
   running = new AbortController();
   showRunning();
@@ -86,6 +86,7 @@ async function answer(text) {
       usage = event.usage ?? usage;
       timing = event.timing ?? timing;
       for (const choice of event.choices ?? []) {
+        thoughts.append(choice.delta?.reasoning_content ?? "");
         place.append(choice.delta?.content ?? choice.text ?? "");
         reason = choice.finish_reason ?? reason;
       }

@@ -1,0 +1,132 @@
+"""Tools that a chat may call, and the calls in its messages: checked, and made what templates and parsers take."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from services.router.limits import MAX_TOOLS, check_depth, invalid
+from services.router.model import ServedModel
+from services.router.parsing.speaker import TOOL_NAME
+from shared.outcome import refuse
+
+Tool = Mapping[str, Any]
+
+
+class Arguments(dict[str, Any]):
+    """The arguments of a call in a message. Some templates ask for their entries, some write them out: to those they
+    are the JSON text that the client sent."""
+
+    def __init__(self, text: str, entries: Mapping[str, Any]) -> None:
+        super().__init__(entries)
+        self._text = text
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __add__(self, other: str) -> str:
+        return self._text + other
+
+    def __radd__(self, other: str) -> str:
+        return other + self._text
+
+
+def tools_offered(tools: Sequence[Tool] | None, choice: Any, model: ServedModel) -> tuple[Tool, ...]:
+    """The tools that the model is to know and may call: none of them where `tool_choice` is "none". Raises
+    RefusedError."""
+    tools = check_tools(tools, model)
+    names = {tool["function"]["name"] for tool in tools}
+    if _choice(choice, names) == "none" or not tools:
+        return ()
+    if model.tool_calls is None:
+        message = "tools: how this model calls tools is not known; start with --tool-call-parser"
+        raise refuse("unsupported", message, field="tools")
+    return tuple(tools)
+
+
+def check_tools(tools: Sequence[Tool] | None, model: ServedModel) -> Sequence[Tool]:
+    """Raises RefusedError where they are not well formed, or the chat template has no place for them."""
+    if not tools:
+        return ()
+    if len(tools) > MAX_TOOLS:
+        raise invalid("tools", f"{len(tools)} tools; {MAX_TOOLS} are allowed")
+    names: set[str] = set()
+    for at, tool in enumerate(tools):
+        name = _checked(f"tools[{at}]", tool)
+        if name in names:
+            raise invalid(f"tools[{at}].function.name", f"{name!r} is the name of an earlier tool; rename one")
+        names.add(name)
+    check_depth("tools", tools)
+    if model.chat_template is None or not model.chat_template.takes_tools:
+        message = "tools: the chat template of this model has no place for tools; start with --chat-template"
+        raise refuse("unsupported", message, field="tools")
+    return tools
+
+
+def _checked(field: str, tool: Tool) -> str:
+    """The name of a tool that is well formed."""
+    if tool.get("type") != "function":
+        raise invalid(f"{field}.type", 'is "function"')
+    function = tool.get("function")
+    if not isinstance(function, dict):
+        raise invalid(f"{field}.function", "is an object with a name")
+    for key, kind, what in (("description", str, "a string"), ("parameters", dict, "a JSON schema, an object")):
+        if not isinstance(function.get(key), kind | None):
+            raise invalid(f"{field}.function.{key}", f"is {what}")
+    return _named(f"{field}.function.name", function.get("name"))
+
+
+def _named(field: str, name: Any) -> str:
+    if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
+        raise invalid(field, "is 1 to 128 letters, digits and _ . : / -")
+    return name
+
+
+def _choice(given: Any, names: set[str]) -> str:
+    """Either "auto" or "none"."""
+    if given is None or given in ("auto", "none"):
+        return given or "auto"
+    if not names:
+        raise invalid("tool_choice", "needs tools")
+    if isinstance(given, dict):
+        function = given.get("function")
+        if given.get("type") != "function" or not isinstance(function, dict):
+            raise invalid("tool_choice", 'is {"type": "function", "function": {"name": …}}')
+        name = _named("tool_choice.function.name", function.get("name"))
+        if name not in names:
+            raise invalid("tool_choice.function.name", f"{name!r} is none of the tools")
+    elif given != "required":
+        raise invalid("tool_choice", 'is "auto", "none", "required" or names a function')
+    raise refuse("unsupported", 'tool_choice: only "auto" and "none" are served by this version', field="tool_choice")
+
+
+def past_calls(field: str, given: Any) -> list[dict[str, Any]]:
+    """The calls in an assistant's message, as templates take them. Raises RefusedError."""
+    if not isinstance(given, list):
+        raise invalid(field, "is a list of calls")
+    return [_past_call(f"{field}[{at}]", call) for at, call in enumerate(given)]
+
+
+def _past_call(field: str, given: Any) -> dict[str, Any]:
+    function = given.get("function") if isinstance(given, dict) else None
+    if not isinstance(function, dict):
+        raise invalid(f"{field}.function", "is an object with a name and arguments")
+    name = function.get("name")
+    if not isinstance(name, str) or not name:
+        raise invalid(f"{field}.function.name", "is needed, and is a string")
+    arguments = _arguments(f"{field}.function.arguments", function.get("arguments"))
+    return {"type": "function", **given, "function": {**function, "arguments": arguments}}
+
+
+def _arguments(field: str, given: Any) -> Any:
+    """An object, where they are one: a model's own may be cut off or wrong, and are passed on as they are."""
+    if given is None or isinstance(given, dict):
+        return given or {}
+    if not isinstance(given, str):
+        raise invalid(field, "is a string of JSON")
+    if not given.strip():
+        return {}
+    try:
+        entries = json.loads(given)
+    except (ValueError, RecursionError):
+        return given
+    return Arguments(given, entries) if isinstance(entries, dict) else given
