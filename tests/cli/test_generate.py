@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -172,6 +173,25 @@ def test_every_option_arrives_in_its_field(served: Served) -> None:
         deterministic=True,
     )
     assert served.router.requests[0] == expected
+
+
+def test_each_structure_arrives_in_its_field_and_two_exclude_each_other(served: Served, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object"}')
+    given = {
+        ("--json-object",): pb.Structured(json_object=True),
+        ("--json-schema", str(schema)): pb.Structured(json_schema='{"type": "object"}'),
+        ("--regex", "a+"): pb.Structured(regex="a+"),
+        ("--choice", "a", "--choice", "b c"): pb.Structured(choice=pb.Choice(options=["a", "b c"])),
+        ("--grammar", str(schema)): pb.Structured(grammar='{"type": "object"}'),
+    }
+    for options, expected in given.items():
+        generate(served, "hi", *options)
+        assert served.router.requests[-1].structured == expected
+    done = generate(served, "hi", "--regex", "a", "--json-object")
+    assert done.returncode == 2 and "exclude each other" in done.stderr
+    done = generate(served, "hi", "--json-schema", str(tmp_path / "none"))
+    assert done.returncode == 2 and "--json-schema" in done.stderr
 
 
 def test_unset_options_stay_unset(served: Served) -> None:

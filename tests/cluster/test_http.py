@@ -222,3 +222,33 @@ def demanded(client: openai.OpenAI, ask: dict, **more) -> list:
         (one.name, one.arguments) for one in calls
     ]
     return calls
+
+
+def test_an_answer_follows_a_json_schema_streamed_or_not(cluster) -> None:
+    running = cluster()
+    schema = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 12},
+            "count": {"type": "integer", "minimum": 0, "maximum": 99},
+        },
+        "required": ["name", "count"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "thing", "strict": True, "schema": schema}}
+    ask = {"model": MODEL, "messages": HELLO, "temperature": 1, "max_tokens": 128, "response_format": wanted}
+    with connect(running) as client:
+        answers = client.chat.completions.create(**ask, n=4).choices
+        chunks = list(client.chat.completions.create(**ask, stream=True))
+        chosen = client.completions.create(
+            model=MODEL, prompt=PROMPT, extra_body={"structured_outputs": {"choice": ["red", "blue"]}}
+        )
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(model=MODEL, prompt=PROMPT, extra_body={"guided_regex": "a(b"})
+    assert {one.finish_reason for one in answers} == {"stop"}
+    texts = [one.message.content for one in answers]
+    texts.append("".join(one.choices[0].delta.content or "" for one in chunks))
+    for text in texts:
+        jsonschema.validate(json.loads(text), schema)
+    assert chosen.choices[0].text in ("red", "blue")
+    assert caught.value.param == "guided_regex"

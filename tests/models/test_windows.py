@@ -39,6 +39,10 @@ class RealDevice:
     def reset(self) -> None:
         self.runner.reset()
 
+    def arrive(self, plan: StepPlan) -> None:
+        """Nobody asks for a grammar here."""
+        assert not any(admission.grammar for admission in plan.admissions)
+
     def run(self, plan: StepPlan) -> StepResult:
         output = self.runner.run(plan_from_message(plan_message(plan).plan, {}))
         return StepResult(step=plan.step, tokens=output.tokens.tolist())

@@ -1,7 +1,7 @@
 """Refusals as OpenAI's clients read them: `{"error": {"message", "type", "param", "code"}}`."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
@@ -41,16 +41,21 @@ def problem(
     return Problem(status, msgspec.json.encode({"error": error}), list(headers))
 
 
-def problem_of(refusal: Refusal, params: dict[str, str] | None = None) -> Problem:
+def problem_of(refusal: Refusal, params: Mapping[str, str] | None = None) -> Problem:
     """A refusal with its field as the client called it. `params` are further names of fields."""
-    field, message = refusal.field, refusal.message
-    param = {**PARAMS, **(params or {})}.get(field) or _GROUP.sub("", field) or None
-    if param and message.startswith(field + ":"):
-        message = param + message[len(field) :]
-    if refusal.name == "model_not_found":
-        param = "model"
-    code = CODES.get(refusal.name, refusal.name)
-    return problem(refusal.kind.http_status, message, param=param, code=code, headers=_retry(refusal.retry_after_ms))
+    known = {refusal.field: _GROUP.sub("", refusal.field), **PARAMS, **(params or {})}
+    called = renamed(refusal, known)
+    param = "model" if refusal.name == "model_not_found" else called.field or None
+    code, headers = CODES.get(refusal.name, refusal.name), _retry(refusal.retry_after_ms)
+    return problem(refusal.kind.http_status, called.message, param=param, code=code, headers=headers)
+
+
+def renamed(refusal: Refusal, params: Mapping[str, str]) -> Refusal:
+    """With another name for its field, where `params` has one: in its message too, which begins with it."""
+    field, message = params.get(refusal.field, refusal.field), refusal.message
+    if field and message.startswith(refusal.field + ":"):
+        message = field + message[len(refusal.field) :]
+    return msgspec.structs.replace(refusal, field=field, message=message)
 
 
 def _retry(after_ms: int) -> Headers:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from services.router.gate import PUBLIC, Key
-from services.router.http.errors import plainly
+from services.router.http.errors import plainly, renamed
 from services.router.http.schema import (
     UNSERVED,
     ChatRequest,
@@ -16,6 +16,7 @@ from services.router.http.schema import (
     TokenizeRequest,
     unserved,
 )
+from services.router.http.structure import Structure, structure_of
 from services.router.http.tools import Offer, Tool, check_tools, past_calls, tools_offered
 from services.router.limits import MAX_MESSAGES, check_depth, check_request_id, invalid
 from services.router.model import ServedModel
@@ -24,7 +25,7 @@ from services.router.parsing.parser import Parsing
 from services.router.request import ChatPrompt, GenerateOptions, Prompt, TextPrompt, TokenPrompt
 from services.router.resolve import Asked, resolve, token_prompt
 from shared.ids import new_request_id
-from shared.outcome import refuse
+from shared.outcome import RefusedError, refuse
 from shared.sampling import NO_LOGPROBS
 from shared.telemetry.context import Caller
 
@@ -56,13 +57,13 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     include_stop: bool = False
     token_ids: bool = False
     tokens_as_ids: bool = False
+    params: dict[str, str] = {}
+    """What the client calls some of the fields, by the names that refusals give them."""
     parsing: Parsing | None = None
     """How the answers are taken apart; None: all of their text is content."""
     include_reasoning: bool = True
     called_by_name: bool = False
     """The answer is the arguments of the one tool that the request names."""
-    params: Mapping[str, str] = {}
-    """What this request calls some fields."""
 
     @property
     def n(self) -> int:
@@ -107,6 +108,7 @@ def completion(request: CompletionRequest, model: ServedModel, max_model_len: in
         model,
         prompts,
         asked,
+        structure_of(request),
         source,
         chat=False,
         logprobs=NO_LOGPROBS if request.logprobs is None else request.logprobs,
@@ -124,28 +126,35 @@ def chat(request: ChatRequest, model: ServedModel, source: Source) -> Question:
     max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     asked = _asked(request, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=request.prompt_logprobs)
     offer = tools_offered(request.tools, request.tool_choice, request.parallel_tool_calls, model)
-    parsing = _parsing(request, model, offer)
-    asked = msgspec.structs.replace(asked, shown_token_ids=_marks(parsing, model))
+    structure = structure_of(request)
+    parsing = _parsing(request, model, offer, structure)
     if offer.demanded:
-        asked = msgspec.structs.replace(asked, structured={"json_schema": offer.schema()})
+        structure = Structure("tools", {"json_schema": offer.schema()})
+    asked = msgspec.structs.replace(asked, shown_token_ids=_marks(parsing, model))
     known = {"documents": request.documents, "reasoning_effort": request.reasoning_effort}
     return _question(
         request,
         model,
         (_chat_prompt(request, model, offer.tools, **known),),
         asked,
+        structure,
         source,
         chat=True,
         logprobs=NO_LOGPROBS if logprobs is None else logprobs,
         parsing=parsing,
         include_reasoning=request.include_reasoning is not False,
         called_by_name=bool(offer.named),
-        params={"structured.json_schema": "tools"} if offer.demanded else {},
     )
 
 
-def _parsing(request: ChatRequest, model: ServedModel, offer: Offer) -> Parsing | None:
-    """A message that is continued has its reasoning behind it, and calls that are demanded leave no room for any."""
+def _parsing(request: ChatRequest, model: ServedModel, offer: Offer, structure: Structure) -> Parsing | None:
+    """A message that is continued has its reasoning behind it, and calls that are demanded leave no room for any. A
+    structure is that of the whole answer, which has neither reasoning nor calls. Raises RefusedError."""
+    if structure.field and offer.tools:
+        message = f'{structure.field}: an answer with a structure calls no tools; leave out one, or tool_choice "none"'
+        raise refuse("unsupported", message, field=structure.field)
+    if structure.field:
+        return None
     thinking = None if request.continue_final_message or offer.demanded else model.thinking
     tool_calls = model.tool_calls if offer.tools else None
     if offer.demanded:
@@ -175,9 +184,8 @@ def to_tokenize(request: TokenizeRequest, model: ServedModel) -> TextPrompt | Ch
 
 def _check(request: Common, model: ServedModel) -> None:
     _check_served(request, model)
-    if request.response_format is not None and request.response_format.get("type") != "text":
-        message = f'response_format: {UNSERVED["structured_outputs"]}; only {{"type": "text"}} is'
-        raise refuse("unsupported", message, field="response_format")
+    if request.structured_outputs is not None:
+        _check_unserved(request.structured_outputs, "structured_outputs.")
     if request.stream_options is not None and not request.stream:
         raise invalid("stream_options", "needs stream to be true")
     if request.prompt_logprobs is not None and request.stream:
@@ -187,9 +195,13 @@ def _check(request: Common, model: ServedModel) -> None:
 def _check_served(request: Common | TokenizeRequest, model: ServedModel) -> None:
     if request.model:
         model.check_name(request.model)
+    _check_unserved(request)
+
+
+def _check_unserved(request: msgspec.Struct, within: str = "") -> None:
     name = unserved(request)
     if name:
-        raise refuse("unsupported", f"{name}: {UNSERVED[name]}", field=name)
+        raise refuse("unsupported", f"{within}{name}: {UNSERVED[name]}", field=within + name)
 
 
 def _asked(request: Common, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None) -> Asked:
@@ -232,7 +244,13 @@ def _logit_bias(given: Mapping[str, float]) -> dict[int, float]:
 
 
 def _question(
-    request: Common, model: ServedModel, prompts: tuple[Prompt, ...], asked: Asked, source: Source, **told: Any
+    request: Common,
+    model: ServedModel,
+    prompts: tuple[Prompt, ...],
+    asked: Asked,
+    structure: Structure,
+    source: Source,
+    **told: Any,
 ) -> Question:
     """`told` are fields of the Question that only one kind of request has."""
     if len(prompts) > 1 and asked.include_timing:
@@ -242,7 +260,11 @@ def _question(
     check_request_id(ids[-1])
     stream = request.stream_options
     known: dict[str, Any] = {"name": request.model or "", "key": source.key, "caller": source.caller, "door": "http"}
-    options = tuple(resolve(asked, model, request_id=one, **known) for one in ids)  # each with a seed of its own
+    asked = msgspec.structs.replace(asked, structured=structure.given)
+    try:
+        options = tuple(resolve(asked, model, request_id=one, **known) for one in ids)  # each with a seed of its own
+    except RefusedError as error:
+        raise RefusedError(renamed(error.refusal, structure.params)) from None
     return Question(
         prompts=prompts,
         options=options,
@@ -255,6 +277,7 @@ def _question(
         include_stop=bool(request.include_stop_str_in_output),
         token_ids=bool(request.return_token_ids),
         tokens_as_ids=bool(request.return_tokens_as_token_ids),
+        params=structure.params,
         **told,
     )
 

@@ -20,6 +20,34 @@ class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
     continuous_usage_stats: bool | None = None
 
 
+class JsonSchema(msgspec.Struct, frozen=True, kw_only=True):
+    """Every answer is held to the schema, `strict` or not."""
+
+    name: str | None = None
+    schema: dict[str, Any] | None = None
+
+
+class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True):
+    """OpenAI's: `type` is text, json_object or json_schema."""
+
+    type: str
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
+    """vLLM's: one of these."""
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+    structural_tag: Any = UNSET
+    whitespace_pattern: Any = UNSET
+    disable_additional_properties: Any = UNSET
+
+
 class Common(msgspec.Struct, frozen=True, kw_only=True):
     """What both kinds of completion share. Sampling and stopping are named and meant as in resolve.Asked."""
 
@@ -50,19 +78,18 @@ class Common(msgspec.Struct, frozen=True, kw_only=True):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     request_id: str | None = None
-    response_format: dict[str, Any] | None = None
-    """Nothing but {"type": "text"} as yet."""
-
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | dict[str, Any] | None = None
+    """As in StructuredOutputs, the others too: vLLM's former names."""
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     deterministic: bool | None = None
     """Ours: bit-identical answers whatever the batch."""
     include_timing: bool | None = None
     """Ours: `timing` in the answer, or in its last chunk."""
 
-    structured_outputs: Any = UNSET
-    guided_json: Any = UNSET
-    guided_regex: Any = UNSET
-    guided_choice: Any = UNSET
-    guided_grammar: Any = UNSET
     use_beam_search: Any = UNSET
     allowed_token_ids: Any = UNSET
     bad_words: Any = UNSET
@@ -135,11 +162,9 @@ class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 UNSERVED: dict[str, str] = {
-    "structured_outputs": "structured output is not served by this version",
-    "guided_json": "structured output is not served by this version",
-    "guided_regex": "structured output is not served by this version",
-    "guided_choice": "structured output is not served by this version",
-    "guided_grammar": "structured output is not served by this version",
+    "structural_tag": "is not served; use json, regex, choice or grammar",
+    "whitespace_pattern": "is not served; JSON is written with at most one space, behind a comma or a colon",
+    "disable_additional_properties": 'is not served; say "additionalProperties": false in the schema',
     "functions": "was replaced by tools",
     "function_call": "was replaced by tool_choice",
     "use_beam_search": "beam search is not served",

@@ -299,3 +299,21 @@ def test_a_template_without_a_place_for_tools_refuses_them(tmp_path):
             assert error["param"] == "tools" and "--chat-template" in error["message"]
 
     run(test())
+
+
+def test_an_answer_with_a_structure_is_content_and_nothing_else(tmp_path):
+    async def test():
+        wanted = {"response_format": {"type": "json_object"}}
+        text = '{"name": "now", "arguments": {}}'
+        async with saying(tmp_path / "r1", R1) as one:
+            assert (await one.choice(text))["message"].get("reasoning") == text
+            message = (await one.choice(text, **wanted))["message"]
+            assert message["content"] == text and not message.get("reasoning")
+        async with saying(tmp_path / "qwen3", QWEN3) as one:
+            message = (await one.choice(text, **wanted, tools=TOOLS, tool_choice="none"))["message"]
+            assert message["content"] == text and not message.get("tool_calls")
+            said = await one.post(text, **wanted, tools=TOOLS, status=400)
+            assert said.json()["error"]["param"] == "response_format"
+            assert "calls no tools" in said.json()["error"]["message"]
+
+    run(test())

@@ -11,8 +11,8 @@ from shared.structured import Structured
 from tests.builders.core_driver import CoreDriver, submission
 from tests.counts import count
 
-STEPS_PER_EXAMPLE = 150
-"""What an example makes at least on average (measured: 167 to 181); turns the count of steps into one of examples."""
+STEPS_PER_EXAMPLE = 130
+"""What an example makes at least on average (measured: 148 to 203); turns the count of steps into one of examples."""
 
 CONFIGS = st.builds(
     CoreConfig,
