@@ -8,7 +8,7 @@ import msgspec
 import psutil
 
 from services.cli.cluster_ports import HTTP, INTERNAL_HOST, choose_ports
-from services.cli.flags import KINDS, SECRETS, Flag, build, fields_of, make_flags, to_argv
+from services.cli.flags import KINDS, Flag, build, fields_of, make_flags, secrets_of, to_argv
 from services.cli.supervise import ServiceSpec
 from shared.config import RouterConfig, SchedulerConfig, UpConfig, WorkerConfig
 from shared.net.address import join_address
@@ -49,7 +49,6 @@ def plan_cluster(flags: Mapping[str, Any], *, file: str = "") -> Cluster:
     worker: WorkerConfig = build("worker", file=file, flags=internal, without_variables=ROUTERS_OWN)
     ports = choose_ports(up, router, scheduler, worker, given=flags)
     scheduler_at, workers = f"{INTERNAL_HOST}:{ports['scheduler']}", [f"worker-{i}" for i in range(up.workers)]
-    secrets = {f"SLUICE_{name.upper()}": str(flags[name]) for name in SECRETS if name in flags}
     shares = _shares(worker, up.workers)
 
     def spec(name: str, section: str, rank: int, own: Mapping[str, Any], drain_s: float) -> ServiceSpec:
@@ -59,7 +58,7 @@ def plan_cluster(flags: Mapping[str, Any], *, file: str = "") -> Cluster:
         return ServiceSpec(
             name=name,
             argv=(*command, *((f"--config={file}",) if file else ())),
-            environ=secrets,
+            environ=secrets_of(flags),
             stop_rank=rank,
             stop_timeout_s=drain_s + STOP_MARGIN_S,
             ends_cluster=section == "router",

@@ -189,6 +189,11 @@ def build(section: str, *, file: str, flags: Mapping[str, Any], without_variable
     return load_config(KINDS[section], section=section, file=file, environ=environ, flags=flags)
 
 
+def secrets_of(flags: Mapping[str, Any]) -> dict[str, str]:
+    """Secrets that came as flags, as the variables by which a child gets them: `to_argv` leaves them out."""
+    return {f"SLUICE_{name.upper()}": str(flags[name]) for name in SECRETS if name in flags}
+
+
 def to_argv(flags: Mapping[str, Any]) -> list[str]:
     """Flags as a child's command line: the inverse of parsing. Secrets are left out."""
     argv: list[str] = []

@@ -14,41 +14,21 @@ from typing import Any
 
 from services.cli.cluster import STOP_MARGIN_S
 from services.cli.events import OnEvent
-from services.cli.flags import to_argv
+from services.cli.flags import secrets_of, to_argv
 from services.cli.output import fail
 from services.cli.ports import bind_shared, require_free
 from services.cli.supervise import AllReady, Died, Line, Notice, Outcome, Ready, ServiceSpec, Supervisor
 from shared.config import RouterConfig
 from shared.net.address import join_address
 
-NOT_THEIRS = frozenset({"router_processes", "grpc_port", "port", "max_num_queued_reqs"})
-"""Flags that each process is told its own value of."""
-
 
 def run_processes(config: RouterConfig, *, file: str, flags: Mapping[str, Any], on_event: OnEvent) -> int:
     """Runs the processes until SIGTERM, SIGINT or Drain; returns the exit code. Raises ConfigError."""
-    with tempfile.TemporaryDirectory(prefix="sluice-router-") as folder, _held_ports(config) as (grpc_port, http_port):
-        own = {
-            "router_processes": 1,
-            "grpc_port": grpc_port,
-            "port": http_port,
-            "max_num_queued_reqs": -(-config.max_num_queued_reqs // config.router_processes),
-        }
-        told = {key: value for key, value in flags.items() if key not in NOT_THEIRS}
-        command = [sys.executable, "-P", "-m", "services.cli.main", "router", *to_argv({**told, **own})]
-        command += [f"--config={file}"] if file else []
-        specs = [
-            ServiceSpec(
-                name=f"router-{index}",
-                argv=(*command, f"--peers={folder}:{index}:{config.router_processes}"),
-                stop_timeout_s=config.shutdown_timeout + STOP_MARGIN_S,
-                ends_cluster=True,
-            )
-            for index in range(config.router_processes)
-        ]
+    with tempfile.TemporaryDirectory(prefix="sluice-router-") as folder, _held_ports(config) as ports:
+        specs = make_specs(config, file=file, flags=flags, folder=folder, ports=ports)
         where = {
-            "grpc": join_address(config.host, grpc_port),
-            "http": join_address(config.host, http_port),
+            "grpc": join_address(config.host, ports[0]),
+            "http": join_address(config.host, ports[1]),
             "processes": config.router_processes,
         }
         outcome = asyncio.run(_supervise(specs, where, on_event))
@@ -56,6 +36,31 @@ def run_processes(config: RouterConfig, *, file: str, flags: Mapping[str, Any], 
         on_event("refused", {"message": outcome.message})
         fail(outcome.message)
     return outcome.exit_code
+
+
+def make_specs(
+    config: RouterConfig, *, file: str, flags: Mapping[str, Any], folder: str, ports: tuple[int, int]
+) -> list[ServiceSpec]:
+    """One for each process. `ports` are gRPC's and HTTP's; what was told as a flag each of them is told too."""
+    own = {
+        "router_processes": 1,
+        "grpc_port": ports[0],
+        "port": ports[1],
+        "max_num_queued_reqs": -(-config.max_num_queued_reqs // config.router_processes),
+    }
+    told = {key: value for key, value in flags.items() if key not in own}
+    command = [sys.executable, "-P", "-m", "services.cli.main", "router", *to_argv({**told, **own})]
+    command += [f"--config={file}"] if file else []
+    return [
+        ServiceSpec(
+            name=f"router-{index}",
+            argv=(*command, f"--peers={folder}:{index}:{config.router_processes}"),
+            environ=secrets_of(flags),
+            stop_timeout_s=config.shutdown_timeout + STOP_MARGIN_S,
+            ends_cluster=True,
+        )
+        for index in range(config.router_processes)
+    ]
 
 
 @contextlib.contextmanager

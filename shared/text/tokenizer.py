@@ -47,12 +47,18 @@ class Tokenizer:
         self.longest_token_bytes = max((len(self.texts.token_bytes(i)) for i in range(self.size)), default=1)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Ids of `text`, with BOS and EOS where the checkpoint adds them."""
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """Ids of `text`, with BOS and EOS where the checkpoint adds them.
+
+        As a batch of one: `encode` by itself holds the interpreter lock, and with it every stream, for as long as it
+        takes. So it is with `decode`.
+        """
+        [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encoding.ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The whole text of `token_ids`."""
-        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        [text] = self._backend.decode_batch([list(token_ids)], skip_special_tokens=skip_special_tokens)
+        return text
 
     def to_json(self) -> str:
         """The whole tokenizer, as tokenizer.json spells it."""

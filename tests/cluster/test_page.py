@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import inspect
+import json
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -104,6 +105,25 @@ def test_an_answer_can_be_stopped_and_the_cluster_is_idle_again(page: Any) -> No
     page.keyboard.press("Escape")
     assert "stopped after" in page.locator(DONE).locator(".problem").inner_text()
     page.wait_for_function("() => document.getElementById('state').textContent.startsWith('ready · 0 running')")
+
+
+@in_a_browser
+def test_a_new_conversation_knows_nothing_of_an_answer_that_was_cut_off(page: Any) -> None:
+    sent: list[str] = []
+    page.on("request", lambda request: sent.append(request.post_data or ""))
+    page.fill("[name=max_tokens]", "1500")
+    page.fill("[name=temperature]", "2")
+    page.focus("#prompt")
+    page.keyboard.type("the old one")
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => document.querySelector('.is-open .text').textContent.length > 20", timeout=60_000)
+    page.click("#fresh")
+    page.wait_for_function("() => !document.querySelector('#send').disabled")
+    page.fill("[name=max_tokens]", "4")
+    page.focus("#prompt")
+    ask(page, "the new one")
+    [last] = [json.loads(body)["messages"] for body in sent if "the new one" in body]
+    assert last == [{"role": "user", "content": "the new one"}]
 
 
 @in_a_browser

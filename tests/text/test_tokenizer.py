@@ -1,7 +1,10 @@
 """Token ids equal AutoTokenizer's, for every kind of checkpoint."""
 
+import itertools
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -185,3 +188,28 @@ def test_special_tokens_are_known_by_role(tmp_path):
     assert tokenizer.named_tokens == NAMED
     assert tokenizer.texts.special_ids >= {tokenizer.token_id(token) for token in SPECIALS}
     shutil.rmtree(folder)
+
+
+def test_a_long_text_does_not_hold_up_the_other_threads(tmp_path):
+    """One that held the interpreter lock would stop every stream of the router."""
+    write_tokenizer(tmp_path, byte_level())
+    tokenizer = load_tokenizer(tmp_path)
+    text = "def read_lines(path): return [1, 2, 3]\n" * 20_000
+    ticks: list[float] = []
+    done = threading.Event()
+
+    def tick() -> None:
+        while not done.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0.002)
+
+    ticking = threading.Thread(target=tick)
+    ticking.start()
+    began = time.perf_counter()
+    token_ids = tokenizer.encode(text)
+    tokenizer.decode(token_ids)
+    took_s = time.perf_counter() - began
+    done.set()
+    ticking.join()
+    worst_s = max(after - before for before, after in itertools.pairwise(ticks))
+    assert worst_s < took_s / 3

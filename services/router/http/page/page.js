@@ -4,7 +4,7 @@ const PHASES = ["admit", "tokenize", "route", "link", "queue", "prefill", "decod
 const BEAT_MS = 1000;
 const $ = (id) => document.getElementById(id);
 const settings = $("settings").elements;
-const messages = [];
+let messages = [];
 let running = null;
 
 // The conversation.
@@ -33,7 +33,7 @@ $("stop").addEventListener("click", () => running?.abort());
 
 $("fresh").addEventListener("click", () => {
   running?.abort();
-  messages.length = 0;
+  messages = [];  // an answer that is still ending adds to the list that it began with
   $("talk").replaceChildren();
   $("prompt").focus();
 });
@@ -71,7 +71,8 @@ function headers() {
 
 async function answer(text) {
   addTurn("You", text);
-  messages.push({ role: "user", content: text });
+  const conversation = messages;
+  conversation.push({ role: "user", content: text });
   const turn = addTurn(settings.model.value || "Answer", "");
   const place = turn.querySelector(".text"), thoughts = turn.querySelector(".thoughts");
   turn.classList.add("is-answer", "is-open");
@@ -92,14 +93,14 @@ async function answer(text) {
       }
       follow();
     }
-    messages.push({ role: "assistant", content: place.textContent });
+    conversation.push({ role: "assistant", content: place.textContent });
     showAccount(turn, { usage, timing, reason, id });
   } catch (error) {
     if (error.name === "AbortError") {
-      messages.push({ role: "assistant", content: place.textContent });
+      conversation.push({ role: "assistant", content: place.textContent });
       showProblem(turn, `stopped after ${((performance.now() - began) / 1000).toFixed(1)} s`);
     } else {
-      messages.pop();
+      conversation.pop();
       showProblem(turn, error.message);
       if ($("prompt").value === "") $("prompt").value = text;
     }
