@@ -149,6 +149,14 @@ def test_progress_reaches_the_end(folder):
         ),
         ({"architectures": ["MptForCausalLM"], "attn_config": {"alibi": False}}, ["alibi", "False"]),
         ({"architectures": ["MptForCausalLM"], "attn_config": {"qk_ln": True}}, ["qk_ln"]),
+        ({"architectures": ["MptForCausalLM"], "attn_config": {"clip_qkv": -1.0}}, ["clip_qkv", "at least 0"]),
+        ({"architectures": ["MptForCausalLM"], "attn_config": {"softmax_scale": 0}}, ["softmax_scale", "above 0"]),
+        ({"architectures": ["OlmoeForCausalLM"], "clip_qkv": -1.0}, ["clip_qkv", "above 0"]),
+        ({"architectures": ["OlmoeForCausalLM"], "clip_qkv": 0}, ["clip_qkv", "above 0"]),
+        ({"architectures": ["Gemma2ForCausalLM"], "attn_logit_softcapping": -50.0}, ["attn_logit_softcapping"]),
+        ({"architectures": ["Gemma2ForCausalLM"], "attn_logit_softcapping": 0}, ["attn_logit_softcapping"]),
+        ({"architectures": ["Gemma2ForCausalLM"], "final_logit_softcapping": -30.0}, ["final_logit_softcapping"]),
+        ({"architectures": ["Gemma3ForCausalLM"], "final_logit_softcapping": 0.0}, ["final_logit_softcapping"]),
         ({"architectures": ["MptForCausalLM"], "logit_scale": "inv_sqrt_d_model"}, ["logit_scale"]),
         (
             {"architectures": ["FalconForCausalLM"], "new_decoder_architecture": True, "parallel_attn": False},
@@ -177,6 +185,11 @@ def test_a_setting_that_is_not_implemented(changes, parts):
         translate(LLAMA | changes)
     for part in parts:
         assert part in str(caught.value), str(caught.value)
+
+
+def test_a_clip_of_0_is_none_for_mpt_as_in_transformers():
+    config = LLAMA | {"architectures": ["MptForCausalLM"]}
+    assert translate(config | {"attn_config": {"clip_qkv": 0}}).spec == translate(config).spec
 
 
 def test_mistral_without_a_word_about_windows_has_the_default_one():

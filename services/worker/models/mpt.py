@@ -57,7 +57,7 @@ def translate(config: dict[str, Any]) -> Family:
         positions=Alibi(alibi_slopes(shape["num_heads"], attention.number("alibi_bias_max"))),
         norm=LayerNormSpec(settings.number("layer_norm_epsilon"), biased=False),
         feed_forward=Plain(4 * shape["hidden_size"], "gelu", biased=False),
-        qkv_clip=attention.optional("clip_qkv"),
+        qkv_clip=0.0 if attention.get("clip_qkv") is None else attention.number("clip_qkv", at_least=0),
         attention_scale=attention.optional("softmax_scale"),
     )
     return Family(spec, NAMES)

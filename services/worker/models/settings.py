@@ -18,6 +18,8 @@ from services.worker.layers.positions import (
 from shared.checkpoint import CheckpointError
 
 DEFAULT_THETA = 10_000.0
+SMALLEST, LARGEST = 1e-30, 1e30
+"""Of numbers above 0, and of all: what float32 still multiplies and divides."""
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
@@ -83,15 +85,19 @@ class Settings:
             raise self.refusal(key, f"must be a whole number of at least {at_least}")
         return value
 
-    def number(self, key: str) -> float:
+    def number(self, key: str, *, at_least: float = -LARGEST) -> float:
         value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self.refusal(key, "must be a number")
+        if not _is_number(value, at_least):
+            raise self.refusal(key, _must_be_number(at_least))
         return float(value)
 
+    def positive(self, key: str) -> float:
+        """A number above 0."""
+        return self.number(key, at_least=SMALLEST)
+
     def optional(self, key: str) -> float:
-        """A number, or 0 where there is none."""
-        return 0.0 if self.get(key) is None else self.number(key)
+        """A number above 0, or 0 where there is none (null); an explicit 0 is refused."""
+        return 0.0 if self.get(key) is None else self.positive(key)
 
     def flag(self, key: str) -> bool:
         value = self.get(key)
@@ -301,3 +307,13 @@ class _Rotary:
     def _refusal(self, key: str, reason: str) -> CheckpointError:
         value = self._parameters.get(key)
         return CheckpointError(f"config.json: rope {key} = {value!r}: {reason} ({self._settings.family})")
+
+
+def _is_number(value: Any, at_least: float) -> bool:
+    """Neither NaN nor infinite nor an integer beyond LARGEST, which no float may hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and at_least <= value <= LARGEST
+
+
+def _must_be_number(at_least: float) -> str:
+    kind = {-LARGEST: "a number", SMALLEST: "a number above 0"}.get(at_least, f"a number of at least {at_least:g}")
+    return f"must be {kind}, at most {LARGEST:g}"
