@@ -161,6 +161,7 @@ def test_progress_reaches_the_end(folder):
         ({"architectures": ["Gemma2ForCausalLM"], "attn_logit_softcapping": 0}, ["attn_logit_softcapping"]),
         ({"architectures": ["Gemma2ForCausalLM"], "final_logit_softcapping": -30.0}, ["final_logit_softcapping"]),
         ({"architectures": ["Gemma3ForCausalLM"], "final_logit_softcapping": 0.0}, ["final_logit_softcapping"]),
+        ({"architectures": ["MPTForCausalLM"], "norm_type": "rmsnorm"}, ["norm_type", "rmsnorm"]),
         ({"architectures": ["MptForCausalLM"], "logit_scale": "inv_sqrt_d_model"}, ["logit_scale"]),
         (
             {"architectures": ["FalconForCausalLM"], "new_decoder_architecture": True, "parallel_attn": False},
@@ -310,6 +311,11 @@ def test_whatever_a_setting_is_it_is_read_or_refused(name):
         assert positions_are_numbers(spec.serving(spec.stretched_positions)), config
         assert sizes_of(spec).total > 0
     assert refusals > 50, "most of these values are nonsense"
+
+
+def test_mpt_may_be_spelled_as_in_its_own_code():
+    config = LLAMA | {"architectures": ["MptForCausalLM"]}
+    assert translate(config | {"architectures": ["MPTForCausalLM"]}) == translate(config)
 
 
 def test_a_clip_of_0_is_none_for_mpt_as_in_transformers():

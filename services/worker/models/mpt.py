@@ -42,6 +42,7 @@ NAMES = WeightNames(
 def translate(config: dict[str, Any]) -> Family:
     settings = Settings(config, DEFAULTS, SPELLINGS)
     settings.require("no_bias", True)
+    settings.require("norm_type", None, "layernorm", "low_precision_layernorm")
     settings.require("expansion_ratio", 4)  # transformers reads no other
     settings.require("logit_scale", None)
     attention = Settings(settings.object("attn_config") | {"model_type": "mpt, attn_config"}, ATTENTION_DEFAULTS)

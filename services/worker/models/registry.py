@@ -1,4 +1,4 @@
-"""The families we know, one line each."""
+"""The families we know, one line each; MPT has two, as its own code and transformers spell it differently."""
 
 from collections.abc import Callable
 from typing import Any
@@ -50,6 +50,7 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], Family]] = {
     "LlamaForCausalLM": llama.translate,
     "MistralForCausalLM": mistral.translate,
     "MixtralForCausalLM": mixtral.translate,
+    "MPTForCausalLM": mpt.translate,
     "MptForCausalLM": mpt.translate,
     "OPTForCausalLM": opt.translate,
     "OlmoeForCausalLM": olmoe.translate,
