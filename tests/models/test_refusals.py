@@ -347,6 +347,13 @@ def test_a_family_may_spell_settings_its_own_way():
     )
 
 
+def test_a_refusal_spells_a_setting_as_the_configuration_does():
+    for name in ("n_embd", "hidden_size"):
+        config = {key: value for key, value in GPT2.items() if key != "n_embd"} | {name: "64"}
+        with pytest.raises(CheckpointError, match=rf"config.json: {name} = '64'"):
+            translate(config)
+
+
 def test_a_merged_tensor_of_a_wrong_shape(twin_folder, tmp_path):
     folder = shutil.copytree(make_twin("gpt-neox", twin_folder), tmp_path / "twin")
     name = "gpt_neox.layers.1.attention.query_key_value.weight"

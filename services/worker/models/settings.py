@@ -124,7 +124,9 @@ class Settings:
         return bool(value)
 
     def refusal(self, key: str, reason: str) -> CheckpointError:
-        return CheckpointError(f"config.json: {key} = {self.get(key)!r}: {reason} ({self.family})")
+        spelled = self._spellings.get(key, key)
+        name = key if self._config.get(spelled) is None else spelled
+        return CheckpointError(f"config.json: {name} = {self.get(key)!r}: {reason} ({self.family})")
 
     def require(self, key: str, *allowed: Any) -> None:
         """Refuse any other value of a setting whose alternatives are not implemented."""
