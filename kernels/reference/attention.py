@@ -4,6 +4,10 @@ form, tiled with an online softmax, says what the fused kernels do.
 A page is `pool[block]`, laid out [layer][K/V][head][slot][dim]. Row r of a step owns the tokens
 `query_starts[r]:query_starts[r + 1]`, the last of which sits at position `context_lens[r] - 1`; position p of
 row r lives in block `block_tables[r, p // block_size]` at slot `p % block_size`.
+
+q and results are [tokens, heads, head_dim], the pool [blocks, layers, 2, kv_heads, block_size, head_dim], both of any
+floating dtype. The scores are scaled dot products (Vaswani et al., 2017); query head h reads
+KV head h // (heads / kv_heads) (grouped queries; Ainslie et al., 2023).
 """
 
 from dataclasses import dataclass
@@ -14,7 +18,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """What a step looks like to every layer."""
+    """What a step looks like to every layer: `block_tables` [rows, blocks] and `slots` [tokens], the latter counted
+    through the pool (block * block_size + slot)."""
 
     query_starts: list[int]
     context_lens: list[int]
@@ -38,7 +43,10 @@ def plan_attention(
 
 
 def write_kv(kv: Tensor, pool: Tensor, layer_id: int, plan: AttentionPlan) -> None:
-    """pool[block, layer, k or v, head, slot] = kv[token, k or v, head], what is not finite becoming zero."""
+    """pool[block, layer, k or v, head, slot] = kv[token, k or v, head], what is not finite becoming zero.
+
+    `kv` is [tokens, 2, kv_heads, head_dim]; it is read once and written once.
+    """
     block_size = pool.shape[4]
     kv = torch.nan_to_num(kv, nan=0.0, posinf=0.0, neginf=0.0)
     for token_id, slot in enumerate(plan.slots.tolist()):
@@ -60,6 +68,9 @@ def paged_attention(
 
     s = q · Kᵀ * scale; with a soft cap c (Gemma 2) c * tanh(s / c); plus slope * (key's - query's position) of each
     head (ALiBi, Press et al., 2021). A sink (gpt-oss) is one more score per head, whose share of the softmax is lost.
+
+    `alibi_slopes` and `sinks` are [heads]. At the least q is read, the result written, and of each row the K and V that
+    its queries see read once: 2 · kv_heads · head_dim numbers a position.
     """
     num_heads, num_kv_heads = q.shape[1], pool.shape[3]
     slopes = torch.zeros(num_heads) if alibi_slopes is None else alibi_slopes.float()

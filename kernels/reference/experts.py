@@ -1,4 +1,8 @@
-"""A mixture-of-experts layer, written to be read. kernels.ops.experts has the contracts."""
+"""A mixture-of-experts layer, written to be read. kernels.ops.experts has the contracts.
+
+At the least a call reads the matrices of each expert that was chosen, 3 · width · hidden numbers, however many tokens
+chose it, and reads and writes a row of `hidden` numbers a token.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -28,6 +32,8 @@ class PackedExperts:
 def route(
     logits: Tensor, top_k: int, *, scoring: Literal["softmax", "sigmoid"] = "softmax", renormalize: bool
 ) -> tuple[Tensor, Tensor]:
+    """Weights float32 and expert ids int32, both [tokens, top_k], the best first, from `logits` [tokens, experts]
+    (Shazeer et al., 2017; renormalized as in Mixtral). Of equal ones the lower id is first, a NaN is last."""
     wide = logits.float()
     scores = wide.softmax(dim=-1) if scoring == "softmax" else wide.sigmoid()
     order = torch.where(wide.isnan(), -torch.inf, wide).sort(dim=-1, descending=True, stable=True).indices
@@ -50,7 +56,10 @@ def pack_experts(
 
 
 def experts(x: Tensor, packed: PackedExperts, weights: Tensor, expert_ids: Tensor, *, exact: bool = False) -> Tensor:
-    """Each expert computes the tokens that chose it; a token adds what its experts gave, the first choice first."""
+    """Each expert computes the tokens that chose it; a token adds what its experts gave, the first choice first.
+
+    y = Σ w · down(silu(gate(x)) * up(x)): [tokens, hidden] of x, in its dtype, which is that of the matrices too.
+    """
     given = torch.zeros((*expert_ids.shape, x.shape[-1]), dtype=x.dtype, device=x.device)
     for expert_id, (gate_up, down) in enumerate(zip(packed.gate_up, packed.down, strict=True)):
         tokens, choices = (expert_ids == expert_id).nonzero(as_tuple=True)

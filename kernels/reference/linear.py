@@ -1,4 +1,9 @@
-"""A matrix product with a constant weight, and the two fusions that a decoder layer wants from it."""
+"""A matrix product with a constant weight, and the two fusions that a decoder layer wants from it.
+
+x is [rows, in_features] in the dtype of the weight, as is the result. At the least a call reads the weight, x and what
+is added once, and writes the result once: out · in + rows · (in + out) numbers, most of them the weight's
+where rows are few.
+"""
 
 from dataclasses import dataclass
 
@@ -28,16 +33,16 @@ def pack_gated(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
 
 
 def linear(x: Tensor, packed: PackedLinear, *, exact: bool = False) -> Tensor:
-    """y = x · Wᵀ + b."""
+    """y = x · Wᵀ + b: [rows, out_features]."""
     return F.linear(x, packed.weight, packed.bias)
 
 
 def linear_add(x: Tensor, packed: PackedLinear, residual: Tensor, *, exact: bool = False) -> Tensor:
-    """y = x · Wᵀ + b + residual."""
+    """y = x · Wᵀ + b + residual, which is [rows, out_features] as the result is."""
     return F.linear(x, packed.weight, packed.bias) + residual
 
 
 def gated_linear(x: Tensor, packed: PackedLinear, *, exact: bool = False) -> Tensor:
-    """y = silu(g) * u with [g, u] = x · Wᵀ + b."""
+    """y = silu(g) * u with [g, u] = x · Wᵀ + b: [rows, out_features / 2] (SwiGLU; Shazeer, 2020)."""
     gate, up = F.linear(x, packed.weight, packed.bias).chunk(2, dim=-1)
     return gate * torch.sigmoid(gate) * up

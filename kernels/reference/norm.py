@@ -1,4 +1,8 @@
-"""Root-mean-square normalisation (Zhang and Sennrich, 2019) and layer normalisation (Ba et al., 2016), in float32."""
+"""Root-mean-square normalisation (Zhang and Sennrich, 2019) and layer normalisation (Ba et al., 2016), in float32.
+
+Tensors are [..., width], weights and biases [width]; results have the dtype of x. At the least a call reads x (and the
+residual) once and writes each result once: 2 · width numbers a row, 4 · width where a residual is added.
+"""
 
 import torch
 from torch import Tensor

@@ -7,7 +7,8 @@ from kernels.reference.norm import rms_norm
 
 
 def apply_rope_(heads: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
-    """Turns every head of `heads` [tokens, heads, head_dim] by its token's `cos` and `sin` [tokens, rotary_dim]."""
+    """Turns every head of `heads` [tokens, heads, head_dim] by its token's `cos` and `sin` [tokens, rotary_dim],
+    in place and in the dtype of `heads`: 2 · heads · head_dim numbers a token are moved, and its cos and sin read."""
     return heads.copy_(_turned(heads.float(), cos, sin, interleaved))
 
 
@@ -27,7 +28,12 @@ def rope_and_write_kv(
     plus_one: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """q ← turned(norm(q)); pool[block, layer, :, :, slot] = (turned(norm(k)), v), what is not finite becoming zero."""
+    """q ← turned(norm(q)); pool[block, layer, :, :, slot] = (turned(norm(k)), v), what is not finite becoming zero.
+
+    `qkv` is [tokens, heads + 2 * kv_heads, head_dim], `pool` [blocks, layers, 2, kv_heads, block_size, head_dim], `cos`
+    and `sin` [positions, rotary_dim], `slots` and `positions` [tokens]; a token whose slot is below 0 is left out. The
+    norms are RMSNorms of each head (as in Qwen3). qkv is read once; q, K and V are written once.
+    """
     block_size, num_kv_heads = pool.shape[4], pool.shape[3]
     kept = slots >= 0
     wide = qkv[kept].float()

@@ -1,5 +1,6 @@
 """What a device does at its best: operations and bytes a second, and memory; by datasheet, or measured on a CPU."""
 
+import re
 import shutil
 import subprocess
 import time
@@ -37,6 +38,9 @@ GPUS = {
     "b200": _gpu("NVIDIA B200", 2250, 75, 8.0, 180),
 }
 """NVIDIA's datasheets, SXM modules."""
+OTHER_FORMS = {"NVL", "PCIE"}
+MOST_MEMORY = 1.15
+"""A card has up to so many times the bytes of its name, whose gigabytes are rather binary ones."""
 
 
 class UnknownDevice(Exception):
@@ -44,9 +48,10 @@ class UnknownDevice(Exception):
 
 
 def device_named(name: str, dtype: str) -> Device:
-    """`auto` is this machine's first GPU, else its CPU. Raises UnknownDevice."""
+    """`auto` is this machine's first GPU where its figures are known, else its CPU, whose name then says what GPU was
+    seen. Raises UnknownDevice."""
     if name == "auto":
-        name = _installed_gpu() or "cpu"
+        return _installed(dtype)
     if name == "cpu":
         return measure_cpu(dtype)
     if name not in GPUS:
@@ -54,14 +59,40 @@ def device_named(name: str, dtype: str) -> Device:
     return GPUS[name]
 
 
-def _installed_gpu() -> str | None:
+def _installed(dtype: str) -> Device:
+    card, memory_bytes = _first_gpu()
+    known = known_gpu(card, memory_bytes)
+    if known is not None:
+        return known
+    cpu = measure_cpu(dtype)
+    if not card:
+        return cpu
+    seen = f"{cpu.name}, as the figures of its GPU ({card}, {memory_bytes / GIB:,.1f} GiB) are not known here"
+    return msgspec.structs.replace(cpu, name=seen)
+
+
+def _first_gpu() -> tuple[str, int]:
+    """Its name and bytes of memory as nvidia-smi tells them; an empty name: none was seen."""
     tool = shutil.which("nvidia-smi")
-    query = [tool or "", "--query-gpu=name", "--format=csv,noheader"]
+    query = [tool or "", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
-        listing = subprocess.run(query, capture_output=True, text=True, timeout=10).stdout if tool else ""
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10) if tool else None
     except (OSError, subprocess.TimeoutExpired):
+        return "", 0
+    if done is None or done.returncode:
+        return "", 0
+    name, _, mebibytes = done.stdout.partition("\n")[0].rpartition(",")
+    return name.strip(), int(mebibytes) * 2**20 if mebibytes.strip().isdigit() else 0
+
+
+def known_gpu(card: str, memory_bytes: int) -> Device | None:
+    """The one of GPUS that nvidia-smi calls `card`, with the memory it has: neither an A100 of 40 GB nor an H100 NVL
+    or PCIe, whose figures are others."""
+    words = set(re.split(r"[^A-Z0-9]+", card.upper()))
+    key = next((key for key in GPUS if key.upper() in words), None)
+    if key is None or words & OTHER_FORMS or not 1 <= memory_bytes / GPUS[key].memory_bytes < MOST_MEMORY:
         return None
-    return next((name for name in GPUS if name.upper() in listing.partition("\n")[0].upper()), None)
+    return msgspec.structs.replace(GPUS[key], memory_bytes=memory_bytes)
 
 
 def measure_cpu(dtype: str) -> Device:

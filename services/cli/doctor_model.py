@@ -46,11 +46,16 @@ def describe_model(
         context=context,
         block_size=block_size,
         chunk=WorkerConfig().max_num_batched_tokens,
-        memory_bytes=int(found.memory_bytes * MEMORY_SHARE[found.how]),
+        memory_bytes=_usable_bytes(found),
         flops=found.flops[dtype],
         bytes_per_second=found.bytes_per_second,
     )
     return facts, found
+
+
+def _usable_bytes(device: Device) -> int:
+    """For weights and cache."""
+    return int(device.memory_bytes * MEMORY_SHARE[device.how])
 
 
 def _dtype(config: dict[str, Any], asked: str) -> str:
@@ -76,7 +81,6 @@ def _lines(facts: "ModelFacts", device: Device) -> list[tuple[str, str]]:
     active = f", {_count(facts.active_parameters)} of them used by a token" if sizes.idle_experts else ""
     at_context = facts.compute_bound_rows_at_context
     more = "never" if at_context is None else f"from {at_context:,.0f}"
-    groups = f" in one of {facts.num_groups} groups of layers" if facts.num_groups > 1 else ""
     rates = f"{device.flops[facts.dtype] / 1e12:,.2f} TFLOP/s, {device.bytes_per_second / 1e9:,.0f} GB/s ({device.how})"
     return [
         ("architecture", f"{facts.architecture}, {facts.dtype}"),
@@ -85,17 +89,27 @@ def _lines(facts: "ModelFacts", device: Device) -> list[tuple[str, str]]:
         ("weights", _bytes(facts.weight_bytes)),
         ("cache of a token", f"{_bytes(facts.kv_bytes_per_token)}{_windows(facts)}"),
         ("device", f"{device.name}: {_bytes(device.memory_bytes)}, {rates}"),
-        (
-            "blocks that fit",
-            f"{facts.num_blocks:,} of {facts.block_size} tokens{groups}, {_bytes(facts.block_bytes)} each",
-        ),
-        ("requests that fit", f"{facts.requests:,} of {facts.context:,} tokens"),
+        *_fitting(facts, device),
         ("B*", f"{facts.ratio:,.0f} operations for each byte"),
         (
             "compute-bound",
             f"from {facts.compute_bound_rows:,.0f} rows a step; where each has {facts.context:,} tokens, {more}",
         ),
     ]
+
+
+def _fitting(facts: "ModelFacts", device: Device) -> list[tuple[str, str]]:
+    usable = f"the {_bytes(_usable_bytes(device))} of {device.name} that weights and cache may take"
+    if facts.weight_bytes > _usable_bytes(device):
+        return [("does not fit", f"{_bytes(facts.weight_bytes)} of weights are more than {usable}")]
+    if not facts.num_blocks:
+        return [("does not fit", f"{_bytes(facts.weight_bytes)} of weights leave no room for a block in {usable}")]
+    groups = f" in one of {facts.num_groups} groups of layers" if facts.num_groups > 1 else ""
+    blocks = f"{facts.num_blocks:,} of {facts.block_size} tokens{groups}, {_bytes(facts.block_bytes)} each"
+    requests = (
+        f"{facts.requests:,} of {facts.context:,} tokens" if facts.requests else f"none of {facts.context:,} tokens"
+    )
+    return [("blocks that fit", blocks), ("requests that fit", requests)]
 
 
 def _windows(facts: "ModelFacts") -> str:

@@ -81,6 +81,15 @@ def test_a_checkpoint_is_described_from_its_config_alone(tmp_path: Path) -> None
     assert model["ratio"] == pytest.approx(device["flops"]["bfloat16"] / device["bytes_per_second"])
 
 
+def test_weights_that_do_not_fit_are_said_not_to_instead_of_counting_blocks(tmp_path: Path) -> None:
+    config = json.loads((BUNDLED_FOLDER / "config.json").read_text()) | {"num_hidden_layers": 1_000_000}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    said = " ".join(sluice("doctor", "--model", str(tmp_path), "--device", "h100").stdout.split())
+    assert "does not fit" in said
+    assert "GiB of weights are more than the 67.1 GiB of NVIDIA H100 80GB" in said
+    assert "blocks that fit" not in said
+
+
 def test_what_is_said_of_a_checkpoint_to_people_names_everything() -> None:
     said = sluice("doctor", "--model", "bundled", "--device", "cpu").stdout
     for word in (

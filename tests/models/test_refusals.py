@@ -1,16 +1,20 @@
 """A checkpoint that we cannot serve faithfully is refused by name: the file, the tensor or the setting."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
+from services.worker.layers.positions import Rotary, Sinusoidal, attention_factor, inverse_frequencies, sinusoids
 from services.worker.models.decoder import load_decoder
 from services.worker.models.registry import translate
+from services.worker.models.size import sizes_of
 from shared.checkpoint import CheckpointError, open_checkpoint
-from tests.models.twins import BASE, make_twin
+from tests.models.twins import BASE, TWINS, make_twin
 
 LLAMA = BASE | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 
@@ -149,6 +153,15 @@ def test_progress_reaches_the_end(folder):
         ),
         ({"architectures": ["MptForCausalLM"], "attn_config": {"alibi": False}}, ["alibi", "False"]),
         ({"architectures": ["MptForCausalLM"], "attn_config": {"qk_ln": True}}, ["qk_ln"]),
+        ({"architectures": ["MptForCausalLM"], "attn_config": {"clip_qkv": -1.0}}, ["clip_qkv", "at least 0"]),
+        ({"architectures": ["MptForCausalLM"], "attn_config": {"softmax_scale": 0}}, ["softmax_scale", "above 0"]),
+        ({"architectures": ["OlmoeForCausalLM"], "clip_qkv": -1.0}, ["clip_qkv", "above 0"]),
+        ({"architectures": ["OlmoeForCausalLM"], "clip_qkv": 0}, ["clip_qkv", "above 0"]),
+        ({"architectures": ["Gemma2ForCausalLM"], "attn_logit_softcapping": -50.0}, ["attn_logit_softcapping"]),
+        ({"architectures": ["Gemma2ForCausalLM"], "attn_logit_softcapping": 0}, ["attn_logit_softcapping"]),
+        ({"architectures": ["Gemma2ForCausalLM"], "final_logit_softcapping": -30.0}, ["final_logit_softcapping"]),
+        ({"architectures": ["Gemma3ForCausalLM"], "final_logit_softcapping": 0.0}, ["final_logit_softcapping"]),
+        ({"architectures": ["MPTForCausalLM"], "norm_type": "rmsnorm"}, ["norm_type", "rmsnorm"]),
         ({"architectures": ["MptForCausalLM"], "logit_scale": "inv_sqrt_d_model"}, ["logit_scale"]),
         (
             {"architectures": ["FalconForCausalLM"], "new_decoder_architecture": True, "parallel_attn": False},
@@ -179,6 +192,137 @@ def test_a_setting_that_is_not_implemented(changes, parts):
         assert part in str(caught.value), str(caught.value)
 
 
+def rope(kind, **parameters):
+    return {"rope_scaling": {"rope_type": kind, "factor": 2.0} | parameters}
+
+
+LONG = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+BANDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"architectures": 5}, "architectures"),
+        ({"architectures": [["Llama"]]}, "architectures"),
+        ({"quantization_config": "awq"}, "quantization_config (awq)"),
+        ({"hidden_act": ["silu"]}, "hidden_act"),
+        ({"architectures": ["GPT2LMHeadModel"], "activation_function": {}}, "activation_function"),
+        ({"architectures": ["MptForCausalLM"], "attn_config": "x"}, "attn_config"),
+        ({"architectures": ["MptForCausalLM"], "attn_config": {"softmax_scale": -1}}, "softmax_scale"),
+        ({"architectures": ["MptForCausalLM"], "attn_config": {"alibi_bias_max": -1e9}}, "alibi_bias_max"),
+        ({"architectures": ["Gemma2ForCausalLM"], "query_pre_attn_scalar": 0}, "query_pre_attn_scalar"),
+        ({"architectures": ["Gemma3ForCausalLM"], "rope_scaling": "x"}, "rope_scaling"),
+        ({"architectures": ["OPTForCausalLM"], "ffn_dim": 8, "word_embed_proj_dim": []}, "word_embed_proj_dim"),
+        ({"architectures": ["FalconForCausalLM"], "num_ln_in_parallel_attn": "x"}, "num_ln_in_parallel_attn"),
+        (
+            {"architectures": ["XGLMForCausalLM"], "ffn_dim": 8, "hidden_size": 2, "num_attention_heads": 1},
+            "hidden_size",
+        ),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
+        ({"max_position_embeddings": 10**30}, "max_position_embeddings"),
+        ({"rope_theta": 0}, "rope_theta"),
+        ({"rope_theta": -1.0}, "rope_theta"),
+        ({"rope_theta": 1} | rope("yarn"), "rope_theta"),
+        (rope(["yarn"]), "rope_type"),
+        (rope("linear", factor=0), "factor"),
+        (rope("linear", factor=float("inf")), "factor"),
+        (rope("linear", factor=-2.0), "factor"),
+        (rope("linear", factor=1e20), "factor"),
+        (rope("dynamic") | {"head_dim": 2}, "rope_type"),
+        (rope("yarn", original_max_position_embeddings=0), "original_max_position_embeddings"),
+        (rope("yarn", original_max_position_embeddings=64.5), "original_max_position_embeddings"),
+        (rope("longrope", original_max_position_embeddings=1, **LONG), "original_max_position_embeddings"),
+        (rope("yarn", beta_fast=-1), "beta_fast"),
+        (rope("yarn", beta_slow=1e-320), "beta_slow"),
+        (rope("yarn", mscale=-1.0, mscale_all_dim=1.0), "mscale"),
+        (rope("yarn", truncate="x"), "truncate"),
+        (rope("longrope", **LONG | {"short_factor": [1.0] * 7 + ["x"]}), "short_factor"),
+        (rope("longrope", **LONG | {"long_factor": [0] * 8}), "long_factor"),
+        (rope("llama3", **BANDS | {"low_freq_factor": 0}), "low_freq_factor"),
+    ],
+    ids=str,
+)
+def test_a_malformed_setting_is_refused_by_its_name(changes, key):
+    with pytest.raises(CheckpointError, match=re.escape(key)):
+        translate(LLAMA | changes)
+
+
+ODD_VALUES = (None, -1, 0, 1, 0.5, 1e400, 1e300, 10**400, "x", "", [], {}, [["a"]], True)
+ODDLY_TREATED = (
+    "llama-yarn-mscale",
+    "llama-dynamic",
+    "llama-linear",
+    "llama-llama3",
+    "llama-longrope",
+    "phi3-longrope",
+    "gpt2",
+    "opt",
+    "xglm",
+    "gpt-neox",
+    "gptj",
+    "bloom",
+    "mpt-clipped",
+    "falcon",
+    "gemma2",
+    "gemma3-linear",
+    "cohere2",
+    "qwen2-alternating",
+    "qwen2-moe",
+    "gpt-oss",
+)
+
+
+def config_of(name):
+    twin = TWINS[name]
+    config = getattr(transformers, f"{twin.config}Config")(**(BASE | twin.settings)).to_dict()
+    return json.loads(json.dumps(config)) | {"architectures": [twin.architecture]}
+
+
+def mutations(config):
+    """The configuration with each key set to each odd value, nested keys as well."""
+    for key, value in config.items():
+        yield from (config | {key: odd} for odd in ODD_VALUES)
+        if isinstance(value, dict):
+            yield from (config | {key: inner} for inner in mutations(value))
+
+
+def positions_are_numbers(spec):
+    positions, few = spec.positions, torch.arange(4)
+    if isinstance(positions, Rotary):
+        ropes = {each for each in positions.ropes if each is not None}
+        tables = [inverse_frequencies(each, positions.dim, few) * attention_factor(each) for each in ropes]
+    else:
+        tables = [sinusoids(few, spec.hidden_size)] if isinstance(positions, Sinusoidal) else []
+    return all(table.isfinite().all() for table in tables)
+
+
+@pytest.mark.parametrize("name", ODDLY_TREATED)
+def test_whatever_a_setting_is_it_is_read_or_refused(name):
+    refusals = 0
+    for config in mutations(config_of(name)):
+        try:
+            spec = translate(config).spec
+        except CheckpointError:
+            refusals += 1
+            continue
+        assert positions_are_numbers(spec), config
+        assert positions_are_numbers(spec.serving(spec.stretched_positions)), config
+        assert sizes_of(spec).total > 0
+    assert refusals > 50, "most of these values are nonsense"
+
+
+def test_mpt_may_be_spelled_as_in_its_own_code():
+    config = LLAMA | {"architectures": ["MptForCausalLM"]}
+    assert translate(config | {"architectures": ["MPTForCausalLM"]}) == translate(config)
+
+
+def test_a_clip_of_0_is_none_for_mpt_as_in_transformers():
+    config = LLAMA | {"architectures": ["MptForCausalLM"]}
+    assert translate(config | {"attn_config": {"clip_qkv": 0}}).spec == translate(config).spec
+
+
 def test_mistral_without_a_word_about_windows_has_the_default_one():
     config = LLAMA | {"architectures": ["MistralForCausalLM"]}
     assert translate(config).spec.windows == (4096,) * 3
@@ -201,6 +345,13 @@ def test_a_family_may_spell_settings_its_own_way():
     assert translate(GPT2 | {"num_key_value_heads": 2}).spec.num_kv_heads == 4, (
         "GPT-2 has no groups, as in transformers"
     )
+
+
+def test_a_refusal_spells_a_setting_as_the_configuration_does():
+    for name in ("n_embd", "hidden_size"):
+        config = {key: value for key, value in GPT2.items() if key != "n_embd"} | {name: "64"}
+        with pytest.raises(CheckpointError, match=rf"config.json: {name} = '64'"):
+            translate(config)
 
 
 def test_a_merged_tensor_of_a_wrong_shape(twin_folder, tmp_path):

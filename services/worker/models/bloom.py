@@ -37,7 +37,7 @@ def translate(config: dict[str, Any]) -> Family:
         **shape,
         windows=settings.no_windows(),
         positions=Alibi(alibi_slopes(shape["num_heads"])),
-        norm=LayerNormSpec(settings.number("layer_norm_epsilon")),
+        norm=LayerNormSpec(settings.epsilon("layer_norm_epsilon")),
         feed_forward=Plain(4 * shape["hidden_size"], "gelu_tanh"),
         qkv_bias=True,
         out_bias=True,

@@ -23,7 +23,7 @@ def translate(config: dict[str, Any]) -> Family:
         **settings.shape(),
         windows=settings.no_windows(),
         positions=settings.rotary(interleaved=True),
-        norm=LayerNormSpec(settings.number("layer_norm_eps"), biased=False),
+        norm=LayerNormSpec(settings.epsilon("layer_norm_eps"), biased=False),
         feed_forward=Gated(settings.integer("intermediate_size"), settings.activation("hidden_act")),
         block="parallel",
         qkv_bias=biased,

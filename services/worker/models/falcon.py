@@ -43,7 +43,7 @@ def translate(config: dict[str, Any]) -> Family:
         **shape,
         windows=settings.no_windows(),
         positions=alibi if settings.flag("alibi") else settings.rotary(),
-        norm=LayerNormSpec(settings.number("layer_norm_epsilon")),
+        norm=LayerNormSpec(settings.epsilon("layer_norm_epsilon")),
         feed_forward=Plain(width, settings.activation("activation"), biased),
         block=block,
         qkv_bias=biased,
@@ -58,6 +58,7 @@ def _block(settings: Settings) -> Block:
     new, parallel = settings.flag("new_decoder_architecture"), settings.flag("parallel_attn")
     if new and not parallel:
         raise settings.refusal("parallel_attn", "is not implemented with new_decoder_architecture")
+    settings.require("num_ln_in_parallel_attn", None, 1, 2)
     stated = settings.get("num_ln_in_parallel_attn")
     if not new and stated == 2:
         raise settings.refusal("num_ln_in_parallel_attn", "is not implemented without new_decoder_architecture")

@@ -23,7 +23,7 @@ def translate(config: dict[str, Any]) -> Family:
         **shape,
         windows=settings.no_windows(),
         positions=settings.rotary(),
-        norm=RmsNormSpec(settings.number("rms_norm_eps"), plus_one=True),
+        norm=RmsNormSpec(settings.epsilon("rms_norm_eps"), plus_one=True),
         feed_forward=Gated(settings.integer("intermediate_size"), settings.activation("hidden_act")),
         qkv_bias=biased,
         out_bias=biased,

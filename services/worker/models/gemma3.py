@@ -32,13 +32,13 @@ def translate(config: dict[str, Any]) -> Family:
         **shape | {"max_positions": settings.integer("max_position_embeddings")},
         windows=settings.windows_of(types),
         positions=settings.rotary_by_type(types, _ropes(settings)),
-        norm=RmsNormSpec(settings.number("rms_norm_eps"), plus_one=True),
+        norm=RmsNormSpec(settings.epsilon("rms_norm_eps"), plus_one=True),
         feed_forward=Gated(settings.integer("intermediate_size"), settings.activation("hidden_activation")),
         block="sandwich",
         qkv_bias=biased,
         out_bias=biased,
         qk_norm="heads",
-        attention_scale=settings.number("query_pre_attn_scalar") ** -0.5,
+        attention_scale=settings.positive("query_pre_attn_scalar") ** -0.5,
         embedding_scale=shape["hidden_size"] ** 0.5,
         logit_soft_cap=settings.optional("final_logit_softcapping"),
     )
@@ -47,7 +47,7 @@ def translate(config: dict[str, Any]) -> Family:
 
 def _ropes(settings: Settings) -> dict[str, dict[str, Any]]:
     """By kind of layer, from `rope_parameters`, or `rope_theta`, `rope_local_base_freq` and `rope_scaling`."""
-    stated, scaling = settings.get("rope_parameters") or {}, settings.get("rope_scaling") or {}
+    stated, scaling = settings.object("rope_parameters"), settings.object("rope_scaling")
     if stated and not all(isinstance(each, dict) for each in stated.values()):
         raise settings.refusal("rope_parameters", "must have parameters for each of full_attention, sliding_attention")
     return {

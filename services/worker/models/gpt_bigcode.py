@@ -45,7 +45,7 @@ def translate(config: dict[str, Any]) -> Family:
         **shape,
         windows=settings.no_windows(),
         positions=Learned(shape["max_positions"]),
-        norm=LayerNormSpec(settings.number("layer_norm_epsilon")),
+        norm=LayerNormSpec(settings.epsilon("layer_norm_epsilon")),
         feed_forward=Plain(width, settings.activation("activation_function")),
         qkv_bias=True,
         out_bias=True,

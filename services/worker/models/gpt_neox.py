@@ -36,7 +36,7 @@ def translate(config: dict[str, Any]) -> Family:
         **settings.shape(grouped=False),
         windows=settings.no_windows(),
         positions=settings.rotary(partial=0.25),
-        norm=LayerNormSpec(settings.number("layer_norm_eps")),
+        norm=LayerNormSpec(settings.epsilon("layer_norm_eps")),
         feed_forward=Plain(settings.integer("intermediate_size"), settings.activation("hidden_act")),
         block="parallel_two_norms" if settings.flag("use_parallel_residual") else "pre_norm",
         qkv_bias=biased,

@@ -41,7 +41,7 @@ def translate(config: dict[str, Any]) -> Family:
         **shape,
         windows=settings.no_windows(),
         positions=Rotary((DefaultRope(THETA),) * shape["num_layers"], rotary_dim, interleaved=True),
-        norm=LayerNormSpec(settings.number("layer_norm_epsilon")),
+        norm=LayerNormSpec(settings.epsilon("layer_norm_epsilon")),
         feed_forward=Plain(width, settings.activation("activation_function")),
         block="parallel",
         head_bias=True,

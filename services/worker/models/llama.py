@@ -16,7 +16,7 @@ def translate(config: dict[str, Any]) -> Family:
         **settings.shape(),
         windows=settings.no_windows(),
         positions=settings.rotary(),
-        norm=RmsNormSpec(settings.number("rms_norm_eps")),
+        norm=RmsNormSpec(settings.epsilon("rms_norm_eps")),
         feed_forward=Gated(
             settings.integer("intermediate_size"), settings.activation("hidden_act"), settings.flag("mlp_bias")
         ),

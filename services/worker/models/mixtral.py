@@ -31,7 +31,7 @@ def translate(config: dict[str, Any]) -> Family:
         **settings.shape(),
         windows=settings.one_window(),
         positions=settings.rotary(),
-        norm=RmsNormSpec(settings.number("rms_norm_eps")),
+        norm=RmsNormSpec(settings.epsilon("rms_norm_eps")),
         feed_forward=Experts(
             **settings.experts("num_local_experts"), width=settings.integer("intermediate_size"), renormalize=True
         ),

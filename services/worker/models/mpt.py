@@ -42,9 +42,10 @@ NAMES = WeightNames(
 def translate(config: dict[str, Any]) -> Family:
     settings = Settings(config, DEFAULTS, SPELLINGS)
     settings.require("no_bias", True)
+    settings.require("norm_type", None, "layernorm", "low_precision_layernorm")
     settings.require("expansion_ratio", 4)  # transformers reads no other
     settings.require("logit_scale", None)
-    attention = Settings({"model_type": "mpt, attn_config"} | (config.get("attn_config") or {}), ATTENTION_DEFAULTS)
+    attention = Settings(settings.object("attn_config") | {"model_type": "mpt, attn_config"}, ATTENTION_DEFAULTS)
     attention.require("attn_type", "multihead_attention")
     attention.require("alibi", True)
     attention.require("qk_ln", None, False)
@@ -54,10 +55,10 @@ def translate(config: dict[str, Any]) -> Family:
         architecture="mpt",
         **shape,
         windows=settings.no_windows(),
-        positions=Alibi(alibi_slopes(shape["num_heads"], attention.number("alibi_bias_max"))),
-        norm=LayerNormSpec(settings.number("layer_norm_epsilon"), biased=False),
+        positions=Alibi(alibi_slopes(shape["num_heads"], attention.positive("alibi_bias_max"))),
+        norm=LayerNormSpec(settings.epsilon("layer_norm_epsilon"), biased=False),
         feed_forward=Plain(4 * shape["hidden_size"], "gelu", biased=False),
-        qkv_clip=attention.optional("clip_qkv"),
+        qkv_clip=0.0 if attention.get("clip_qkv") is None else attention.number("clip_qkv", at_least=0),
         attention_scale=attention.optional("softmax_scale"),
     )
     return Family(spec, NAMES)

@@ -38,7 +38,7 @@ def translate(config: dict[str, Any]) -> Family:
         settings.flag("enable_bias"),
         settings.flag("do_layer_norm_before"),
     )
-    width = settings.get("word_embed_proj_dim") and settings.integer("word_embed_proj_dim")
+    width = None if settings.get("word_embed_proj_dim") is None else settings.integer("word_embed_proj_dim")
     spec = ModelSpec(
         architecture="opt",
         **shape,

@@ -24,7 +24,7 @@ def translate(config: dict[str, Any]) -> Family:
         **settings.shape(),
         windows=settings.no_windows(),
         positions=settings.rotary(partial=0.5),
-        norm=LayerNormSpec(settings.number("layer_norm_eps")),
+        norm=LayerNormSpec(settings.epsilon("layer_norm_eps")),
         feed_forward=Plain(settings.integer("intermediate_size"), settings.activation("hidden_act")),
         block="parallel",
         qkv_bias=True,

@@ -27,7 +27,7 @@ def translate(config: dict[str, Any]) -> Family:
         **settings.shape(),
         windows=settings.one_window(),
         positions=settings.rotary(partial=1.0),
-        norm=RmsNormSpec(settings.number("rms_norm_eps")),
+        norm=RmsNormSpec(settings.epsilon("rms_norm_eps")),
         feed_forward=Gated(settings.integer("intermediate_size"), settings.activation("hidden_act")),
     )
     return Family(spec, NAMES)

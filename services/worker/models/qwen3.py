@@ -23,7 +23,7 @@ def translate(config: dict[str, Any]) -> Family:
         **settings.shape(),
         windows=settings.layer_windows(),
         positions=settings.rotary(),
-        norm=RmsNormSpec(settings.number("rms_norm_eps")),
+        norm=RmsNormSpec(settings.epsilon("rms_norm_eps")),
         feed_forward=Gated(settings.integer("intermediate_size"), settings.activation("hidden_act")),
         qkv_bias=biased,
         out_bias=biased,

@@ -29,7 +29,7 @@ def translate(config: dict[str, Any]) -> Family:
         **settings.shape(),
         windows=settings.one_window() if slides else settings.no_windows(),
         positions=settings.rotary(),
-        norm=RmsNormSpec(settings.number("rms_norm_eps")),
+        norm=RmsNormSpec(settings.epsilon("rms_norm_eps")),
         feed_forward=Experts(
             **settings.experts("num_experts"),
             width=settings.integer("moe_intermediate_size"),

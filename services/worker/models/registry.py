@@ -1,4 +1,4 @@
-"""The families we know, one line each."""
+"""The families we know, one line each; MPT has two, as its own code and transformers spell it differently."""
 
 from collections.abc import Callable
 from typing import Any
@@ -50,6 +50,7 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], Family]] = {
     "LlamaForCausalLM": llama.translate,
     "MistralForCausalLM": mistral.translate,
     "MixtralForCausalLM": mixtral.translate,
+    "MPTForCausalLM": mpt.translate,
     "MptForCausalLM": mpt.translate,
     "OPTForCausalLM": opt.translate,
     "OlmoeForCausalLM": olmoe.translate,
@@ -66,11 +67,13 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], Family]] = {
 
 def translate(config: dict[str, Any]) -> Family:
     """The spec and weight names for a config.json; raises CheckpointError naming what is not implemented."""
-    architectures = config.get("architectures") or []
+    architectures, quantization = config.get("architectures") or [], config.get("quantization_config")
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise CheckpointError(f"config.json: architectures = {architectures!r}: must be a list of one name")
     if len(architectures) != 1 or architectures[0] not in FAMILIES:
-        named = ", ".join(map(str, architectures)) or "no architecture"
+        named = ", ".join(architectures) or "no architecture"
         raise CheckpointError(f"config.json names {named}: only {', '.join(FAMILIES)} are implemented")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unnamed")
+    if quantization:
+        method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
         raise CheckpointError(f"config.json: quantization_config ({method}) is not implemented")
     return FAMILIES[architectures[0]](config)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 from kernels.ops.activation import Activation
 from services.worker.layers.positions import (
@@ -18,6 +18,9 @@ from services.worker.layers.positions import (
 from shared.checkpoint import CheckpointError
 
 DEFAULT_THETA = 10_000.0
+LARGEST_INTEGER = 2**31 - 1
+SMALLEST, LARGEST = 1e-30, 1e30
+"""Of numbers above 0, and of all: what float32 still multiplies and divides."""
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
@@ -69,29 +72,50 @@ class Settings:
         if any(isinstance(value, dict) for value in parameters.values()):
             return {"max_positions": stated}  # a rope for each kind of layer: all of them reach the stated length
         kind, factor = parameters.get("rope_type", parameters.get("type")), parameters.get("factor")
-        trained = parameters.get("original_max_position_embeddings", self.get("original_max_position_embeddings"))
-        if kind == "longrope" and isinstance(trained, int) and 0 < trained < stated:
+        trained = _whole(parameters.get("original_max_position_embeddings"))
+        trained = _whole(self.get("original_max_position_embeddings")) if trained is None else trained
+        if kind == "longrope" and trained is not None and 0 < trained < stated:
             return {"max_positions": trained, "stretched_positions": stated}
-        if kind not in ("linear", "dynamic", "yarn") or not isinstance(factor, int | float):
-            return {"max_positions": stated}
-        begin = trained if kind == "yarn" and isinstance(trained, int) else stated
+        if kind not in ("linear", "dynamic", "yarn") or not _is_number(factor, SMALLEST):
+            return {"max_positions": stated}  # `rotary` refuses the factor that is no number
+        begin = trained if kind == "yarn" and trained is not None else stated
+        if begin * factor > LARGEST_INTEGER:
+            raise CheckpointError(
+                f"config.json: rope factor = {factor!r}: stretches {begin} positions to more than {LARGEST_INTEGER} "
+                f"({self.family})"
+            )
         return {"max_positions": max(stated, int(begin * factor))}
 
     def integer(self, key: str, *, at_least: int = 1) -> int:
         value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-            raise self.refusal(key, f"must be a whole number of at least {at_least}")
+        if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value <= LARGEST_INTEGER:
+            raise self.refusal(key, f"must be a whole number of at least {at_least}, at most {LARGEST_INTEGER}")
         return value
 
-    def number(self, key: str) -> float:
+    def number(self, key: str, *, at_least: float = -LARGEST) -> float:
         value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self.refusal(key, "must be a number")
+        if not _is_number(value, at_least):
+            raise self.refusal(key, _must_be_number(at_least))
         return float(value)
 
+    def positive(self, key: str) -> float:
+        """A number above 0."""
+        return self.number(key, at_least=SMALLEST)
+
     def optional(self, key: str) -> float:
-        """A number, or 0 where there is none."""
-        return 0.0 if self.get(key) is None else self.number(key)
+        """A number above 0, or 0 where there is none (null); an explicit 0 is refused."""
+        return 0.0 if self.get(key) is None else self.positive(key)
+
+    def epsilon(self, key: str) -> float:
+        """Of a norm: a number that is not negative."""
+        return self.number(key, at_least=0)
+
+    def object(self, key: str) -> dict[str, Any]:
+        """An object, or an empty one where there is none."""
+        value = self.get(key)
+        if not isinstance(value, dict | None):
+            raise self.refusal(key, "must be an object")
+        return value or {}
 
     def flag(self, key: str) -> bool:
         value = self.get(key)
@@ -100,7 +124,9 @@ class Settings:
         return bool(value)
 
     def refusal(self, key: str, reason: str) -> CheckpointError:
-        return CheckpointError(f"config.json: {key} = {self.get(key)!r}: {reason} ({self.family})")
+        spelled = self._spellings.get(key, key)
+        name = key if self._config.get(spelled) is None else spelled
+        return CheckpointError(f"config.json: {name} = {self.get(key)!r}: {reason} ({self.family})")
 
     def require(self, key: str, *allowed: Any) -> None:
         """Refuse any other value of a setting whose alternatives are not implemented."""
@@ -115,9 +141,10 @@ class Settings:
 
     def activation(self, key: str) -> Activation:
         """One of kernels.ops.activation by the name that transformers gives it."""
-        if self.get(key) not in ACTIVATIONS:
+        name = self.get(key)
+        if not isinstance(name, str) or name not in ACTIVATIONS:
             raise self.refusal(key, f"is not implemented, only {', '.join(ACTIVATIONS)} are")
-        return ACTIVATIONS[self.get(key)]
+        return ACTIVATIONS[name]
 
     def num_kv_heads(self) -> int:
         num_heads = self.integer("num_attention_heads")
@@ -184,10 +211,7 @@ class Settings:
 
     def _stated_rope(self) -> dict[str, Any]:
         # transformers lets rope_scaling win where both are given
-        stated = self.get("rope_scaling") or self.get("rope_parameters") or {}
-        if not isinstance(stated, dict):
-            raise self.refusal("rope_parameters", "must be an object")
-        return stated
+        return self.object("rope_scaling") or self.object("rope_parameters")
 
     def _rotary_dim(self, parameters: dict[str, Any], partial: float | None) -> int:
         head_dim, share = self.head_dim(), parameters.get("partial_rotary_factor", self.get("partial_rotary_factor"))
@@ -207,7 +231,8 @@ class Settings:
         if any(isinstance(value, dict) for value in stated.values()):
             raise self.refusal("rope_parameters", "is not implemented per layer type, only for the whole model")
         parameters = {key: value for key, value in stated.items() if value is not None}
-        parameters.setdefault("rope_theta", self.get("rope_theta") or DEFAULT_THETA)
+        theta = self.get("rope_theta")
+        parameters.setdefault("rope_theta", DEFAULT_THETA if theta is None else theta)
         if self.get("original_max_position_embeddings") is not None:
             parameters["original_max_position_embeddings"] = self.get("original_max_position_embeddings")
         return parameters
@@ -217,20 +242,21 @@ class _Rotary:
     """Translates one set of rope parameters."""
 
     def __init__(self, settings: Settings, parameters: dict[str, Any], dim: int) -> None:
-        self._settings, self._parameters, self._dim = settings, parameters, dim
-        self._theta = self._number("rope_theta")
+        self._settings, self._dim = settings, dim
+        self._parameters = {key: value for key, value in parameters.items() if value is not None}
+        self._theta = self._positive("rope_theta")
 
     def choice(self) -> Rope:
         kind = self._parameters.get("rope_type", self._parameters.get("type", "default"))
         makers: dict[str, Callable[[], Rope]] = {
             "default": lambda: DefaultRope(self._theta),
-            "linear": lambda: LinearRope(self._theta, self._number("factor")),
+            "linear": lambda: LinearRope(self._theta, self._positive("factor")),
             "dynamic": self._dynamic,
             "yarn": self._yarn,
             "longrope": self._longrope,
             "llama3": self._llama3,
         }
-        if kind not in makers:
+        if not isinstance(kind, str) or kind not in makers:
             raise CheckpointError(
                 f"config.json: rope_type = {kind!r} is not implemented, only {', '.join(makers)} "
                 f"({self._settings.family})"
@@ -238,27 +264,37 @@ class _Rotary:
         return makers[kind]()
 
     def _dynamic(self) -> Rope:
-        return DynamicRope(self._theta, self._number("factor"), self._settings.integer("max_position_embeddings"))
+        if self._dim < 4:
+            raise self._refusal("rope_type", f"needs 4 elements of a head to turn, and there are {self._dim}")
+        return DynamicRope(self._theta, self._positive("factor"), self._settings.integer("max_position_embeddings"))
 
     def _yarn(self) -> Rope:
-        factor = self._factor()
+        factor, truncate = self._factor(), self._parameters.get("truncate", True)
+        if self._theta <= 1:
+            raise self._refusal("rope_theta", "must be above 1 for yarn")
+        if not isinstance(truncate, bool):
+            raise self._refusal("truncate", "must be true or false")
         return YarnRope(
             theta=self._theta,
             factor=factor,
             trained_positions=self._trained(),
             attention_factor=self._yarn_attention_factor(factor),
-            beta_fast=self._number("beta_fast", 32.0) or 32.0,
-            beta_slow=self._number("beta_slow", 1.0) or 1.0,
-            truncate=bool(self._parameters.get("truncate", True)),
+            beta_fast=self._beta("beta_fast", 32.0),
+            beta_slow=self._beta("beta_slow", 1.0),
+            truncate=truncate,
         )
+
+    def _beta(self, key: str, default: float) -> float:
+        """An explicit 0 is the default, as in transformers."""
+        return self._positive(key) if self._parameters.get(key) else default
 
     def _yarn_attention_factor(self, factor: float) -> float:
         def mscale(weight: float = 1.0) -> float:
             return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
         if "attention_factor" in self._parameters:
-            return self._number("attention_factor")
-        weight, weight_all = self._number("mscale", 0.0), self._number("mscale_all_dim", 0.0)
+            return self._positive("attention_factor")
+        weight, weight_all = self._number("mscale", 0.0, at_least=0), self._number("mscale_all_dim", 0.0, at_least=0)
         return mscale(weight) / mscale(weight_all) if weight and weight_all else mscale()
 
     def _longrope(self) -> Rope:
@@ -269,35 +305,60 @@ class _Rotary:
             short_factor=self._numbers("short_factor"),
             long_factor=self._numbers("long_factor"),
             trained_positions=trained,
-            attention_factor=self._number("attention_factor", default),
+            attention_factor=self._positive("attention_factor", default),
         )
 
     def _llama3(self) -> Rope:
-        low, high = self._number("low_freq_factor"), self._number("high_freq_factor")
+        low, high = self._positive("low_freq_factor"), self._positive("high_freq_factor")
         if high <= low:
             raise self._refusal("high_freq_factor", f"must be greater than low_freq_factor = {low}")
-        return Llama3Rope(self._theta, self._number("factor"), low, high, self._trained())
+        return Llama3Rope(self._theta, self._positive("factor"), low, high, self._trained())
 
     def _factor(self) -> float:
         """Stated, or the ratio of the context now to the context in training."""
-        return self._number("factor", self._settings.integer("max_position_embeddings") / self._trained())
+        return self._positive("factor", self._settings.integer("max_position_embeddings") / self._trained())
 
     def _trained(self) -> int:
-        default = self._settings.integer("max_position_embeddings")
-        return int(self._number("original_max_position_embeddings", default))
+        key, default = "original_max_position_embeddings", self._settings.integer("max_position_embeddings")
+        trained = _whole(self._parameters.get(key, default))
+        if trained is None or not 2 <= trained <= LARGEST_INTEGER:
+            raise self._refusal(key, f"must be a whole number of at least 2; left out, it is {default}")
+        return trained
 
-    def _number(self, key: str, default: float | None = None) -> float:
+    def _positive(self, key: str, default: float | None = None) -> float:
+        return self._number(key, default, at_least=SMALLEST)
+
+    def _number(self, key: str, default: float | None = None, *, at_least: float = -LARGEST) -> float:
         value = self._parameters.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self._refusal(key, "must be a number")
+        if not _is_number(value, at_least):
+            raise self._refusal(key, _must_be_number(at_least))
         return float(value)
 
     def _numbers(self, key: str) -> tuple[float, ...]:
         values, size = self._parameters.get(key), self._dim // 2
-        if not isinstance(values, list) or len(values) != size:
-            raise self._refusal(key, f"must be a list of {size} numbers")
+        if (
+            not isinstance(values, list)
+            or len(values) != size
+            or not all(_is_number(each, SMALLEST) for each in values)
+        ):
+            raise self._refusal(key, f"must be a list of {size} numbers above 0")
         return tuple(float(value) for value in values)
 
     def _refusal(self, key: str, reason: str) -> CheckpointError:
         value = self._parameters.get(key)
         return CheckpointError(f"config.json: rope {key} = {value!r}: {reason} ({self._settings.family})")
+
+
+def _is_number(value: Any, at_least: float) -> TypeGuard[int | float]:
+    """Neither NaN nor infinite nor an integer beyond LARGEST, which no float may hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and at_least <= value <= LARGEST
+
+
+def _must_be_number(at_least: float) -> str:
+    kind = {-LARGEST: "a number", SMALLEST: "a number above 0"}.get(at_least, f"a number of at least {at_least:g}")
+    return f"must be {kind}, at most {LARGEST:g}"
+
+
+def _whole(value: Any) -> int | None:
+    """4096 of 4096 or 4096.0, else None."""
+    return int(value) if _is_number(value, -LARGEST) and value == int(value) else None

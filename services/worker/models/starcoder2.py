@@ -24,7 +24,7 @@ def translate(config: dict[str, Any]) -> Family:
         **settings.shape(),
         windows=settings.one_window(),
         positions=settings.rotary(),
-        norm=LayerNormSpec(settings.number("norm_epsilon")),
+        norm=LayerNormSpec(settings.epsilon("norm_epsilon")),
         feed_forward=Plain(settings.integer("intermediate_size"), settings.activation("hidden_act"), biased),
         qkv_bias=biased,
         out_bias=biased,

@@ -32,6 +32,8 @@ def translate(config: dict[str, Any]) -> Family:
     settings = Settings(config, DEFAULTS, SPELLINGS)
     settings.require("add_cross_attention", None, False)
     shape = settings.shape(grouped=False)
+    if shape["hidden_size"] % 2 or shape["hidden_size"] < 4:
+        raise settings.refusal("hidden_size", "must be even and at least 4 for sinusoidal positions")
     spec = ModelSpec(
         architecture="xglm",
         **shape,
