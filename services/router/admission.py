@@ -48,12 +48,13 @@ class Place:
 class Admission:
     """Owns the live requests. Full means refused at once: a queue here would only hide the scheduler's."""
 
-    def __init__(self, max_in_flight: int, now: NowNs) -> None:
+    def __init__(self, max_in_flight: int, now: NowNs, processes: int = 1) -> None:
+        """`max_in_flight` is of this process alone; what a key may use is shared out among `processes`."""
         self._max = max_in_flight
         self._now = now
         self._live: dict[tuple[str, str], Place] = {}
         """By tenant and request id."""
-        self.allowances = Allowances(now)
+        self.allowances = Allowances(now, processes)
         self._ended_ns: deque[int] = deque(maxlen=RATE_WINDOW)
         self._refused_since_end = 0
         self._empty = asyncio.Event()

@@ -10,8 +10,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from services.router.gate import RELOAD_NS, Gate
+from services.router.allowances import Allowances
+from services.router.gate import RELOAD_NS, Gate, Key
 from services.router.http.guard import OPEN
+from shared.clock import NS_PER_S
 from shared.config import ConfigError
 from shared.outcome import RefusedError
 from shared.rpc.sluice.v1 import control_pb2, inference_pb2
@@ -223,6 +225,23 @@ def test_keys_are_read_again_when_their_file_changes(tmp_path):
     file.unlink()
     clock.now_ns += RELOAD_NS
     assert gate.key_of("Bearer bob")
+
+
+def test_the_processes_of_a_router_share_out_what_a_key_may():
+    clock = Clock()
+    third = Allowances(clock, 3)
+    key = Key(name="ann", max_requests=4, tokens_per_minute=90)
+    third.enter(key)
+    third.enter(key)
+    with pytest.raises(RefusedError, match="2 requests .* 3 processes, which share 4"):
+        third.enter(key)
+    third.leave(key)
+    third.spend(key, 30)
+    with pytest.raises(RefusedError, match="30 tokens .* 3 processes, which share 90"):
+        third.enter(key)
+    clock.now_ns += 2 * NS_PER_S + 1  # a token of these thirty comes back every two seconds
+    third.enter(key)
+    Allowances(clock, 8).enter(Key(name="bob", max_requests=1))  # one at least
 
 
 @pytest.mark.parametrize(
