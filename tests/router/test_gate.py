@@ -233,11 +233,11 @@ def test_the_processes_of_a_router_share_out_what_a_key_may():
     key = Key(name="ann", max_requests=4, tokens_per_minute=90)
     third.enter(key)
     third.enter(key)
-    with pytest.raises(RefusedError, match="2 requests .* 3 processes, which share 4"):
+    with pytest.raises(RefusedError, match=r"2 requests .* 3 processes, which share 4"):
         third.enter(key)
     third.leave(key)
     third.spend(key, 30)
-    with pytest.raises(RefusedError, match="30 tokens .* 3 processes, which share 90"):
+    with pytest.raises(RefusedError, match=r"30 tokens .* 3 processes, which share 90"):
         third.enter(key)
     clock.now_ns += 2 * NS_PER_S + 1  # a token of these thirty comes back every two seconds
     third.enter(key)
