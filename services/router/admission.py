@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from services.router.allowances import Allowances
 from services.router.gate import PUBLIC, Key
+from services.router.limits import invalid
 from shared.clock import NS_PER_MS, NS_PER_S, NowNs
 from shared.outcome import AbortCause, refuse
 
@@ -85,6 +86,13 @@ class Admission:
         finally:
             self.allowances.leave(key)
             self._leave(key.tenant, request_id)
+
+    def require_possible(self, num_prompts: int, key: Key = PUBLIC) -> None:
+        """Raises RefusedError for prompts of one request that could never be in flight together."""
+        most = min(self._max, self.allowances.max_requests(key) or self._max)
+        if num_prompts > most:
+            message = f"{num_prompts} prompts, each a request; {most} may be in flight at once here: send fewer"
+            raise invalid("prompt", message)
 
     def _leave(self, tenant: str, request_id: str) -> None:
         del self._live[tenant, request_id]

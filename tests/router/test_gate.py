@@ -227,6 +227,22 @@ def test_keys_are_read_again_when_their_file_changes(tmp_path):
     assert gate.key_of("Bearer bob")
 
 
+def test_more_prompts_than_may_be_in_flight_are_refused_as_they_will_always_be(tiny_model, tmp_path):
+    async def test():
+        keys = write_keys(tmp_path / "keys.toml", few="max_requests = 2", free="")
+        served = running_router(tiny_model, FakeScheduler(), api_key_file=str(keys), max_num_queued_reqs=3)
+        async with served as router, asking(router) as client:
+            for key, most in (("few", 2), ("free", 3)):
+                ask = {"prompt": ["the fox"] * (most + 1), "max_tokens": 1}
+                said = await client.post(COMPLETIONS, json=ask, headers=bearer(key))
+                assert told(said) == (400, "prompt", "invalid_argument")
+                assert f"{most} may be in flight" in said.json()["error"]["message"]
+                ask["prompt"].pop()
+                assert (await client.post(COMPLETIONS, json=ask, headers=bearer(key))).status_code == 200
+
+    run(test())
+
+
 def test_the_processes_of_a_router_share_out_what_a_key_may():
     clock = Clock()
     third = Allowances(clock, 3)
