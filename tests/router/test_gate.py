@@ -267,6 +267,9 @@ def test_the_processes_of_a_router_share_out_what_a_key_may():
         ("[ann]\n", "sha256"),
         ('[ann]\nsha256 = "secret"\n', r"\[ann\] sha256 is not"),
         (f'[ann]\nsha256 = "{digest("a")}"\nlimit = 3\n', "limit"),
+        (f'[ann]\nsha256 = "{digest("a")}"\nmax_requests = -1\n', "max_requests"),
+        (f'[ann]\nsha256 = "{digest("a")}"\nmax_request_bytes = -1\n', "max_request_bytes"),
+        (f'[ann]\nsha256 = "{digest("a")}"\ntokens_per_minute = -1\n', "tokens_per_minute"),
         (f'[ann]\nsha256 = "{digest("a")}"\n[bob]\nsha256 = "{digest("a")}"\n', "the same key"),
     ],
 )
