@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from services.router.allowances import Allowances
 from services.router.gate import RELOAD_NS, Gate, Key
 from services.router.http.guard import OPEN
+from services.router.peers import PeerPlace
 from shared.clock import NS_PER_S
 from shared.config import ConfigError
 from shared.outcome import RefusedError
@@ -258,6 +259,15 @@ def test_the_processes_of_a_router_share_out_what_a_key_may():
     clock.now_ns += 2 * NS_PER_S + 1  # a token of these thirty comes back every two seconds
     third.enter(key)
     Allowances(clock, 8).enter(Key(name="bob", max_requests=1))  # one at least
+
+
+def test_a_process_of_a_router_knows_how_many_share(tiny_model, tmp_path):
+    async def test():
+        place = PeerPlace(str(tmp_path), 0, 3)
+        async with running_router(tiny_model, FakeScheduler(), place=place) as router:
+            assert router.router.admission.allowances.max_requests(Key(max_requests=7)) == 3
+
+    run(test())
 
 
 @pytest.mark.parametrize(
