@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from services.router.allowances import Allowances
 from services.router.gate import PUBLIC, Key
+from services.router.limits import invalid
 from shared.clock import NS_PER_MS, NS_PER_S, NowNs
 from shared.outcome import AbortCause, refuse
 
@@ -48,12 +49,13 @@ class Place:
 class Admission:
     """Owns the live requests. Full means refused at once: a queue here would only hide the scheduler's."""
 
-    def __init__(self, max_in_flight: int, now: NowNs) -> None:
+    def __init__(self, max_in_flight: int, now: NowNs, processes: int = 1) -> None:
+        """`max_in_flight` is of this process alone; what a key may use is shared out among `processes`."""
         self._max = max_in_flight
         self._now = now
         self._live: dict[tuple[str, str], Place] = {}
         """By tenant and request id."""
-        self.allowances = Allowances(now)
+        self.allowances = Allowances(now, processes)
         self._ended_ns: deque[int] = deque(maxlen=RATE_WINDOW)
         self._refused_since_end = 0
         self._empty = asyncio.Event()
@@ -84,6 +86,13 @@ class Admission:
         finally:
             self.allowances.leave(key)
             self._leave(key.tenant, request_id)
+
+    def require_possible(self, num_prompts: int, key: Key = PUBLIC) -> None:
+        """Raises RefusedError for prompts of one request that could never be in flight together."""
+        most = min(self._max, self.allowances.max_requests(key) or self._max)
+        if num_prompts > most:
+            message = f"{num_prompts} prompts, each a request; {most} may be in flight at once here: send fewer"
+            raise invalid("prompt", message)
 
     def _leave(self, tenant: str, request_id: str) -> None:
         del self._live[tenant, request_id]

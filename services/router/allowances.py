@@ -19,10 +19,14 @@ class _Account:
 
 
 class Allowances:
-    """Accounts by the key's name, begun when it is first used. Keys without limits have none."""
+    """Accounts by the key's name, begun when it is first used. Keys without limits have none.
 
-    def __init__(self, now: NowNs) -> None:
+    Each of `processes` routers on the same ports keeps accounts of its own, over its share of the limits.
+    """
+
+    def __init__(self, now: NowNs, processes: int = 1) -> None:
         self._now = now
+        self._processes = processes
         self._accounts: dict[str, _Account] = {}
 
     def enter(self, key: Key) -> None:
@@ -30,12 +34,14 @@ class Allowances:
         account = self._account(key)
         if account is None:
             return
-        if key.max_requests and account.in_flight >= key.max_requests:
-            message = f"{key.max_requests} requests of this API key are in flight"
+        most = self.max_requests(key)
+        if most and account.in_flight >= most:
+            message = f"{most} requests of this API key are in flight{self._of_whole(key.max_requests)}"
             raise refuse("quota_exceeded", message, retry_after_ms=BUSY_RETRY_MS)
         if key.tokens_per_minute and account.tokens <= 0:
-            wait_ms = int((1 - account.tokens) * SECONDS * 1000 / key.tokens_per_minute) + 1
-            message = f"this API key has used its {key.tokens_per_minute} tokens a minute"
+            wait_ms = int((1 - account.tokens) * SECONDS * 1000 / self._tokens_per_minute(key)) + 1
+            whole = self._of_whole(key.tokens_per_minute)
+            message = f"this API key has used its {self._tokens_per_minute(key):g} tokens a minute{whole}"
             raise refuse("quota_exceeded", message, retry_after_ms=wait_ms)
         account.in_flight += 1
 
@@ -51,12 +57,23 @@ class Allowances:
         if account is not None:
             account.tokens -= tokens
 
+    def max_requests(self, key: Key) -> int:
+        """How many requests of the key's may be in flight here at once; 0 without a limit."""
+        return -(-key.max_requests // self._processes)
+
+    def _tokens_per_minute(self, key: Key) -> float:
+        return key.tokens_per_minute / self._processes
+
+    def _of_whole(self, limit: int) -> str:
+        return f" in this of {self._processes} processes, which share {limit}" if self._processes > 1 else ""
+
     def _account(self, key: Key) -> _Account | None:
         """With the tokens that time has brought back."""
         if not key.max_requests and not key.tokens_per_minute:
             return None
         now_ns = self._now()
-        account = self._accounts.setdefault(key.name, _Account(tokens=key.tokens_per_minute, at_ns=now_ns))
-        grown = (now_ns - account.at_ns) / NS_PER_S * key.tokens_per_minute / SECONDS
-        account.tokens, account.at_ns = min(key.tokens_per_minute, account.tokens + grown), now_ns
+        per_minute = self._tokens_per_minute(key)
+        account = self._accounts.setdefault(key.name, _Account(tokens=per_minute, at_ns=now_ns))
+        grown = (now_ns - account.at_ns) / NS_PER_S * per_minute / SECONDS
+        account.tokens, account.at_ns = min(per_minute, account.tokens + grown), now_ns
         return account

@@ -89,7 +89,7 @@ class Router:
         self.metrics = RouterMetrics()
         self._rejections = Rejections(self.metrics, monotonic_ns)
         self._gate = Gate(config.api_key, config.api_key_file, monotonic_ns)
-        self.admission = Admission(config.max_num_queued_reqs, monotonic_ns)
+        self.admission = Admission(config.max_num_queued_reqs, monotonic_ns, place.count if place else 1)
         self.fleet = Fleet(
             config.scheduler,
             router=instance,

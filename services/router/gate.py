@@ -7,6 +7,7 @@ import hashlib
 import re
 import tomllib
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import structlog
@@ -20,6 +21,7 @@ log = structlog.get_logger("gate")
 RELOAD_NS = NS_PER_S
 """The file is looked at so often, while somebody calls."""
 LONGEST_KEY = 1024
+Limit = Annotated[int, msgspec.Meta(ge=0)]
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -57,9 +59,9 @@ class _Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     sha256: str
     tenant: str = ""
     admin: bool = False
-    max_requests: int = 0
-    max_request_bytes: int = 0
-    tokens_per_minute: int = 0
+    max_requests: Limit = 0
+    max_request_bytes: Limit = 0
+    tokens_per_minute: Limit = 0
 
 
 class Gate:

@@ -26,6 +26,12 @@ LISTS_OF_SUBSCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 MAPS_OF_SUBSCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
 
 
+NO_TOKEN = frozenset({"NoExtension", "NoExtensionBias"})
+"""llguidance's bare reasons for a place where no token is allowed."""
+UNSATISFIABLE = "nothing can satisfy it: no token of this model may come next"
+TOO_COMPLEX = "lexer error: "
+
+
 class GrammarError(ValueError):
     """A constraint that cannot be compiled, or that is too large; the message says where it is wrong."""
 
@@ -62,8 +68,16 @@ def compile_grammar(structured: Structured, vocabulary: LLTokenizer) -> LLMatche
     matcher = LLMatcher(vocabulary, _grammar_of(structured), log_level=0, limits=limits())
     matcher.compute_bitmask()
     if matcher.is_error():
-        raise _error(matcher.get_error())
+        raise _error(fault_of(matcher))
     return matcher
+
+
+def fault_of(matcher: LLMatcher) -> str:
+    """Why a matcher cannot go on, in words for the client, on one line; empty where it can."""
+    bare = _one_line(matcher.get_error())
+    if bare.startswith(TOO_COMPLEX):
+        return f"too complex: {bare.removeprefix(TOO_COMPLEX)}"
+    return UNSATISFIABLE if bare in NO_TOKEN else bare
 
 
 def _grammar_of(structured: Structured) -> str:
@@ -104,9 +118,13 @@ def _message_of(grammar: str) -> str:
 
 
 def _error(message: str, place: str = "") -> GrammarError:
-    told = " ".join(message.removesuffix("<non-verbose/>").split())
+    told = _one_line(message)
     cut = told if len(told) <= MAX_MESSAGE_CHARS else told[:MAX_MESSAGE_CHARS] + "…"
     return GrammarError(f"at {place}: {cut}" if place else cut)
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.removesuffix("<non-verbose/>").split())
 
 
 def _place_of(schema: Any, message: str) -> str:

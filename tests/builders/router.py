@@ -14,6 +14,7 @@ from grpc_status import rpc_status
 
 from services.router.app import Router
 from services.router.model import load_model
+from services.router.peers import PeerPlace
 from shared.config import RouterConfig
 from shared.rpc.sluice.v1 import inference_pb2 as pb
 from shared.rpc.sluice.v1.control_pb2_grpc import ControlStub
@@ -110,7 +111,11 @@ def refusal(error: grpc.aio.AioRpcError) -> tuple[str, str, float]:
 
 @asynccontextmanager
 async def running_router(
-    model: Path, *schedulers: FakeScheduler, usable: int | None = None, **settings: Any
+    model: Path,
+    *schedulers: FakeScheduler,
+    usable: int | None = None,
+    place: PeerPlace | None = None,
+    **settings: Any,
 ) -> AsyncIterator[RunningRouter]:
     """Starts the schedulers and the router; stops both, and lets a failure of the router fail the test."""
     for scheduler in schedulers:
@@ -124,7 +129,7 @@ async def running_router(
         events.append((name, data))
         served.set()
 
-    router = Router(config, load_model(config), "router-test", on_event)
+    router = Router(config, load_model(config), "router-test", on_event, place)
     serving = asyncio.create_task(router.serve())
     await served.wait()
     address = events[0][1]["grpc"]

@@ -41,6 +41,8 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer, control_pb2_grpc.ControlS
         self.requests: list[pb.GenerateRequest] = []
         self.cancelled = 0
         self.busy = 0
+        self.retry_after_ms = 50
+        """Said to a prompt `busy`."""
         self.answer = ("Hello", ", ", "wörld")
         self._has_chat_template = has_chat_template
 
@@ -64,7 +66,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer, control_pb2_grpc.ControlS
             raise refuse("queue_full", "512 requests are waiting", retry_after_ms=100)
         if request.prompt == "busy" and self.busy:
             self.busy -= 1
-            raise refuse("queue_full", "512 requests are waiting", retry_after_ms=50)
+            raise refuse("queue_full", "512 requests are waiting", retry_after_ms=self.retry_after_ms)
         if request.sampling.top_p > 1:
             raise refuse("invalid_argument", "top_p is at most 1", field="sampling.top_p")
         yield pb.GenerateResponse(accepted=pb.Accepted(request_id="req-1", prompt_tokens=4, seed=7))

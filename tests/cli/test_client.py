@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import aclosing
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -163,6 +164,41 @@ def test_another_thread_can_cancel_a_stream(served: Served) -> None:
         events = client.generate(Request(prompt="hang"))
         next(events)
         threading.Timer(0.1, events.cancel).start()
+        with pytest.raises(CallError) as caught:
+            list(events)
+        assert caught.value.status == "CANCELLED"
+
+
+def test_a_cancel_ends_the_wait_for_a_next_try_at_once(served: Served) -> None:
+    served.router.busy, served.router.retry_after_ms = 1, 20_000
+    with BlockingClient(served.address) as client:
+        events = client.generate(Request(prompt="busy"), retries=1)
+
+        def cancel_while_it_waits() -> None:
+            wait_for(lambda: len(served.router.requests) == 1, 5, "the first try")
+            time.sleep(0.3)
+            events.cancel()
+
+        cancelling = threading.Thread(target=cancel_while_it_waits)
+        cancelling.start()
+        began = time.monotonic()
+        with pytest.raises(CallError) as caught:
+            list(events)
+        cancelling.join()
+        assert caught.value.status == "CANCELLED" and time.monotonic() - began < 5
+        assert len(served.router.requests) == 1
+
+
+def test_a_cancel_reaches_a_call_that_is_just_being_made(served: Served) -> None:
+    with BlockingClient(served.address) as client:
+        stubs = client._stubs
+        events = client.generate(Request(prompt="hang"), timeout_s=5)
+
+        def generate(*args: Any, **options: Any) -> Any:
+            events.cancel()  # as another thread may, before the call is known
+            return stubs.inference.Generate(*args, **options)
+
+        events._stubs = SimpleNamespace(inference=SimpleNamespace(Generate=generate))  # type: ignore[assignment]
         with pytest.raises(CallError) as caught:
             list(events)
         assert caught.value.status == "CANCELLED"

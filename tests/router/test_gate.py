@@ -10,8 +10,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from services.router.gate import RELOAD_NS, Gate
+from services.router.allowances import Allowances
+from services.router.gate import RELOAD_NS, Gate, Key
 from services.router.http.guard import OPEN
+from services.router.peers import PeerPlace
+from shared.clock import NS_PER_S
 from shared.config import ConfigError
 from shared.outcome import RefusedError
 from shared.rpc.sluice.v1 import control_pb2, inference_pb2
@@ -225,6 +228,48 @@ def test_keys_are_read_again_when_their_file_changes(tmp_path):
     assert gate.key_of("Bearer bob")
 
 
+def test_more_prompts_than_may_be_in_flight_are_refused_as_they_will_always_be(tiny_model, tmp_path):
+    async def test():
+        keys = write_keys(tmp_path / "keys.toml", few="max_requests = 2", free="")
+        served = running_router(tiny_model, FakeScheduler(), api_key_file=str(keys), max_num_queued_reqs=3)
+        async with served as router, asking(router) as client:
+            for key, most in (("few", 2), ("free", 3)):
+                ask = {"prompt": ["the fox"] * (most + 1), "max_tokens": 1}
+                said = await client.post(COMPLETIONS, json=ask, headers=bearer(key))
+                assert told(said) == (400, "prompt", "invalid_argument")
+                assert f"{most} may be in flight" in said.json()["error"]["message"]
+                ask["prompt"].pop()
+                assert (await client.post(COMPLETIONS, json=ask, headers=bearer(key))).status_code == 200
+
+    run(test())
+
+
+def test_the_processes_of_a_router_share_out_what_a_key_may():
+    clock = Clock()
+    third = Allowances(clock, 3)
+    key = Key(name="ann", max_requests=4, tokens_per_minute=90)
+    third.enter(key)
+    third.enter(key)
+    with pytest.raises(RefusedError, match=r"2 requests .* 3 processes, which share 4"):
+        third.enter(key)
+    third.leave(key)
+    third.spend(key, 30)
+    with pytest.raises(RefusedError, match=r"30 tokens .* 3 processes, which share 90"):
+        third.enter(key)
+    clock.now_ns += 2 * NS_PER_S + 1  # a token of these thirty comes back every two seconds
+    third.enter(key)
+    Allowances(clock, 8).enter(Key(name="bob", max_requests=1))  # one at least
+
+
+def test_a_process_of_a_router_knows_how_many_share(tiny_model, tmp_path):
+    async def test():
+        place = PeerPlace(str(tmp_path), 0, 3)
+        async with running_router(tiny_model, FakeScheduler(), place=place) as router:
+            assert router.router.admission.allowances.max_requests(Key(max_requests=7)) == 3
+
+    run(test())
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -232,6 +277,9 @@ def test_keys_are_read_again_when_their_file_changes(tmp_path):
         ("[ann]\n", "sha256"),
         ('[ann]\nsha256 = "secret"\n', r"\[ann\] sha256 is not"),
         (f'[ann]\nsha256 = "{digest("a")}"\nlimit = 3\n', "limit"),
+        (f'[ann]\nsha256 = "{digest("a")}"\nmax_requests = -1\n', "max_requests"),
+        (f'[ann]\nsha256 = "{digest("a")}"\nmax_request_bytes = -1\n', "max_request_bytes"),
+        (f'[ann]\nsha256 = "{digest("a")}"\ntokens_per_minute = -1\n', "tokens_per_minute"),
         (f'[ann]\nsha256 = "{digest("a")}"\n[bob]\nsha256 = "{digest("a")}"\n', "the same key"),
     ],
 )

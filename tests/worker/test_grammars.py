@@ -21,7 +21,7 @@ from shared.rpc.sluice.v1 import execution_pb2 as pb
 from shared.rpc.sluice.v1 import scheduling_pb2
 from shared.sampling import Sampling
 from shared.structured import Structured
-from shared.text.grammar import GrammarError
+from shared.text.grammar import UNSATISFIABLE, GrammarError
 from tests.builders.grammars import TWIN_LOGITS, matcher, token_bytes, vocabulary
 from tests.builders.plans import make_admit, make_plan, plan_message
 from tests.builders.runners import LateCopies, answer_all, answer_alone, make_asked, make_runner
@@ -191,7 +191,7 @@ def test_a_grammar_that_gives_up_is_told_with_its_row_and_the_step_goes_on(decod
     ]
     output = runner.run(make_plan(1, [(slot, 2, True, (slot,)) for slot in range(3)], admits))
     ((row, told),) = output.grammar_errors
-    assert row == 1 and told
+    assert row == 1 and told and "non-verbose" not in told
     assert len(output.tokens) == 3
     assert runner.run(make_plan(2, [(0, 1, True, ()), (2, 1, True, ())])).grammar_errors == ()
 
@@ -234,6 +234,26 @@ def test_what_does_not_compile_and_what_has_no_vocabulary_is_told_to_the_client(
 
     with pytest.raises(GrammarError, match="no tokenizer"):
         compile_all(GrammarCompiler(load), Structured("regex", "a"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [("regex", r"[^\s\S]"), ("json_schema", '{"$ref": "#"}'), ("grammar", "start: start")],
+)
+def test_what_nothing_can_satisfy_is_said_in_words(kind, text):
+    with pytest.raises(GrammarError, match=r"^nothing can satisfy it: no token"):
+        compile_all(GrammarCompiler(vocabulary), Structured(kind, text))
+
+
+def test_what_comes_to_nothing_in_an_answer_is_said_in_words_too():
+    dead_end = matcher("grammar", 'start: "a" /[^\\s\\S]/')
+    with ThreadPoolExecutor(1) as one:
+        guide = Guide(dead_end, np.array([], dtype=np.uint32), TWIN_LOGITS, one)
+        guide.allowed()
+        assert not guide.error
+        guide.accept(token_bytes("byte_level").index(b"a"))
+        guide.allowed()
+    assert guide.error == UNSATISFIABLE
 
 
 # As a scheduler sends them.

@@ -1,6 +1,6 @@
 """The same client for code without an event loop."""
 
-import time
+import threading
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 class Stream(Iterator[Event]):
     """The events of one request, as they come. A context manager: leaving it cancels the call. `cancel` may be called
-    from any thread; the iteration then raises CallError CANCELLED."""
+    from any thread, also while a next try is waited for; the iteration then raises CallError CANCELLED."""
 
     def __init__(
         self, stubs: wire.Stubs, request: Request, *, metadata: wire.Metadata, timeout_s: float | None, retries: int
@@ -30,7 +30,7 @@ class Stream(Iterator[Event]):
         self._timeout_s = timeout_s
         self._retries = retries
         self._call: Any = None
-        self._cancelled = False
+        self._cancelled = threading.Event()
         self._events = self._run()
 
     def __next__(self) -> Event:
@@ -46,7 +46,7 @@ class Stream(Iterator[Event]):
 
     def cancel(self) -> None:
         """Ends the call, which frees what it holds on the server."""
-        self._cancelled = True
+        self._cancelled.set()
         if self._call is not None:
             self._call.cancel()
 
@@ -56,9 +56,11 @@ class Stream(Iterator[Event]):
             held: list[Event] = []
             """What comes before the answer, until that has begun."""
             begun = not self._retries
-            if self._cancelled:
+            if self._cancelled.is_set():
                 raise CallError("CANCELLED", "the call was cancelled")
             self._call = self._stubs.inference.Generate(self._message, timeout=attempts.left_s, metadata=self._metadata)
+            if self._cancelled.is_set():  # since it was asked above: `cancel` may not have seen this call
+                self._call.cancel()
             try:
                 for response in self._call:
                     event = wire.from_wire(response)
@@ -75,7 +77,7 @@ class Stream(Iterator[Event]):
                 self._call.cancel()
             wait_s = attempts.wait_s(failure) if failure is not None and not begun else None
             if wait_s is not None:
-                time.sleep(wait_s)
+                self._cancelled.wait(wait_s)
                 continue
             yield from held
             if failure is not None:

@@ -88,6 +88,7 @@ class Completions:
             require_json(scope)
             body = await read_body(scope, receive, self._answering.max_request_bytes)
             question = self._understand(body, _source(scope))
+            self._answering.admission.require_possible(len(question.prompts), question.options[0].key)
         except RefusedError as error:
             self._answering.rejections.reject(error.refusal, request_id=reply.request_id, door="http")
             raise

@@ -13,8 +13,8 @@ from shared.net.http import listen
 
 MAX_HEAD_BYTES = 64 * 2**10
 """Of a request line and its headers."""
-FIRST_BYTE_TIMEOUT_S = 30.0
-"""For a caller that connects and sends nothing."""
+HEAD_TIMEOUT_S = 30.0
+"""For the head of a request, from the connection or, on one that was used before, from its own first byte."""
 KEEP_ALIVE_S = 65
 """For a connection without a request: longer than proxies and clients keep theirs, so that they are the ones to end
 it."""
@@ -82,13 +82,22 @@ class _Protocol(HttpToolsProtocol):
 
     _in_head = False
     _head_bytes = 0
+    _head_deadline: asyncio.TimerHandle | None = None
+    """uvicorn's own timer ends with the first byte; this one with the whole head."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.timeout_keep_alive_task = self.loop.call_later(FIRST_BYTE_TIMEOUT_S, self.timeout_keep_alive_handler)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_deadline()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self._head_deadline is None:  # these bytes ended the wait for a next request
+            self._await_head()
         if self._in_head:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
@@ -102,7 +111,16 @@ class _Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head = False
+        self._end_deadline()
         super().on_headers_complete()
+
+    def _await_head(self) -> None:
+        self._head_deadline = self.loop.call_later(HEAD_TIMEOUT_S, self.timeout_keep_alive_handler)
+
+    def _end_deadline(self) -> None:
+        if self._head_deadline is not None:
+            self._head_deadline.cancel()
+            self._head_deadline = None
 
 
 def hang_up(scope: Scope) -> None:

@@ -261,10 +261,11 @@ def _question(
     stream = request.stream_options
     known: dict[str, Any] = {"name": request.model or "", "key": source.key, "caller": source.caller, "door": "http"}
     asked = msgspec.structs.replace(asked, structured=structure.given)
+    params = {**structure.params, **_names_of(request)}
     try:
         options = tuple(resolve(asked, model, request_id=one, **known) for one in ids)  # each with a seed of its own
     except RefusedError as error:
-        raise RefusedError(renamed(error.refusal, structure.params)) from None
+        raise RefusedError(renamed(error.refusal, params)) from None
     return Question(
         prompts=prompts,
         options=options,
@@ -277,9 +278,16 @@ def _question(
         include_stop=bool(request.include_stop_str_in_output),
         token_ids=bool(request.return_token_ids),
         tokens_as_ids=bool(request.return_tokens_as_token_ids),
-        params=structure.params,
+        params=params,
         **told,
     )
+
+
+def _names_of(request: Common) -> dict[str, str]:
+    """What this request calls the fields that have two names."""
+    if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
+        return {"stopping.max_tokens": "max_completion_tokens"}
+    return {}
 
 
 def _prompts(request: CompletionRequest, model: ServedModel, max_model_len: int) -> tuple[Prompt, ...]:

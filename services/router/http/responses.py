@@ -4,7 +4,7 @@ A chunk of plain text is put together from bytes that are made once an answer: i
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from services.router.parsing.parser import Parser
 from services.router.request import Accepted, Delta, Finished, TextPrompt, Timing, TokenLogprob, Usage
 from shared.clock import NS_PER_MS
 from shared.outcome import FinishReason
+from shared.text.detokenizer import Detokenizer
 from shared.text.tokenizer import Tokenizer
 
 LOWEST_LOGPROB = -9999.0
@@ -44,7 +45,9 @@ class _Choice:
     finish: dict[str, Any] = field(default_factory=lambda: {"finish_reason": None, "stop_reason": None})
     num_tokens: int = 0
     text_offset: int = 0
-    """Where the next token begins, in characters."""
+    """Where the next token begins in the text that is shown, in characters."""
+    shown: Detokenizer | None = None
+    """What the tokens add to that text, where offsets are told."""
     begun: bool = False
     parser: Parser | None = None
     """Of a chat whose answers are taken apart, once the prompt is known."""
@@ -314,18 +317,53 @@ class CompletionTelling(Telling):
 
     def _echoed(self, at: int, choice: _Choice) -> dict[str, Any]:
         accepted = self._asked[at].accepted
-        return self._logprobs(accepted.prompt_logprobs if accepted else (), choice)
+        given = accepted.prompt_logprobs if accepted else ()
+        text = self._echo(at)
+        choice.text_offset = len(text)
+        return self._beside_each_other(given, self._echo_offsets(at, text, given))
+
+    def _echo_offsets(self, at: int, text: str, given: Iterable[TokenLogprob]) -> Iterator[int]:
+        """Where the tokens of an echo begin in it. A prompt that was a text shows the special tokens that it names
+        itself, and none that the tokenizer added; one that was token ids shows them all."""
+        texts, is_text = self._tokenizer.texts, isinstance(self._question.prompts[at], TextPrompt)
+        shown, offset = texts.stream(skip_special_tokens=is_text), 0
+        for one in given:
+            yield offset
+            name = texts.token_bytes(one.token_id).decode("utf-8", "replace")
+            if is_text and one.token_id in texts.special_ids and text.startswith(name, offset):
+                offset += len(name)
+            else:
+                offset += len(shown.push(one.token_id))
+
+    def _accept(self, at: int, event: Accepted) -> None:
+        super()._accept(at, event)
+        if self._question.logprobs < 0:
+            return
+        n, options = self._question.n, self._question.options[at]
+        for choice in self._choices[at * n : (at + 1) * n]:
+            choice.shown = self._tokenizer.texts.stream(
+                event.prompt_ids, skip_special_tokens=options.skip_special_tokens, shown=options.shown_token_ids
+            )
 
     def _logprobs(self, given: Iterable[TokenLogprob], choice: _Choice) -> dict[str, Any]:
-        """As lists beside each other. Of a prompt's first token there is none."""
+        return self._beside_each_other(given, self._offsets(given, choice))
+
+    def _offsets(self, given: Iterable[TokenLogprob], choice: _Choice) -> Iterator[int]:
+        """Where the tokens of an answer begin in its text. The tokens of one character all begin with it."""
+        assert choice.shown is not None
+        for one in given:
+            yield choice.text_offset
+            choice.text_offset += len(choice.shown.push(one.token_id))
+
+    def _beside_each_other(self, given: Iterable[TokenLogprob], offsets: Iterable[int]) -> dict[str, Any]:
+        """As lists. Of a prompt's first token there is no logprob."""
         told = _no_logprobs()
+        told["text_offset"] += offsets
         for one in given:
             name = self._name(one.token_id)
-            told["text_offset"].append(choice.text_offset)
             told["tokens"].append(name)
             told["token_logprobs"].append(_finite(one.logprob) if one.rank else None)
             told["top_logprobs"].append(self._top(one, name) if one.rank else None)
-            choice.text_offset += len(name)
         return told
 
     def _top(self, one: TokenLogprob, name: str) -> dict[str, float]:

@@ -192,7 +192,10 @@ def unserved(request: msgspec.Struct) -> str:
 
 
 def _asks(value: Any) -> bool:
-    return not isinstance(value, UnsetType) and value not in (None, False, "", [], {}, "none")
+    """0 does, though it equals false."""
+    if isinstance(value, UnsetType) or value is None or value is False:
+        return False
+    return value not in ("", [], {}, "none")
 
 
 @functools.cache

@@ -6,6 +6,7 @@ from typing import Any
 
 from services.router.parsing.calls import arguments, call_list
 from services.router.parsing.reader import Reader, Waiting
+from services.router.parsing.references import moved
 from services.router.parsing.speaker import Speaker
 
 Tool = Mapping[str, Any]
@@ -49,19 +50,6 @@ def schema_of_calls(tools: Sequence[Tool], *, parallel: bool) -> dict[str, Any]:
         }
         for at, tool in enumerate(tools)
     ]
-    known = {str(at): _moved(schema_of_call(tool), f"#/$defs/{at}") for at, tool in enumerate(tools)}
+    known = {str(at): moved(schema_of_call(tool), f"#/$defs/{at}") for at, tool in enumerate(tools)}
     most = {} if parallel else {"maxItems": 1}
     return {"type": "array", "minItems": 1, **most, "items": {"anyOf": calls}, "$defs": known}
-
-
-def _moved(schema: Any, place: str) -> Any:
-    """A schema whose references to itself lead to another place of the document than its root."""
-    if isinstance(schema, list):
-        return [_moved(one, place) for one in schema]
-    if not isinstance(schema, dict):
-        return schema
-    moved = {key: _moved(value, place) for key, value in schema.items()}
-    reference = schema.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#"):
-        moved["$ref"] = place + reference[1:]
-    return moved

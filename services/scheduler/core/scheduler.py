@@ -21,6 +21,7 @@ from services.scheduler.core.worker_group import GroupSpec, InFlight, WorkerGrou
 from shared.outcome import AbortCause, FinishReason, Refusal
 from shared.prefix import root_hash
 from shared.sampling import TokenLogprobs
+from shared.structured import Structured
 
 
 class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,7 +125,7 @@ class Scheduler:
             if sample.request.ledger.own_reason is WaitReason.GRAMMAR:
                 sample.request.ledger.change_queue(group.clock, now_ns)
         if error:
-            refusal = Refusal(name="invalid_argument", message=error, field=f"structured.{structured.kind}")
+            refusal = _wrong(structured, error)
             for sample in [each for each in group.waiting if each.structured == structured]:
                 self._end_live(sample, FinishReason.ERROR, now_ns, refusal=refusal)
 
@@ -367,9 +368,7 @@ class Scheduler:
     def _end_unguided(self, sample: Sample, message: str, now_ns: int) -> None:
         """The grammar turned out to be too much for the worker, or to allow nothing: the last token means nothing."""
         del sample.tokens[-1]
-        field = f"structured.{sample.structured.kind}" if sample.structured else "structured"
-        refusal = Refusal(name="invalid_argument", message=message, field=field)
-        self._end_live(sample, FinishReason.ERROR, now_ns, refusal=refusal)
+        self._end_live(sample, FinishReason.ERROR, now_ns, refusal=_wrong(sample.structured, message))
 
     def _fail_step(self, group: WorkerGroup, now_ns: int) -> None:
         """The oldest plan failed and the worker skips what follows it: what was pending is withdrawn, and every
@@ -546,3 +545,9 @@ _ABORT_REFUSALS: dict[AbortCause, Refusal] = {
         name="draining", message="the server is shutting down; try another or try again soon", retry_after_ms=1000
     ),
 }
+
+
+def _wrong(structured: Structured | None, what: str) -> Refusal:
+    """Of a structure that the worker cannot hold an answer to."""
+    field = f"structured.{structured.kind}" if structured else "structured"
+    return Refusal(name="invalid_argument", message=f"{field}: {what}", field=field)

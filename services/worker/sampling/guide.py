@@ -10,6 +10,7 @@ import numpy as np
 from llguidance import LLMatcher
 
 from services.worker.plan import Array
+from shared.text.grammar import UNSATISFIABLE, fault_of
 
 MAX_ERROR_CHARS = 300
 
@@ -48,7 +49,7 @@ class Guide:
         assert self._matcher is not None
         mask = np.frombuffer(self._matcher.compute_bitmask(), "<i4", self._num_words).astype(np.int32)
         if self._matcher.is_error():
-            self.error = self.error or " ".join(self._matcher.get_error().split())[:MAX_ERROR_CHARS]
+            self.error = self.error or fault_of(self._matcher)[:MAX_ERROR_CHARS]
         elif not mask.any():
-            self.error = "the grammar allows no token of this model"
+            self.error = UNSATISFIABLE
         return np.full_like(mask, -1) if self.error else mask

@@ -207,6 +207,47 @@ def test_logprobs_have_tokens_offsets_and_the_best(tiny_model, stream):
     run(test())
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("options", [{}, {"echo": True}, {"skip_special_tokens": False}], ids=["plain", "echo", "all"])
+def test_offsets_are_those_of_the_text_that_is_shown(tiny_model, stream, options):
+    """Of hidden special tokens nothing is shown, and of a character in several tokens one character."""
+
+    async def test():
+        scheduler = FakeScheduler(answer=None)
+        async with running_router(tiny_model, scheduler) as router, asking(router) as client:
+            ids = (await client.post("/tokenize", json={"prompt": "🙃 fox", "add_special_tokens": False})).json()
+            answer = [264, 0, *ids["tokens"]]  # the, <s>, three parts of a character, fox
+            assert len(answer) == 6
+            ask = {"prompt": "the fox", "logprobs": 0, "stream": stream, "return_tokens_as_token_ids": True}
+            call = asyncio.create_task(client.post(PATH, json={**ask, **options}))
+            request = await scheduler.request(0)
+            prompt = unpack(request.submit.token_ids)
+            given = {"prompt_logprobs": [logprob(-1) for _ in prompt[1:]]} if "echo" in options else {}
+            await answer_next(scheduler, 0, answer, logprobs=[logprob(-1) for _ in answer], **given)
+            said = await call
+        if stream:
+            chunks = events(said.text)
+            text = texts(chunks)[0]
+            offsets = [
+                one for chunk in chunks for one in (chunk["choices"][0]["logprobs"] or {}).get("text_offset", ())
+            ]
+        else:
+            choice = said.json()["choices"][0]
+            text, offsets = choice["text"], choice["logprobs"]["text_offset"]
+        if "echo" in options:
+            assert offsets[:2] == [0, 0] and offsets[: len(prompt)][-1] < len("the fox")
+            assert text[offsets[len(prompt)] :].startswith("the🙃")
+            offsets = offsets[len(prompt) :]
+        else:
+            assert offsets[0] == 0
+        the, special, *character, after = offsets
+        assert text[the:special] == "the"
+        assert text[special : character[0]] == ("<s>" if options.get("skip_special_tokens") is False else "")
+        assert len(set(character)) == 1 and text[character[0] : after] == "🙃"
+
+    run(test())
+
+
 def test_prompt_logprobs_are_by_token_id(tiny_model):
     async def test():
         scheduler = FakeScheduler(answer=None)

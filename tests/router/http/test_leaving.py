@@ -206,17 +206,56 @@ def test_a_second_prompt_that_fails_ends_the_first(tiny_model):
     ids=["nothing", "no sense", "a beginning", "a long header", "a long path"],
 )
 def test_callers_who_make_no_sense_hold_up_nobody(tiny_model, monkeypatch, sent):
-    monkeypatch.setattr(door, "FIRST_BYTE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(door, "HEAD_TIMEOUT_S", 0.2)
 
     async def test():
         async with running_router(tiny_model, FakeScheduler()) as router, asking(router) as client:
             reader, writer = await connect(router)
             writer.write(sent)
             assert (await client.get("/health")).status_code == 200
-            if sent != b"GET":  # it may go on
-                async with asyncio.timeout(3):
-                    said = await reader.read()
-                assert said == b"" or b" 400 " in said
+            async with asyncio.timeout(3):
+                said = await reader.read()
+            assert said == b"" or b" 400 " in said
             writer.close()
+
+    run(test())
+
+
+@pytest.mark.parametrize("begun", [b"GET /health HTTP/1.1\r\nx: y", b"\r\n"], ids=["a head", "an empty line"])
+def test_a_head_that_does_not_end_is_late_on_a_used_connection_too(tiny_model, monkeypatch, begun):
+    monkeypatch.setattr(door, "HEAD_TIMEOUT_S", 0.4)
+    whole = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+
+    async def test():
+        async with running_router(tiny_model, FakeScheduler()) as router:
+            reader, writer = await connect(router)
+            for wait_s in (0.6, 0.1):  # between requests a connection may rest for longer
+                writer.write(whole)
+                head = await reader.readuntil(b"\r\n\r\n")
+                assert b" 200 " in head
+                length = next(line for line in head.split(b"\r\n") if line.lower().startswith(b"content-length"))
+                await reader.readexactly(int(length.split(b":")[1]))
+                await asyncio.sleep(wait_s)
+            async with asyncio.timeout(3):
+                for byte in begun:
+                    writer.write(bytes([byte]))
+                    await asyncio.sleep(0.01)
+                assert await reader.read() == b""
+            writer.close()
+
+    run(test())
+
+
+def test_an_answer_may_take_longer_than_a_head(tiny_model, monkeypatch):
+    monkeypatch.setattr(door, "HEAD_TIMEOUT_S", 0.1)
+
+    async def test():
+        scheduler = FakeScheduler(answer=None)
+        async with running_router(tiny_model, scheduler) as router, asking(router) as client:
+            call = asyncio.create_task(client.post(PATH, json={"prompt": "the fox"}))
+            await scheduler.request()
+            await asyncio.sleep(0.3)
+            await answer_next(scheduler, 0, [9])
+            assert (await call).status_code == 200
 
     run(test())

@@ -74,7 +74,9 @@ WRONG = [
     (CHATS, {"chat_template": "{{ 1 }}"}, 400, "chat_template", "unsupported"),
     (CHATS, {"top_logprobs": 3}, 400, "top_logprobs", "invalid_argument"),
     (CHATS, {"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "invalid_argument"),
-    (CHATS, {"max_completion_tokens": 0}, 400, "max_tokens", "invalid_argument"),
+    (CHATS, {"max_completion_tokens": 0}, 400, "max_completion_tokens", "invalid_argument"),
+    (CHATS, {"max_tokens": 0}, 400, "max_tokens", "invalid_argument"),
+    (CHATS, {"thinking_token_budget": 0}, 400, "thinking_token_budget", "unsupported"),
 ]
 
 
@@ -161,15 +163,17 @@ def test_paths_and_methods_that_are_not_served_are_errors_of_the_same_shape(tiny
 def test_a_full_router_says_when_to_try_again(tiny_model):
     async def test():
         scheduler = FakeScheduler(answer=None)
-        async with running_router(tiny_model, scheduler, max_num_queued_reqs=1) as router, asking(router) as client:
-            call = asyncio.create_task(client.post(COMPLETIONS, json={"prompt": "the fox"}))
-            await scheduler.request()
+        async with running_router(tiny_model, scheduler, max_num_queued_reqs=2) as router, asking(router) as client:
+            call = asyncio.create_task(client.post(COMPLETIONS, json={"prompt": ["the", "fox"]}))
+            for number in range(2):
+                await scheduler.request(number)
             said = await client.post(COMPLETIONS, json={"prompt": "the fox"})
             assert told(said) == (429, None, "queue_full")
             assert (said.headers["retry-after"], said.headers["retry-after-ms"]) == ("1", "1000")
             several = await client.post(COMPLETIONS, json={"prompt": ["the", "fox"], "stream": True})
             assert told(several) == (429, None, "queue_full")
-            await answer_next(scheduler, 0, [9])
+            for number in range(2):
+                await answer_next(scheduler, number, [9])
             assert (await call).status_code == 200
 
     run(test())

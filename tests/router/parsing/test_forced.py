@@ -1,11 +1,15 @@
 """Calls that a request demands: the schema that an answer is held to, and how such an answer is told."""
 
+import json
+
 import jsonschema
 import pytest
 
 from services.router.parsing.families import forced
 from services.router.parsing.forced import schema_of_call, schema_of_calls
 from services.router.parsing.parser import Parser, Parsing
+from shared.structured import Structured
+from shared.text.grammar import check as grammar_check
 from tests.builders.parsing import Said
 
 TREE = {
@@ -80,3 +84,47 @@ def test_the_schema_takes_calls_of_the_tools_alone():
 def test_the_schema_of_one_call_is_its_parameters():
     assert schema_of_call(TOOLS[1]) == TREE
     assert schema_of_call(TOOLS[0]) == {"type": "object"}
+
+
+INTEGER = {"type": "integer"}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {"next": {"$ref": "#node"}, "v": INTEGER}, "$anchor": "node"},
+        {"$id": "http://x.test/node", "properties": {"next": {"$ref": "#"}, "v": INTEGER}},
+        {"$id": "http://x.test/node", "properties": {"next": {"$ref": "http://x.test/node#"}, "v": INTEGER}},
+        {"properties": {"next": {"$ref": "#n"}, "v": {"$ref": "#/$defs/v"}}, "$anchor": "n", "$defs": {"v": INTEGER}},
+        {
+            "properties": {"next": {"$ref": "inner"}, "v": INTEGER},
+            "$defs": {"a/b": {"$id": "inner", "properties": {"next": {"$ref": "#"}, "v": {"$ref": "#/$defs/v"}},
+                              "$defs": {"v": INTEGER}}},
+        },
+    ],
+)  # fmt: skip
+def test_references_by_name_mean_the_same_within_the_schema_of_calls(schema):
+    tools = [{"type": "function", "function": {"name": name, "parameters": schema}} for name in ("a", "b")]
+    whole = schema_of_calls(tools, parallel=True)
+    check = jsonschema.Draft202012Validator(whole)
+    for name in ("a", "b"):
+        assert check.is_valid([{"name": name, "parameters": {"next": {"next": {"v": 1}}}}])
+        assert not check.is_valid([{"name": name, "parameters": {"next": {"next": {"v": "x"}}}}])
+    grammar_check(Structured("json_schema", json.dumps(whole)))
+
+
+def test_what_only_looks_like_a_reference_is_left_alone():
+    data = {"$ref": "#", "$id": "x"}
+    schema = {
+        "properties": {
+            "a": {"enum": [data], "default": data},
+            "b": {"const": data, "examples": [data]},
+            "enum": {"$ref": "#"},
+            "$ref": {"type": "string"},
+            "c": {"$ref": "#nowhere"},
+        }
+    }
+    expected = json.loads(json.dumps(schema))
+    expected["properties"]["enum"] = {"$ref": "#/$defs/0"}
+    tool = {"type": "function", "function": {"name": "a", "parameters": schema}}
+    assert schema_of_calls([tool], parallel=True)["$defs"]["0"] == expected

@@ -63,7 +63,11 @@ def test_a_grammar_that_does_not_compile_ends_its_requests_and_no_other():
     d.submit(submission("good", [2], structured=structured(8), seed=8))
     d.prepare(error="too large")
     refusal = d.released["bad"].refusal
-    assert (refusal.name, refusal.message, refusal.field) == ("invalid_argument", "too large", "structured.regex")
+    assert (refusal.name, refusal.message, refusal.field) == (
+        "invalid_argument",
+        "structured.regex: too large",
+        "structured.regex",
+    )
     d.run()
     d.assert_answers()
     assert d.released["good"].refusal is None
@@ -81,7 +85,7 @@ def test_a_row_whose_grammar_gives_up_ends_without_that_token():
     d.run()
     assert d.answer("a") == []
     released = d.released["a"]
-    assert (released.refusal.name, released.refusal.message) == ("invalid_argument", "too complex")
+    assert (released.refusal.name, released.refusal.message) == ("invalid_argument", "structured.regex: too complex")
     assert released.completion_tokens == 0
     assert d.answer("b") == d.expected("b")
 
