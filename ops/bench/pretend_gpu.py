@@ -123,9 +123,9 @@ class CountedBytes:
         self._parse, self._pack = wire.plan_from_message, wire.result_to_reply
         wire.plan_from_message, wire.result_to_reply = self._plan, self._result
 
-    def _plan(self, message: Any) -> StepPlan:
+    def _plan(self, message: Any, *prepared: Any) -> StepPlan:
         self.down.append((len(message.slots) // 2 if not message.admits else 0, message.ByteSize()))
-        return self._parse(message)
+        return self._parse(message, *prepared)
 
     def _result(self, result: Any) -> Any:
         reply = self._pack(result)
