@@ -1,6 +1,6 @@
 """What a token costs the router by each of its doors: the same streams through gRPC and through HTTP, in turn.
 
-`python -m ops.bench.doors` prints medians of the router's CPU time per token.
+`python -m ops.bench.doors` writes ops/bench/results/doors.json: medians of the router's CPU time per token.
 """
 
 import argparse
@@ -8,11 +8,13 @@ import asyncio
 import json
 import statistics
 import sys
+from pathlib import Path
 
 from ops.bench.cluster import Cluster
-from ops.bench.machine import exact_cpu_seconds
+from ops.bench.machine import describe, exact_cpu_seconds
 from services.cli.client import Client, Delta, Request
 
+RESULT = Path(__file__).parent / "results" / "doors.json"
 PROMPT = "def read_lines(path):\n"
 HEAD = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n"
 
@@ -53,6 +55,7 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("up_flags", nargs="*", help="flags for `sluice up`, after --")
     options = parser.parse_args()
     cluster = Cluster(["--port=0", "--metrics-port=0", "--threads=1", *options.up_flags])
@@ -68,9 +71,16 @@ def main() -> int:
     finally:
         cluster.close()
     medians = {name: round(statistics.median(values), 1) for name, values in found.items()}
-    print(
-        json.dumps({"router_cpu_us_per_token": medians, "http_over_grpc": round(medians["http"] / medians["grpc"], 3)})
-    )
+    told = {
+        "machine": describe(),
+        "streams": options.streams,
+        "tokens_each": options.tokens,
+        "router_cpu_us_per_token": medians,
+        "http_over_grpc": round(medians["http"] / medians["grpc"], 3),
+        "repeats": {name: [round(value, 1) for value in values] for name, values in found.items()},
+    }
+    options.output.write_text(json.dumps(told, indent=1) + "\n")
+    print(json.dumps({"router_cpu_us_per_token": medians, "http_over_grpc": told["http_over_grpc"]}))
     return 0
 
 
