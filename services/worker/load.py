@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -28,6 +27,7 @@ from services.worker.models.size import sizes_of
 from services.worker.models.spec import ModelSpec
 from services.worker.plan import Admit, StepPlan
 from services.worker.rehearsal import measure_steps
+from services.worker.sampling.guide import Masks
 from services.worker.sampling.sampler import Sampler
 from services.worker.warm import capture_graphs, compile_kernels, uses_graphs
 from services.worker.work import StepCosts
@@ -47,6 +47,8 @@ CGROUP = Path("/sys/fs/cgroup")
 WARM_UP_TOKENS = 32
 SECOND_COPY_SHARE = 0.15
 """Of the free memory: a second copy of the weights may take so much, and is left out where it would need more."""
+MOST_MASK_THREADS = 8
+"""For the masks of grammars; no more than half of the cores."""
 GIB = 2**30
 
 
@@ -335,8 +337,8 @@ def build_runner(
         vocab_size=vocab_size,
         windows=layout.windows,
     )
-    guiding = ThreadPoolExecutor(1, thread_name_prefix="guide")
-    sampler = Sampler(max_num_seqs=config.max_num_seqs, vocab_size=vocab_size, guiding=guiding)
+    masks = Masks(vocab_size, num_threads=max(1, min(count_cores() // 2, MOST_MASK_THREADS)))
+    sampler = Sampler(max_num_seqs=config.max_num_seqs, vocab_size=vocab_size, masks=masks)
     copies = CudaCopies(torch.device(device)) if device == "cuda" else None
     return Runner(decoder, pool.pages, slots, sampler, deterministic=config.deterministic, copies=copies)
 

@@ -2,7 +2,6 @@
 
 import random
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from services.worker.execute.runner import Runner
@@ -12,6 +11,7 @@ from services.worker.memory.layout import layout_of
 from services.worker.memory.pool import allocate_pool
 from services.worker.models.decoder import Decoder
 from services.worker.plan import RowLogprobs, RowPromptLogprobs, StepRunner
+from services.worker.sampling.guide import Masks
 from services.worker.sampling.sampler import Sampler
 from shared.cache_groups import first_block
 from tests.builders.plans import GREEDY, make_admit, make_plan
@@ -45,8 +45,7 @@ def make_runner(
         vocab_size=vocab_size,
         windows=layout.windows,
     )
-    guiding = ThreadPoolExecutor(1, thread_name_prefix="guide")
-    sampler = Sampler(max_num_seqs=max_num_seqs, vocab_size=vocab_size, guiding=guiding)
+    sampler = Sampler(max_num_seqs=max_num_seqs, vocab_size=vocab_size, masks=Masks(vocab_size))
     return Runner(decoder, pool.pages, slots, sampler, **fields)
 
 

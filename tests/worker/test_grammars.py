@@ -6,7 +6,6 @@ import itertools
 import json
 import random
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 
 from services.worker.grammars import MAX_KEPT, GrammarCompiler
 from services.worker.models.decoder import load_decoder
-from services.worker.sampling.guide import Guide
+from services.worker.sampling.guide import Guide, Masks
 from shared.checkpoint import open_checkpoint
 from shared.rpc.sluice.v1 import execution_pb2 as pb
 from shared.rpc.sluice.v1 import scheduling_pb2
@@ -66,12 +65,6 @@ LANGUAGES = {
 
 
 @pytest.fixture(scope="module")
-def executor():
-    with ThreadPoolExecutor(1) as one:
-        yield one
-
-
-@pytest.fixture(scope="module")
 def decoder(tmp_path_factory):
     path = make_twin("llama", tmp_path_factory.mktemp("twins"))
     return load_decoder(open_checkpoint(str(path)), torch.float32)
@@ -87,17 +80,17 @@ def tried(words: list[bytes], said: bytes, tokens: tuple[bytes, ...]) -> set[int
 @pytest.mark.parametrize("tokenizer", ["byte_level", "llama2", "gemma"])
 @pytest.mark.parametrize("kind", LANGUAGES)
 @pytest.mark.parametrize("num_logits", [512, 547])
-def test_masks_are_those_of_trying_every_token(kind, tokenizer, num_logits, executor):
+def test_masks_are_those_of_trying_every_token(kind, tokenizer, num_logits):
     """Of tokens that say the same one is allowed, and where the next byte is certain only the tokens that the tokenizer
     would take; elsewhere all."""
     text, language = LANGUAGES[kind]
     words, tokens = [word.encode() for word in language], token_bytes(tokenizer)
     grammar = matcher(kind, text, tokenizer, num_logits)
-    rng, num_free = random.Random(f"{kind} {tokenizer}"), 0
+    rng, num_free, masks = random.Random(f"{kind} {tokenizer}"), 0, Masks(num_logits)
     for _ in range(12):
-        guide, said = Guide(grammar, np.empty(0, np.int32), num_logits, executor), b""
+        guide, said = Guide(grammar, np.empty(0, np.int32)), b""
         while True:
-            mask = guide.allowed()
+            [mask] = masks.allowed([guide])
             assert len(mask) == -(-num_logits // 32)
             bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
             allowed = set(np.flatnonzero(bits).tolist())
@@ -117,18 +110,24 @@ def test_masks_are_those_of_trying_every_token(kind, tokenizer, num_logits, exec
     assert num_free > 12
 
 
-def test_a_guide_taken_up_again_allows_what_the_first_did(executor):
-    grammar, generated, rng = matcher("regex", "[a-z ]{5,40}"), [], random.Random(1)
-    first = Guide(grammar, np.empty(0, np.int32), TWIN_LOGITS, executor)
-    for _ in range(20):
-        again = Guide(grammar, np.array(generated, np.int32), TWIN_LOGITS, executor)
-        assert np.array_equal(first.allowed(), again.allowed())
-        bits = np.unpackbits(first.allowed().view(np.uint8), bitorder="little")
-        token = rng.choice(np.flatnonzero(bits).tolist())
-        if token == EOS:
-            break
-        generated.append(token)
-        first.accept(token)
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_guides_taken_up_again_allow_what_the_first_did_and_those_moved_together_what_they_do_alone(num_threads):
+    """One after another drops out of the group."""
+    texts = ["[a-z ]{5,40}", "[0-9]{9}", "(the|quick| ){4,30}", "a[a-z]{0,20}"]
+    grammars = [matcher("regex", text) for text in texts]
+    rng, masks, alone = random.Random(1), Masks(TWIN_LOGITS, num_threads), Masks(TWIN_LOGITS)
+    guides = [Guide(grammar, np.empty(0, np.int32)) for grammar in grammars]
+    generated, running = [[] for _ in texts], list(range(len(texts)))
+    while running:
+        allowed = masks.allowed([guides[i] for i in running])
+        again = [Guide(grammars[i], np.array(generated[i], np.int32)) for i in running]
+        assert np.array_equal(allowed, np.concatenate([alone.allowed([guide]) for guide in again]))
+        bits = np.unpackbits(allowed.view(np.uint8), axis=1, bitorder="little")
+        for i, row in zip(running, bits, strict=True):
+            generated[i].append(rng.choice(np.flatnonzero(row).tolist()))
+            guides[i].accept(generated[i][-1])
+        running = [i for i in running if generated[i][-1] != EOS]
+    assert len({len(each) for each in generated}) > 1
 
 
 # Beside other rows.
@@ -247,12 +246,11 @@ def test_what_nothing_can_satisfy_is_said_in_words(kind, text):
 
 def test_what_comes_to_nothing_in_an_answer_is_said_in_words_too():
     dead_end = matcher("grammar", 'start: "a" /[^\\s\\S]/')
-    with ThreadPoolExecutor(1) as one:
-        guide = Guide(dead_end, np.array([], dtype=np.uint32), TWIN_LOGITS, one)
-        guide.allowed()
-        assert not guide.error
-        guide.accept(token_bytes("byte_level").index(b"a"))
-        guide.allowed()
+    masks, guide = Masks(TWIN_LOGITS), Guide(dead_end, np.array([], dtype=np.uint32))
+    masks.allowed([guide])
+    assert not guide.error
+    guide.accept(token_bytes("byte_level").index(b"a"))
+    assert (masks.allowed([guide]) == -1).all()
     assert guide.error == UNSATISFIABLE
 
 

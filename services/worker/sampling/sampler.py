@@ -6,7 +6,6 @@ top-k, top-p, min-p, noise). Rows that ask for nothing pay for nothing: a plain 
 """
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor
 from kernels.ops import sampling as ops
 from services.worker.memory.copies import to_device
 from services.worker.plan import Admit, PlanError, RowLogprobs, RowPromptLogprobs, StepError
-from services.worker.sampling.guide import Guide
+from services.worker.sampling.guide import Guide, Masks
 from services.worker.sampling.history import TokenCounts
 from shared.sampling import NO_LOGPROBS, Sampling
 
@@ -34,7 +33,6 @@ class _Adjustments:
     bias: Array
     stop_token_ids: Array
     counts: TokenCounts | None
-    guide: Guide | None
     repetition: float
     presence: float
     frequency: float
@@ -107,10 +105,9 @@ class DescribedPrompt:
 class Sampler:
     """Owned by the runner; used on the device thread only. Rebuilt for a slot at each admission, from known tokens."""
 
-    def __init__(self, *, max_num_seqs: int, vocab_size: int, guiding: Executor) -> None:
-        """`guiding` computes the masks of grammars."""
+    def __init__(self, *, max_num_seqs: int, vocab_size: int, masks: Masks) -> None:
         self.vocab_size = vocab_size
-        self._guiding = guiding
+        self._masks = masks
         self._temperature = np.zeros(max_num_seqs, np.float32)
         self._top_k = np.zeros(max_num_seqs, np.int64)
         self._top_p = np.ones(max_num_seqs, np.float32)
@@ -123,9 +120,10 @@ class Sampler:
         self._first_stop = np.zeros(max_num_seqs, np.int64)  # the first position at which a stop token may stand
         self._adjusted = np.zeros(max_num_seqs, np.bool_)
         self._counted = np.zeros(max_num_seqs, np.bool_)  # those of the adjusted whose penalties count tokens
-        self._guided = np.zeros(max_num_seqs, np.bool_)  # and those with a grammar
+        self._guided = np.zeros(max_num_seqs, np.bool_)
         self._plain = np.ones(max_num_seqs, np.bool_)  # greedy, nothing else
         self._adjustments: dict[int, _Adjustments] = {}
+        self._guides: dict[int, Guide] = {}
 
     def admit(self, admit: Admit) -> None:
         """Takes over how the slot samples. Raises PlanError for values that no sampler can use."""
@@ -143,13 +141,18 @@ class Sampler:
         adjustments = self._adjustments_of(admit)
         self._adjusted[slot] = adjustments is not None
         self._counted[slot] = adjustments is not None and adjustments.counts is not None
-        self._guided[slot] = adjustments is not None and adjustments.guide is not None
         if adjustments is not None:
             self._adjustments[slot] = adjustments
         else:
             self._adjustments.pop(slot, None)
         self._first_stop[slot] = admit.prompt_len + admit.min_tokens
-        self._plain[slot] = sampling.temperature == 0 and adjustments is None and admit.logprobs == NO_LOGPROBS
+        self._guided[slot] = admit.grammar is not None
+        if admit.grammar is not None:
+            self._guides[slot] = Guide(admit.grammar, admit.token_ids[admit.prompt_len :])
+        else:
+            self._guides.pop(slot, None)
+        is_bare = adjustments is None and admit.grammar is None
+        self._plain[slot] = sampling.temperature == 0 and is_bare and admit.logprobs == NO_LOGPROBS
 
     def _adjustments_of(self, admit: Admit) -> _Adjustments | None:
         sampling, vocab_size = admit.sampling, self.vocab_size
@@ -161,17 +164,13 @@ class Sampler:
         if (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0):
             prompt, output = np.split(admit.token_ids, [admit.prompt_len])
             counts = TokenCounts(prompt, output, vocab_size, with_prompt=sampling.repetition_penalty != 1.0)
-        guide = None
-        if admit.grammar is not None:
-            guide = Guide(admit.grammar, admit.token_ids[admit.prompt_len :], vocab_size, self._guiding)
-        if counts is None and guide is None and not bias and len(stops) == 0:
+        if counts is None and not bias and len(stops) == 0:
             return None
         return _Adjustments(
             bias_ids=np.asarray([token_id for token_id, _ in bias], np.int64),
             bias=np.asarray([value for _, value in bias], np.float32),
             stop_token_ids=stops,
             counts=counts,
-            guide=guide,
             repetition=sampling.repetition_penalty,
             presence=sampling.presence_penalty,
             frequency=sampling.frequency_penalty,
@@ -195,16 +194,18 @@ class Sampler:
         asking = np.flatnonzero(self._num_logprobs[slots] != NO_LOGPROBS)
         adjusted = np.flatnonzero(self._adjusted[slots])
         at = None if len(asking) in (0, len(slots)) else _beside(logits, asking)
+        guides = tuple(self._guides_of(slots))
         raw = logits
-        if len(asking) and (at is not None or len(adjusted)):
+        if len(asking) and (at is not None or len(adjusted) or guides):
             raw = logits.clone() if at is None else logits[at]
         self._adjust(logits, slots[adjusted], positions[adjusted], adjusted)
+        if guides:
+            self._restrict(logits, guides)
         tensors: tuple[Tensor, ...] = self._draw(logits, slots, positions)
         num_top = self._num_logprobs[slots[asking]]
         if len(asking):
             drawn = tensors[0] if at is None else tensors[0][at]
             tensors += ops.token_logprobs(raw, drawn, int(num_top.max()))
-        guides = tuple(self._guides_of(slots))
         errors = tuple((int(rows[index]), guide.error) for index, guide in guides if guide.error)
         return Sampled(tensors, rows[asking], num_top, tuple(self._counts_of(slots)), guides, errors)
 
@@ -226,15 +227,19 @@ class Sampler:
 
     def _guides_of(self, slots: Array) -> Iterator[tuple[int, Guide]]:
         for index in np.flatnonzero(self._guided[slots]).tolist():
-            guide = self._adjustments[int(slots[index])].guide
-            assert guide is not None
-            yield index, guide
+            yield index, self._guides[int(slots[index])]
+
+    def _restrict(self, logits: Tensor, guides: Sequence[tuple[int, Guide]]) -> None:
+        """Leaves the rows that have guides what these allow."""
+        at = np.array([index for index, _ in guides])
+        allowed = self._masks.allowed([guide for _, guide in guides])
+        ops.restrict(logits, _beside(logits, at), _beside(logits, allowed))
 
     def _noise_counters(self, slots: Array, positions: Array) -> tuple[Array, Array, Array]:
         return self._seed[slots].view(np.int64), self._sample_index[slots], positions
 
     def _adjust(self, logits: Tensor, slots: Array, positions: Array, at: Array) -> None:
-        """Bias, penalties, min_tokens and grammars for the rows `at` of `logits`, each kind in one operation."""
+        """Bias, penalties and min_tokens for the rows `at` of `logits`, each kind in one operation."""
         if len(slots) == 0:
             return
         chosen = [self._adjustments[slot] for slot in slots.tolist()]
@@ -252,10 +257,6 @@ class Sampler:
         ]
         if stops:
             ops.forbid(logits, *_entries(logits, stops))
-        guided = [(row, each.guide.allowed()) for row, each in zip(at, chosen, strict=True) if each.guide is not None]
-        if guided:
-            allowed = np.stack([mask for _, mask in guided])
-            ops.restrict(logits, _beside(logits, np.array([row for row, _ in guided])), _beside(logits, allowed))
 
     def describe_prompt(self, logits: Tensor, slot: int, row: int, start: int, token_ids: Array) -> DescribedPrompt:
         """Launches the logprobs of the prompt tokens `token_ids` int32 [n] at positions `start`, …, whose logits are
