@@ -14,6 +14,8 @@ from shared.text.grammar import GrammarError, check
 MAX_BYTES = 128 * 1024
 """Of a schema, an expression, a grammar, or all options together."""
 MAX_OPTIONS = 4096
+OPTIONS_KEY = "x-guidance"
+"""llguidance takes options from a schema's root, among them to pass over keywords that it does not know."""
 
 
 def structured_of(
@@ -42,7 +44,7 @@ def structured_of(
 
 
 def require_compiling(structured: Structured) -> None:
-    """Raises RefusedError with the place that is wrong. Blocks, up to about a second for the worst grammars."""
+    """Raises RefusedError with the place that is wrong. Blocks, some seconds for the worst grammars."""
     try:
         check(structured)
     except GrammarError as error:
@@ -87,3 +89,5 @@ def _check_schema(text: str, field: str) -> None:
     if not isinstance(schema, dict):
         raise invalid(field, "is not a JSON object")
     check_depth(field, schema)
+    if OPTIONS_KEY in schema:
+        raise invalid(field, f"at /{OPTIONS_KEY}: is not served, for it changes what a schema means; leave it out")

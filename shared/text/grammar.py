@@ -1,21 +1,25 @@
 """llguidance, behind one door: constraints as grammars, with limits on the time and the memory that one may take.
 
 JSON is written compactly, or with one space behind a comma or a colon: a grammar that allows whitespace everywhere
-lets a model write nothing else. A schema may say otherwise in `x-guidance`, as llguidance documents it.
+lets a model write nothing else.
 """
 
+import functools
 import json
+import time
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, grammar_from
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from shared.structured import Structured
 
 MAX_MESSAGE_CHARS = 400
 MAX_PLACES = 200
-"""Parts of a schema that are compiled by themselves, to say which of them is wrong."""
+MAX_PLACE_S = 1.0
+"""Parts of a schema that are compiled by themselves, to say which of them is wrong, and the time after which no further
+one is."""
 JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 LARK_BEGINS = ("start:", "start :", "?start:", "%llguidance")
 MAX_GBNF_CHARS = 8 * 1024
@@ -30,6 +34,8 @@ NO_TOKEN = frozenset({"NoExtension", "NoExtensionBias"})
 """llguidance's bare reasons for a place where no token is allowed."""
 UNSATISFIABLE = "nothing can satisfy it: no token of this model may come next"
 TOO_COMPLEX = "lexer error: "
+UNSATISFIABLE_SCHEMA = "Unsatisfiable schema: "
+EXHAUSTED = "fuel exhausted"
 
 
 class GrammarError(ValueError):
@@ -37,7 +43,7 @@ class GrammarError(ValueError):
 
 
 def limits() -> LLParserLimits:
-    """Of one grammar. The worst that was found takes 0.6 s to check and 1.6 s to compile on a busy machine; the fuel of
+    """Of one grammar. The worst that was found takes 2 s to check and as long to compile on a busy machine; the fuel of
     a step is about 10 ms."""
     return LLParserLimits(
         initial_lexer_fuel=300_000,
@@ -49,12 +55,13 @@ def limits() -> LLParserLimits:
 
 
 def check(structured: Structured) -> None:
-    """Compiles it without a vocabulary. Blocking, without the interpreter's lock. Raises GrammarError."""
-    message = _message_of(_grammar_of(structured))
-    if message and structured.kind == "json_schema":
-        raise _error(message, _place_of(json.loads(structured.text), message))
-    if message:
-        raise _error(message)
+    """Compiles it for a vocabulary of single bytes, as far as the first choice. Blocking, without the interpreter's
+    lock. Raises GrammarError."""
+    fault = _fault_in(_grammar_of(structured))
+    if fault and structured.kind == "json_schema":
+        raise _error(*_placed(json.loads(structured.text), fault))
+    if fault:
+        raise _error(fault)
 
 
 def load_vocabulary(tokenizer_json: str, vocab_size: int, eos_token_ids: Collection[int]) -> LLTokenizer:
@@ -85,9 +92,9 @@ def _grammar_of(structured: Structured) -> str:
     try:
         match structured.kind:
             case "json_object":
-                return LLMatcher.grammar_from_json_schema(ANY_OBJECT, defaults=JSON_OPTIONS)
+                return LLMatcher.grammar_from_json_schema(ANY_OBJECT, overrides=JSON_OPTIONS)
             case "json_schema":
-                return LLMatcher.grammar_from_json_schema(structured.text, defaults=JSON_OPTIONS)
+                return LLMatcher.grammar_from_json_schema(structured.text, overrides=JSON_OPTIONS)
             case "regex":
                 return LLMatcher.grammar_from_regex(structured.text)
             case "choice":
@@ -113,8 +120,34 @@ def _lark_of(text: str) -> str:
         raise _error(f"neither Lark (no rule `start:`) nor GBNF: {error}") from None
 
 
-def _message_of(grammar: str) -> str:
-    return LLMatcher.validate_grammar(grammar, None, limits=limits()).removesuffix("<non-verbose/>")
+def _fault_in(grammar: str) -> str:
+    """Why it compiles for no model, or why no text can begin an answer or go on behind the text that begins them all.
+    Empty where nothing is known to be wrong."""
+    matcher = LLMatcher(_bytes_vocabulary(), grammar, log_level=0, limits=limits())
+    if matcher.is_error() and fault_of(matcher) != UNSATISFIABLE and EXHAUSTED not in matcher.get_error():
+        return _one_line(LLMatcher.validate_grammar(grammar, None, limits=limits()))  # which knows all special tokens
+    allows = any(matcher.compute_bitmask())
+    if allows and matcher.consume_tokens(matcher.compute_ff_tokens()):
+        allows = any(matcher.compute_bitmask())
+    return fault_of(matcher) or ("" if allows else UNSATISFIABLE)
+
+
+class _Bytes:
+    """Tokens as llguidance asks for them: one of each byte, and the end."""
+
+    tokens = (*(bytes([i]) for i in range(256)), b"<end>")
+    eos_token_id = 256
+    bos_token_id = None
+    special_token_ids = (256,)
+
+    def __call__(self, text: bytes) -> list[int]:
+        return list(text)
+
+
+@functools.cache
+def _bytes_vocabulary() -> LLTokenizer:
+    """Takes some milliseconds."""
+    return LLTokenizer(TokenizerWrapper(_Bytes()))
 
 
 def _error(message: str, place: str = "") -> GrammarError:
@@ -127,16 +160,22 @@ def _one_line(message: str) -> str:
     return " ".join(message.removesuffix("<non-verbose/>").split())
 
 
-def _place_of(schema: Any, message: str) -> str:
-    """A JSON pointer to the innermost part that by itself is refused for the same reason; empty for the whole."""
-    place, tried = "", 0
+def _placed(schema: Any, fault: str) -> tuple[str, str]:
+    """What is wrong with the innermost part that by itself has the same fault, or is unsatisfiable as the whole is, and
+    a JSON pointer to it; empty for the whole."""
+    place, tried, end = "", 0, time.monotonic() + MAX_PLACE_S
     parts = list(_parts(schema))
-    while parts and tried < MAX_PLACES:
+    while parts and tried < MAX_PLACES and time.monotonic() < end:
         step, part = parts.pop(0)
         tried += 1
-        if isinstance(part, dict) and _message_of(_grammar_of(Structured("json_schema", json.dumps(part)))) == message:
-            place, parts = place + step, list(_parts(part))
-    return place
+        found = _fault_in(_grammar_of(Structured("json_schema", json.dumps(part)))) if isinstance(part, dict) else ""
+        if found == fault or _both_unsatisfiable(found, fault):
+            place, parts, fault = place + step, list(_parts(part)), found
+    return fault, place
+
+
+def _both_unsatisfiable(*faults: str) -> bool:
+    return all(fault.startswith(UNSATISFIABLE_SCHEMA) for fault in faults)
 
 
 def _parts(schema: Any) -> Iterator[tuple[str, Any]]:

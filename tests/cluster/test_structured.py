@@ -187,6 +187,7 @@ def test_waiting_for_a_grammar_is_told_as_such(own_cluster) -> None:
 
 
 def test_what_only_the_worker_can_tell_is_refused_too(cluster) -> None:
-    answer = ask_one(cluster(**ROOMY).address, following(("json_schema", '{"type":"integer","multipleOf":987654321}')))
-    assert answer.status == "INVALID_ARGUMENT" and answer.error.field == "structured.json_schema"
-    assert "fuel exhausted" in answer.error.message
+    """A vocabulary has the special tokens that a grammar may name, or not."""
+    answer = ask_one(cluster(**ROOMY).address, following(("grammar", "start: <|nowhere|>")))
+    assert answer.status == "INVALID_ARGUMENT" and answer.error.field == "structured.grammar"
+    assert "nowhere" in answer.error.message

@@ -17,6 +17,7 @@ from tests.builders.fake_scheduler import FakeScheduler
 from tests.builders.router import refusal, run, running_router
 
 SCHEMA = '{"type": "object", "properties": {"a": {"type": "integer"}}}'
+NOBODY = '{"type":"object","properties":{"b":{"enum":[]}},"required":["b"]}'
 WRONG = {
     "a schema that is no JSON": (pb.Structured(json_schema="{"), "json_schema", "is not JSON"),
     "a schema that is no object": (pb.Structured(json_schema="[1]"), "json_schema", "is not a JSON object"),
@@ -43,6 +44,36 @@ WRONG = {
     "a rule that is not there": (pb.Structured(grammar="start: foo"), "grammar", 'unknown name: "foo"'),
     "no grammar at all": (pb.Structured(grammar="hello"), "grammar", "neither Lark"),
     "much GBNF": (pb.Structured(grammar='root ::= "a"\n' * 1000), "grammar", "8192 are allowed"),
+    "a string that is longer than it is": (
+        pb.Structured(
+            json_schema='{"type":"array","items":{"minLength":5,"maxLength":2,"type":"string"},"minItems":1}'
+        ),
+        "json_schema",
+        "at /items: Unsatisfiable schema: minLength (5) is greater than maxLength (2)",
+    ),
+    "a property that nothing is": (
+        pb.Structured(json_schema=f'{{"type":"object","properties":{{"a":{NOBODY}}},"required":["a"]}}'),
+        "json_schema",
+        "at /properties/a/properties/b: Unsatisfiable schema",
+    ),
+    "options of llguidance": (
+        pb.Structured(json_schema='{"type":"string","x-guidance":{"lenient":true}}'),
+        "json_schema",
+        "at /x-guidance: is not served",
+    ),
+    "a schema that is itself": (pb.Structured(json_schema='{"$ref":"#"}'), "json_schema", "nothing can satisfy it"),
+    "multiples of a large number": (
+        pb.Structured(json_schema='{"type":"array","items":{"type":"integer","multipleOf":987654321}}'),
+        "json_schema",
+        "at /items: fuel exhausted",
+    ),
+    "an expression without a match": (pb.Structured(regex=r"a[^\s\S]"), "regex", "nothing can satisfy it"),
+    "a grammar without a text": (pb.Structured(grammar="start: start"), "grammar", "nothing can satisfy it"),
+    "a grammar that stops short": (
+        pb.Structured(grammar='start: "ab" /[^\\s\\S]/'),
+        "grammar",
+        "nothing can satisfy it",
+    ),
     "JSON mode turned off": (pb.Structured(json_object=False), "json_object", "is true or left out"),
 }
 
@@ -107,6 +138,11 @@ def test_the_scheduler_is_told_what_was_asked_for(kind, by, tiny_model):
 def served(eos=(1,)):
     """Only what structured_of looks at."""
     return SimpleNamespace(eos_token_ids=frozenset(eos))
+
+
+@pytest.mark.parametrize("text", ['start: <|im_start|> "a"', "start: <[123456]>", 'start: "a" <[*]>'])
+def test_tokens_that_only_a_vocabulary_has_are_left_to_the_worker(text):
+    check(Structured("grammar", text))
 
 
 def test_two_kinds_at_once_are_refused():
