@@ -6,9 +6,11 @@ import msgspec
 
 from services.router.limits import invalid, too_long
 from services.router.model import ServedModel
+from services.router.parsing.thinking import TAIL_TOKENS, Begins, Thinking
 from services.router.request import ChatPrompt, GenerateOptions, Prompt, TextPrompt, TokenPrompt
 from services.router.structured import require_compiling
 from shared.prefix import BlockHash, chain, root_hash
+from shared.structured import Structured
 from shared.text.chat import ChatTemplateError
 from shared.text.stops import StopStrings
 
@@ -19,6 +21,7 @@ class Prepared(msgspec.Struct, frozen=True):
     token_ids: Sequence[int]
     chains: dict[int, list[BlockHash]]
     stops: StopStrings | None
+    structured: Structured | None
 
 
 def prepare(
@@ -37,7 +40,28 @@ def prepare(
         raise invalid("stopping.min_tokens", f"{options.stopping.min_tokens} tokens do not fit behind this prompt")
     root = root_hash(options.key.salt, exact=options.deterministic)
     chains = {block_size: chain(token_ids, block_size, root) for block_size in block_sizes}
-    return Prepared(token_ids, chains, StopStrings(options.stop) if options.stop else None)
+    structured = _marked(model, options, token_ids)
+    return Prepared(token_ids, chains, StopStrings(options.stop) if options.stop else None, structured)
+
+
+def _marked(model: ServedModel, options: GenerateOptions, token_ids: Sequence[int]) -> Structured | None:
+    """The structure, with the marks of what may stand before it, or instead of it."""
+    structured, parsing = options.structured, options.parsing
+    if structured is None or parsing is None:
+        return structured
+    marks: dict[str, str] = {}
+    if parsing.tool_calls is not None:
+        marks["call_open"], marks["call_close"] = parsing.tool_calls.enclosing
+    if parsing.thinking is not None:
+        tail = model.tokenizer.decode(token_ids[-TAIL_TOKENS:], skip_special_tokens=False)
+        marks |= _marks_of_reasoning(parsing.thinking, parsing.thinking.begins(tail))
+    return msgspec.structs.replace(structured, **marks)
+
+
+def _marks_of_reasoning(thinking: Thinking, begins: Begins) -> dict[str, str]:
+    if begins is Begins.BEHIND:
+        return {}
+    return {"reasoning_open": thinking.open if begins is Begins.PERHAPS else "", "reasoning_close": thinking.close}
 
 
 def _token_ids(model: ServedModel, prompt: Prompt, max_model_len: int) -> tuple[str, Sequence[int]]:

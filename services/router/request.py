@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from services.router.gate import PUBLIC, Key
+from services.router.parsing.parser import Parsing
 from shared.outcome import FinishReason
 from shared.sampling import Sampling, Stopping, Want
 from shared.structured import Structured
@@ -52,6 +53,8 @@ class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
     n: int = 1
     stop: tuple[str, ...] = ()
     structured: Structured | None = None
+    parsing: Parsing | None = None
+    """What an answer with a structure may hold beside that, or instead of it."""
     priority: int = 0
     deterministic: bool = False
     include_timing: bool = False

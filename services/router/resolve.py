@@ -8,6 +8,7 @@ import msgspec
 from services.router.gate import PUBLIC, Key
 from services.router.limits import check_range, invalid, too_long
 from services.router.model import ServedModel
+from services.router.parsing.parser import Parsing
 from services.router.request import GenerateOptions, TokenPrompt
 from services.router.structured import structured_of
 from shared.ids import new_seed
@@ -38,6 +39,8 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     structured: Mapping[str, Any] = {}
     """As for structured.structured_of."""
+    parsing: Parsing | None = None
+    """As in GenerateOptions."""
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     priority: int = 0
@@ -84,6 +87,7 @@ def resolve(
         n=_given("sampling.n", asked.n, 1),
         stop=asked.stop,
         structured=structured_of(asked.structured, model, min_tokens=asked.min_tokens, ignore_eos=asked.ignore_eos),
+        parsing=asked.parsing,
         priority=asked.priority,
         deterministic=asked.deterministic,
         include_timing=asked.include_timing,

@@ -171,7 +171,7 @@ class Session:
             sampling=options.sampling,
             stopping=options.stopping,
             want=options.want,
-            structured=options.structured,
+            structured=prepared.structured,
             n=options.n,
             priority=options.priority,
             deterministic=options.deterministic,

@@ -80,7 +80,17 @@ def submission_of(submit: scheduling_pb2.Submit, token_ids: array, link: int, no
 
 
 def _structured_of(submit: scheduling_pb2.Submit) -> Structured | None:
-    return Structured(submit.grammar.kind, submit.grammar.text) if submit.HasField("grammar") else None
+    if not submit.HasField("grammar"):
+        return None
+    told = submit.grammar
+    return Structured(
+        kind=told.kind,
+        text=told.text,
+        reasoning_close=told.reasoning_close,
+        reasoning_open=told.reasoning_open,
+        call_open=told.call_open,
+        call_close=told.call_close,
+    )
 
 
 def cause_of(abort: scheduling_pb2.LinkAbort) -> AbortCause:
@@ -283,7 +293,7 @@ def newest_epoch(refusal: str) -> int:
 def grammar_message(command: Prepare | Forget) -> execution_pb2.ExecuteRequest:
     match command:
         case Prepare():
-            grammar = scheduling_pb2.Grammar(kind=command.structured.kind, text=command.structured.text)
+            grammar = scheduling_pb2.Grammar(**msgspec.structs.asdict(command.structured))
             return execution_pb2.ExecuteRequest(prepare=execution_pb2.Prepare(id=command.id, grammar=grammar))
         case Forget():
             return execution_pb2.ExecuteRequest(forget=execution_pb2.Forget(id=command.id))

@@ -20,7 +20,7 @@ MAX_PLACES = 200
 MAX_PLACE_S = 1.0
 """Parts of a schema that are compiled by themselves, to say which of them is wrong, and the time after which no further
 one is."""
-JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+JSON_OPTIONS: Any = {"lenient": False, "whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 LARK_BEGINS = ("start:", "start :", "?start:", "%llguidance")
 MAX_GBNF_CHARS = 8 * 1024
 """llguidance converts GBNF in Python, in a time that grows with the square of it: half a second for so much."""
@@ -72,11 +72,46 @@ def load_vocabulary(tokenizer_json: str, vocab_size: int, eos_token_ids: Collect
 def compile_grammar(structured: Structured, vocabulary: LLTokenizer) -> LLMatcher:
     """A matcher at the beginning of an answer, its first mask computed once: copies of it find that ready. Blocking,
     without the interpreter's lock. Raises GrammarError."""
-    matcher = LLMatcher(vocabulary, _grammar_of(structured), log_level=0, limits=limits())
+    grammar = _grammar_of(structured)
+    if structured.reasoning_close or structured.call_open:
+        grammar = _among_others(grammar, structured, vocabulary)
+    matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=limits())
     matcher.compute_bitmask()
     if matcher.is_error():
         raise _error(fault_of(matcher))
     return matcher
+
+
+def _among_others(grammar: str, structured: Structured, vocabulary: LLTokenizer) -> str:
+    """The grammar for an answer that may begin with reasoning and may be calls instead. Up to two line feeds part
+    these, and what stands between marks is free."""
+    [answer] = json.loads(grammar)["grammars"] if grammar.startswith("{") else [{"lark_grammar": grammar}]
+    start, rules = "said", ["said: @answer", "gap: /\\n{0,2}/"]
+    if structured.call_open:
+        rules[0] += " | call (gap call)* gap"
+        rules.append(f"call: {_mark(structured.call_open, vocabulary)[0]} called")
+        rules.append(_until("called", structured.call_close, vocabulary))
+    if structured.reasoning_close:
+        rules.append(_until("reasoning", structured.reasoning_close, vocabulary))
+        start = "reasoning gap said"
+    if structured.reasoning_open:
+        start = f"{_mark(structured.reasoning_open, vocabulary)[0]} reasoning gap said | said"
+    lark = "\n".join([f"start: {start}", *rules])
+    return json.dumps({"grammars": [{"lark_grammar": lark}, {**answer, "name": "answer"}]})
+
+
+def _until(rule: str, mark: str, vocabulary: LLTokenizer) -> str:
+    """A rule for any text up to the mark, and that."""
+    spelled, is_token = _mark(mark, vocabulary)
+    return f"{rule}: /(?s:.*)/ {spelled}" if is_token else f"{rule}[suffix={spelled}]: /(?s:.*)/"
+
+
+def _mark(text: str, vocabulary: LLTokenizer) -> tuple[str, bool]:
+    """As Lark spells it, and whether it is a special token, which no text is."""
+    token_ids = vocabulary.tokenize_str(text, parse_special=True)
+    if len(token_ids) == 1 and vocabulary.is_special_token(token_ids[0]):
+        return f"<[{token_ids[0]}]>", True
+    return json.dumps(text), False
 
 
 def fault_of(matcher: LLMatcher) -> str:

@@ -6,12 +6,14 @@ import shutil
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import jsonschema
 import openai
 import pytest
 
 from services.cli.client import Request
+from shared.checkpoint import BUNDLED_FOLDER
 from tests.builders.answers import ask_all
 from tests.builders.cluster import RunningCluster, wait_for
 from tests.builders.scrape import scrape
@@ -223,6 +225,44 @@ def demanded(client: openai.OpenAI, ask: dict, **more) -> list:
         (one.name, one.arguments) for one in calls
     ]
     return calls
+
+
+def thinking_model(folder: Path) -> Path:
+    """The bundled one, which knows a token for the end of reasoning."""
+    shutil.copytree(BUNDLED_FOLDER, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text((folder / name).read_text().replace("<|pad|>", "</think>"))
+    template = "{%- for message in messages %}{{- message.content }}{%- endfor %}{{- '<think>\\n' }}"
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def test_a_model_that_thinks_is_free_until_it_has_thought_and_then_follows_the_schema(cluster, tmp_path) -> None:
+    running = cluster(**EXACT, model=str(thinking_model(tmp_path / "thinking")))
+    schema = {
+        "type": "object",
+        "properties": {"sure": {"type": "boolean"}},
+        "required": ["sure"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "thing", "schema": schema}}
+    ask = {"model": "thinking", "messages": HELLO, "max_tokens": 200, "response_format": wanted}
+    thoughts = []
+    with connect(running) as client:
+        for seed in range(4):
+            asked = {**ask, "seed": seed, "logit_bias": {"2": 14}}
+            [choice] = client.chat.completions.create(**asked).choices
+            chunks = [one.choices[0].delta for one in client.chat.completions.create(**asked, stream=True)]
+            assert choice.finish_reason == "stop"
+            jsonschema.validate(json.loads(choice.message.content), schema)
+            for name in ("content", "reasoning"):
+                streamed = "".join(getattr(one, name, None) or "" for one in chunks)
+                assert streamed == (getattr(choice.message, name, None) or "")
+            thoughts.append(getattr(choice.message, "reasoning", None) or "")
+        [unfinished] = client.chat.completions.create(**{**ask, "max_tokens": 20}, logit_bias={"2": -100}).choices
+    assert max(map(len, thoughts)) > 20
+    assert unfinished.finish_reason == "length"
+    assert unfinished.message.reasoning and not unfinished.message.content
 
 
 def test_an_answer_follows_a_json_schema_streamed_or_not(cluster) -> None:

@@ -20,7 +20,7 @@ from shared.rpc.sluice.v1 import execution_pb2 as pb
 from shared.rpc.sluice.v1 import scheduling_pb2
 from shared.sampling import Sampling
 from shared.structured import Structured
-from shared.text.grammar import UNSATISFIABLE, GrammarError
+from shared.text.grammar import UNSATISFIABLE, GrammarError, compile_grammar
 from tests.builders.grammars import TWIN_LOGITS, matcher, token_bytes, vocabulary
 from tests.builders.plans import make_admit, make_plan, plan_message
 from tests.builders.runners import LateCopies, answer_all, answer_alone, make_asked, make_runner
@@ -193,6 +193,47 @@ def test_a_grammar_that_gives_up_is_told_with_its_row_and_the_step_goes_on(decod
     assert row == 1 and told and "non-verbose" not in told
     assert len(output.tokens) == 3
     assert runner.run(make_plan(2, [(0, 1, True, ()), (2, 1, True, ())])).grammar_errors == ()
+
+
+# Among what is no part of the structure.
+
+THOUGHT, OPENED = {"reasoning_close": "</think>"}, {"reasoning_open": "<think>", "reasoning_close": "</think>"}
+CALL = {"call_open": "[TOOL]", "call_close": "[/TOOL]"}
+SPECIAL = {"reasoning_close": "<|endoftext|>", "call_open": "<s>", "call_close": "<unk>"}
+AMONG = [
+    (
+        THOUGHT,
+        ["hm {</thi\n</think>\n\n{}", "</think>{}"],
+        ["{}", "</think>\n\n\n{}", "</think>hm", "</think>{}</think>"],
+    ),
+    (OPENED, ["<think>hm</think>{}", "{}"], ["hm</think>{}", "<think>{}", "\n{}"]),
+    (CALL, ["{}", "[TOOL]a[/TOOL]", "[TOOL]a[/TOOL]\n[TOOL]b[/TOOL]"], ["[TOOL]a[/TOOL]{}", "{}[TOOL]a[/TOOL]", "a"]),
+    (OPENED | CALL, ["<think>hm</think>\n[TOOL]a[/TOOL]", "[TOOL][/TOOL]", "{}"], ["[TOOL]<think>", "a</think>{}"]),
+    (SPECIAL, ["hm<|endoftext|>\n{}", "hm<|endoftext|><s>a<unk>"], ["{}", "hm<s>", "hm<|endoftext|>hm"]),
+]
+
+
+@pytest.mark.parametrize(("marks", "whole", "wrong"), AMONG)
+@pytest.mark.parametrize(
+    ("kind", "text", "fits"),
+    [
+        ("json_object", "", "{}"),
+        ("regex", "x{3}", "xxx"),
+        ("choice", '["the fox","dog"]', "dog"),
+        ("grammar", "start: A B\nA: /x+/\nB: /y/", "xxy"),
+        ("grammar", 'root ::= "yes" | "no"', "no"),
+    ],
+)
+def test_a_structure_follows_reasoning_and_gives_way_to_calls(marks, whole, wrong, kind, text, fits):
+    grammar = compile_grammar(Structured(kind, text, **marks), vocabulary())
+
+    def is_answer(said: str) -> bool:
+        matcher = grammar.deep_copy()
+        token_ids = vocabulary().tokenize_str(said.replace("{}", fits), parse_special=True)
+        return matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
+
+    assert [said for said in whole if not is_answer(said)] == []
+    assert [said for said in wrong if is_answer(said)] == []
 
 
 # Compiled for whoever asks.

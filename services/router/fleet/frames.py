@@ -4,6 +4,8 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
+
 from services.router.fleet.values import (
     Durations,
     Load,
@@ -63,7 +65,7 @@ def submit_parts(key: int, submission: Submission) -> list[pb.Submit]:
 
 
 def _grammar(structured: Structured | None) -> pb.Grammar | None:
-    return None if structured is None else pb.Grammar(kind=structured.kind, text=structured.text)
+    return None if structured is None else pb.Grammar(**msgspec.structs.asdict(structured))
 
 
 def _row_sampling(submission: Submission) -> pb.RowSampling:

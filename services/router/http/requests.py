@@ -130,7 +130,8 @@ def chat(request: ChatRequest, model: ServedModel, source: Source) -> Question:
     parsing = _parsing(request, model, offer, structure)
     if offer.demanded:
         structure = Structure("tools", {"json_schema": offer.schema()})
-    asked = msgspec.structs.replace(asked, shown_token_ids=_marks(parsing, model))
+    beside = parsing if structure.field and not offer.demanded else None
+    asked = msgspec.structs.replace(asked, shown_token_ids=_marks(parsing, model), parsing=beside)
     known = {"documents": request.documents, "reasoning_effort": request.reasoning_effort}
     return _question(
         request,
@@ -148,13 +149,10 @@ def chat(request: ChatRequest, model: ServedModel, source: Source) -> Question:
 
 
 def _parsing(request: ChatRequest, model: ServedModel, offer: Offer, structure: Structure) -> Parsing | None:
-    """A message that is continued has its reasoning behind it, and calls that are demanded leave no room for any. A
-    structure is that of the whole answer, which has neither reasoning nor calls. Raises RefusedError."""
+    """A message that is continued has its reasoning behind it, and calls that are demanded leave no room for any.
+    Raises RefusedError."""
     if structure.field and offer.tools:
-        message = f'{structure.field}: an answer with a structure calls no tools; leave out one, or tool_choice "none"'
-        raise refuse("unsupported", message, field=structure.field)
-    if structure.field:
-        return None
+        _require_either(structure.field, offer, model)
     thinking = None if request.continue_final_message or offer.demanded else model.thinking
     tool_calls = model.tool_calls if offer.tools else None
     if offer.demanded:
@@ -162,6 +160,16 @@ def _parsing(request: ChatRequest, model: ServedModel, offer: Offer, structure: 
     if thinking is None and tool_calls is None:
         return None
     return Parsing(thinking=thinking, tool_calls=tool_calls, names=offer.names, parallel=offer.parallel)
+
+
+def _require_either(field: str, offer: Offer, model: ServedModel) -> None:
+    """An answer has the structure or calls tools: the model must be free to choose, and its calls between marks. Raises
+    RefusedError."""
+    if offer.demanded:
+        raise invalid(field, 'calls are demanded, so nothing has this structure; send tool_choice "auto" or "none"')
+    if model.tool_calls is None or not model.tool_calls.enclosing[0]:
+        message = f'{field}: beside it this model calls no tools, whose calls have no marks; send tool_choice "none"'
+        raise refuse("unsupported", message, field=field)
 
 
 def _marks(parsing: Parsing | None, model: ServedModel) -> frozenset[int]:

@@ -13,6 +13,7 @@ import msgspec
 from services.router.http.messages import Message
 from services.router.http.requests import Question
 from services.router.parsing.parser import Parser
+from services.router.parsing.thinking import TAIL_TOKENS
 from services.router.request import Accepted, Delta, Finished, TextPrompt, Timing, TokenLogprob, Usage
 from shared.clock import NS_PER_MS
 from shared.outcome import FinishReason
@@ -22,8 +23,6 @@ from shared.text.tokenizer import Tokenizer
 LOWEST_LOGPROB = -9999.0
 """JSON has no infinity."""
 DONE = b"data: [DONE]\n\n"
-TAIL_TOKENS = 32
-"""Of a prompt, that may open or close the model's reasoning."""
 REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 """How an answer may end. Any other end is an error, told as such."""
 

@@ -28,11 +28,13 @@ class ToolCalls(msgspec.Struct, frozen=True, kw_only=True):
     read: Callable[[Reader, Speaker, Collection[str]], Waiting[None]]
     """Reads the rest of an answer; the names are those of the tools."""
     marks: tuple[str, ...]
+    enclosing: tuple[str, str] = ("", "")
+    """The marks around each call, of a family whose calls all stand between two."""
     new_id: Callable[[], str] = _call_id
 
 
 TOOL_CALLS: dict[str, ToolCalls] = {
-    "hermes": ToolCalls(read=hermes.hermes, marks=hermes.MARKS),
+    "hermes": ToolCalls(read=hermes.hermes, marks=hermes.MARKS, enclosing=hermes.MARKS),
     "llama3_json": ToolCalls(read=llama3.llama3_json, marks=llama3.MARKS),
     "mistral": ToolCalls(read=mistral.mistral, marks=mistral.MARKS, new_id=_short_id),
     "pythonic": ToolCalls(read=pythonic.pythonic, marks=pythonic.MARKS),

@@ -9,7 +9,7 @@ import pytest
 from services.router.parsing.forced import schema_of_calls
 from tests.builders.http import events
 from tests.builders.router import run
-from tests.builders.saying import HELLO, saying
+from tests.builders.saying import HELLO, Saying, saying
 from tests.builders.tool_text import LLAMA3, MISTRAL, QWEN3, R1, TOOLS
 
 PARIS = '{"city": "Paris \\"quoted\\" {é}"}'
@@ -301,19 +301,56 @@ def test_a_template_without_a_place_for_tools_refuses_them(tmp_path):
     run(test())
 
 
-def test_an_answer_with_a_structure_is_content_and_nothing_else(tmp_path):
+OBJECT = {"response_format": {"type": "json_object"}}
+MARKS = ("reasoning_open", "reasoning_close", "call_open", "call_close")
+
+
+def marks(one: Saying) -> list[str]:
+    """What the scheduler was told last of that may stand beside a structure."""
+    grammar = one.scheduler.requests[-1].submit.grammar
+    assert grammar.kind == "json_object"
+    return [getattr(grammar, mark) for mark in MARKS]
+
+
+def test_a_model_that_thinks_does_so_before_a_structure(tmp_path):
     async def test():
-        wanted = {"response_format": {"type": "json_object"}}
         text = '{"name": "now", "arguments": {}}'
         async with saying(tmp_path / "r1", R1) as one:
-            assert (await one.choice(text))["message"].get("reasoning") == text
-            message = (await one.choice(text, **wanted))["message"]
-            assert message["content"] == text and not message.get("reasoning")
+            message = (await one.choice(f"hm</think>\n\n{text}", **OBJECT))["message"]
+            assert (message["content"], message["reasoning"]) == (text, "hm")
+            assert marks(one) == ["", "</think>", "", ""]
         async with saying(tmp_path / "qwen3", QWEN3) as one:
-            message = (await one.choice(text, **wanted, tools=TOOLS, tool_choice="none"))["message"]
+            message = (await one.choice(f"<think>hm</think>{text}", **OBJECT))["message"]
+            assert (message["content"], message["reasoning"]) == (text, "hm")
+            assert marks(one) == ["<think>", "</think>", "", ""]
+            message = (await one.choice(text, **OBJECT, chat_template_kwargs={"enable_thinking": False}))["message"]
+            assert message["content"] == text and not message.get("reasoning")
+            assert marks(one) == ["", "", "", ""]
+
+    run(test())
+
+
+def test_an_answer_has_a_structure_or_calls_a_tool(tmp_path):
+    async def test():
+        text = '{"name": "now", "arguments": {}}'
+        async with saying(tmp_path / "qwen3", QWEN3) as one:
+            message = (await one.choice(text, **OBJECT, tools=TOOLS))["message"]
             assert message["content"] == text and not message.get("tool_calls")
-            said = await one.post(text, **wanted, tools=TOOLS, status=400)
+            assert marks(one) == ["<think>", "</think>", "<tool_call>", "</tool_call>"]
+            message = (await one.choice(f"<tool_call>\n{text}\n</tool_call>", **OBJECT, tools=TOOLS))["message"]
+            [call] = message["tool_calls"]
+            assert call["function"] == {"name": "now", "arguments": "{}"} and not message["content"]
+            message = (await one.choice(text, **OBJECT, tools=TOOLS, tool_choice="none"))["message"]
+            assert message["content"] == text and not message.get("tool_calls")
+            assert marks(one) == ["<think>", "</think>", "", ""]
+            said = await one.post(text, **OBJECT, tools=TOOLS, tool_choice="required", status=400)
             assert said.json()["error"]["param"] == "response_format"
-            assert "calls no tools" in said.json()["error"]["message"]
+            assert "calls are demanded" in said.json()["error"]["message"]
+        async with saying(tmp_path / "llama3", LLAMA3) as one:
+            said = await one.post(text, **OBJECT, tools=TOOLS, status=400)
+            assert said.json()["error"]["param"] == "response_format"
+            assert "have no marks" in said.json()["error"]["message"]
+            message = (await one.choice(text, **OBJECT, tools=TOOLS, tool_choice="none"))["message"]
+            assert message["content"] == text
 
     run(test())

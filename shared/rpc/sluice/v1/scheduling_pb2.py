@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%shared/rpc/sluice/v1/scheduling.proto\x12\tsluice.v1\"|\n\x0bRouterFrame\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x14.sluice.v1.LinkHello\x12\"\n\x07submits\x18\x02 \x03(\x0b\x32\x11.sluice.v1.Submit\x12$\n\x06\x61\x62orts\x18\x03 \x03(\x0b\x32\x14.sluice.v1.LinkAbort\"5\n\tLinkHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x06router\x18\x02 \x01(\t\"\x84\x03\n\x06Submit\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x0c\n\x04more\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12(\n\x08sampling\x18\x05 \x01(\x0b\x32\x16.sluice.v1.RowSampling\x12\t\n\x01n\x18\x06 \x01(\r\x12\x12\n\nmax_tokens\x18\x07 \x01(\r\x12\x12\n\nmin_tokens\x18\x08 \x01(\r\x12\x16\n\x0estop_token_ids\x18\t \x01(\x0c\x12\x10\n\x08priority\x18\n \x01(\x11\x12\x15\n\rdeterministic\x18\x0b \x01(\x08\x12\x10\n\x08logprobs\x18\x0c \x01(\x11\x12\x17\n\x0fprompt_logprobs\x18\r \x01(\x11\x12\x16\n\x0e\x64\x65\x61\x64line_in_ns\x18\x0e \x01(\x04\x12\x0c\n\x04salt\x18\x0f \x01(\x0c\x12\x15\n\rstops_on_text\x18\x10 \x01(\x08\x12\r\n\x05trace\x18\x11 \x01(\x0c\x12#\n\x07grammar\x18\x12 \x01(\x0b\x32\x12.sluice.v1.Grammar\"%\n\x07Grammar\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"\x9b\x02\n\x0bRowSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\x05\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x1a\n\x12repetition_penalty\x18\x06 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x02\x12\x39\n\nlogit_bias\x18\t \x03(\x0b\x32%.sluice.v1.RowSampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\"M\n\tLinkAbort\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\x11\x12$\n\x05\x63\x61use\x18\x03 \x01(\x0e\x32\x15.sluice.v1.AbortCause\"\x97\x02\n\x0eSchedulerFrame\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x19.sluice.v1.SchedulerState\x12&\n\x06tokens\x18\x02 \x03(\x0b\x32\x16.sluice.v1.TokensEvent\x12\"\n\x04\x65nds\x18\x03 \x03(\x0b\x32\x14.sluice.v1.SampleEnd\x12%\n\x08released\x18\x04 \x03(\x0b\x32\x13.sluice.v1.Released\x12#\n\x05loads\x18\x05 \x01(\x0b\x32\x14.sluice.v1.LinkLoads\x12\x15\n\rblocks_stored\x18\x06 \x01(\x0c\x12\x16\n\x0e\x62locks_removed\x18\x07 \x01(\x0c\x12\x14\n\x0cplain_tokens\x18\x08 \x01(\x0c\"\xc7\x01\n\x0eSchedulerState\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tscheduler\x18\x02 \x01(\t\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12\x19\n\x11model_fingerprint\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x12\n\nvocab_size\x18\t \x01(\r\"0\n\tLinkLoads\x12#\n\x06groups\x18\x01 \x03(\x0b\x32\x13.sluice.v1.LinkLoad\"\xb3\x02\n\x08LinkLoad\x12\r\n\x05group\x18\x01 \x01(\t\x12\x18\n\x10requests_running\x18\x02 \x01(\r\x12\x18\n\x10requests_waiting\x18\x03 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x04 \x01(\r\x12\x16\n\x0ekv_blocks_free\x18\x05 \x01(\r\x12\x18\n\x10kv_blocks_cached\x18\x06 \x01(\r\x12\x1c\n\x14kv_blocks_referenced\x18\x07 \x01(\r\x12\x43\n\x11waiting_by_reason\x18\x08 \x03(\x0b\x32(.sluice.v1.LinkLoad.WaitingByReasonEntry\x1a\x36\n\x14WaitingByReasonEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"\x9b\x01\n\x0bTokensEvent\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12*\n\x08logprobs\x18\x04 \x03(\x0b\x32\x18.sluice.v1.TokenLogprobs\x12\x31\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x18.sluice.v1.TokenLogprobs\"U\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0f\n\x07top_ids\x18\x03 \x01(\x0c\x12\x14\n\x0ctop_logprobs\x18\x04 \x01(\x0c\"N\n\tSampleEnd\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x15\n\rstop_token_id\x18\x04 \x01(\x11\"\xc0\x01\n\x08Released\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\x0f\n\x07refusal\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\x04\x12\x15\n\rcached_tokens\x18\x05 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x06 \x01(\r\x12,\n\tdurations\x18\x07 \x01(\x0b\x32\x19.sluice.v1.PhaseDurations\x12\r\n\x05\x66ield\x18\x08 \x01(\t\"\xa4\x02\n\x0ePhaseDurations\x12\x10\n\x08total_ns\x18\x01 \x01(\x04\x12\x10\n\x08queue_ns\x18\x02 \x01(\x04\x12\x12\n\nprefill_ns\x18\x03 \x01(\x04\x12\x11\n\tdecode_ns\x18\x04 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x05 \x01(\r\x12\x45\n\x0fqueue_reason_ns\x18\x08 \x03(\x0b\x32,.sluice.v1.PhaseDurations.QueueReasonNsEntry\x12)\n\x08segments\x18\t \x03(\x0b\x32\x17.sluice.v1.PhaseSegment\x1a\x34\n\x12QueueReasonNsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01J\x04\x08\x06\x10\x07J\x04\x08\x07\x10\x08\"\xb1\x02\n\x0cPhaseSegment\x12\r\n\x05phase\x18\x01 \x01(\t\x12\n\n\x02ns\x18\x02 \x01(\x04\x12\r\n\x05steps\x18\x03 \x01(\x04\x12\x0c\n\x04rows\x18\x04 \x01(\x04\x12\x11\n\tdevice_ns\x18\x05 \x01(\x04\x12\x0e\n\x06\x63hunks\x18\x07 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x08 \x01(\x04\x12\x15\n\rcached_tokens\x18\t \x01(\x04\x12\x16\n\x0esampled_tokens\x18\n \x01(\r\x12\x13\n\x0bpreemptions\x18\x0b \x01(\r\x12\x38\n\treason_ns\x18\x06 \x03(\x0b\x32%.sluice.v1.PhaseSegment.ReasonNsEntry\x1a/\n\rReasonNsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01*\xa8\x01\n\nAbortCause\x12\x1b\n\x17\x41\x42ORT_CAUSE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x41\x42ORT_CAUSE_CLIENT\x10\x01\x12\x1b\n\x17\x41\x42ORT_CAUSE_STOP_STRING\x10\x02\x12\x18\n\x14\x41\x42ORT_CAUSE_DEADLINE\x10\x03\x12\x17\n\x13\x41\x42ORT_CAUSE_STALLED\x10\x04\x12\x15\n\x11\x41\x42ORT_CAUSE_DRAIN\x10\x05\x32K\n\nScheduling\x12=\n\x04Link\x12\x16.sluice.v1.RouterFrame\x1a\x19.sluice.v1.SchedulerFrame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%shared/rpc/sluice/v1/scheduling.proto\x12\tsluice.v1\"|\n\x0bRouterFrame\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x14.sluice.v1.LinkHello\x12\"\n\x07submits\x18\x02 \x03(\x0b\x32\x11.sluice.v1.Submit\x12$\n\x06\x61\x62orts\x18\x03 \x03(\x0b\x32\x14.sluice.v1.LinkAbort\"5\n\tLinkHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x06router\x18\x02 \x01(\t\"\x84\x03\n\x06Submit\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x0c\n\x04more\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12(\n\x08sampling\x18\x05 \x01(\x0b\x32\x16.sluice.v1.RowSampling\x12\t\n\x01n\x18\x06 \x01(\r\x12\x12\n\nmax_tokens\x18\x07 \x01(\r\x12\x12\n\nmin_tokens\x18\x08 \x01(\r\x12\x16\n\x0estop_token_ids\x18\t \x01(\x0c\x12\x10\n\x08priority\x18\n \x01(\x11\x12\x15\n\rdeterministic\x18\x0b \x01(\x08\x12\x10\n\x08logprobs\x18\x0c \x01(\x11\x12\x17\n\x0fprompt_logprobs\x18\r \x01(\x11\x12\x16\n\x0e\x64\x65\x61\x64line_in_ns\x18\x0e \x01(\x04\x12\x0c\n\x04salt\x18\x0f \x01(\x0c\x12\x15\n\rstops_on_text\x18\x10 \x01(\x08\x12\r\n\x05trace\x18\x11 \x01(\x0c\x12#\n\x07grammar\x18\x12 \x01(\x0b\x32\x12.sluice.v1.Grammar\"}\n\x07Grammar\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x17\n\x0freasoning_close\x18\x03 \x01(\t\x12\x16\n\x0ereasoning_open\x18\x04 \x01(\t\x12\x11\n\tcall_open\x18\x05 \x01(\t\x12\x12\n\ncall_close\x18\x06 \x01(\t\"\x9b\x02\n\x0bRowSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\x05\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x1a\n\x12repetition_penalty\x18\x06 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x02\x12\x39\n\nlogit_bias\x18\t \x03(\x0b\x32%.sluice.v1.RowSampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\"M\n\tLinkAbort\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\x11\x12$\n\x05\x63\x61use\x18\x03 \x01(\x0e\x32\x15.sluice.v1.AbortCause\"\x97\x02\n\x0eSchedulerFrame\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x19.sluice.v1.SchedulerState\x12&\n\x06tokens\x18\x02 \x03(\x0b\x32\x16.sluice.v1.TokensEvent\x12\"\n\x04\x65nds\x18\x03 \x03(\x0b\x32\x14.sluice.v1.SampleEnd\x12%\n\x08released\x18\x04 \x03(\x0b\x32\x13.sluice.v1.Released\x12#\n\x05loads\x18\x05 \x01(\x0b\x32\x14.sluice.v1.LinkLoads\x12\x15\n\rblocks_stored\x18\x06 \x01(\x0c\x12\x16\n\x0e\x62locks_removed\x18\x07 \x01(\x0c\x12\x14\n\x0cplain_tokens\x18\x08 \x01(\x0c\"\xc7\x01\n\x0eSchedulerState\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tscheduler\x18\x02 \x01(\t\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12\x19\n\x11model_fingerprint\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x12\n\nvocab_size\x18\t \x01(\r\"0\n\tLinkLoads\x12#\n\x06groups\x18\x01 \x03(\x0b\x32\x13.sluice.v1.LinkLoad\"\xb3\x02\n\x08LinkLoad\x12\r\n\x05group\x18\x01 \x01(\t\x12\x18\n\x10requests_running\x18\x02 \x01(\r\x12\x18\n\x10requests_waiting\x18\x03 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x04 \x01(\r\x12\x16\n\x0ekv_blocks_free\x18\x05 \x01(\r\x12\x18\n\x10kv_blocks_cached\x18\x06 \x01(\r\x12\x1c\n\x14kv_blocks_referenced\x18\x07 \x01(\r\x12\x43\n\x11waiting_by_reason\x18\x08 \x03(\x0b\x32(.sluice.v1.LinkLoad.WaitingByReasonEntry\x1a\x36\n\x14WaitingByReasonEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"\x9b\x01\n\x0bTokensEvent\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12*\n\x08logprobs\x18\x04 \x03(\x0b\x32\x18.sluice.v1.TokenLogprobs\x12\x31\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x18.sluice.v1.TokenLogprobs\"U\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0f\n\x07top_ids\x18\x03 \x01(\x0c\x12\x14\n\x0ctop_logprobs\x18\x04 \x01(\x0c\"N\n\tSampleEnd\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x15\n\rstop_token_id\x18\x04 \x01(\x11\"\xc0\x01\n\x08Released\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\x0f\n\x07refusal\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\x04\x12\x15\n\rcached_tokens\x18\x05 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x06 \x01(\r\x12,\n\tdurations\x18\x07 \x01(\x0b\x32\x19.sluice.v1.PhaseDurations\x12\r\n\x05\x66ield\x18\x08 \x01(\t\"\xa4\x02\n\x0ePhaseDurations\x12\x10\n\x08total_ns\x18\x01 \x01(\x04\x12\x10\n\x08queue_ns\x18\x02 \x01(\x04\x12\x12\n\nprefill_ns\x18\x03 \x01(\x04\x12\x11\n\tdecode_ns\x18\x04 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x05 \x01(\r\x12\x45\n\x0fqueue_reason_ns\x18\x08 \x03(\x0b\x32,.sluice.v1.PhaseDurations.QueueReasonNsEntry\x12)\n\x08segments\x18\t \x03(\x0b\x32\x17.sluice.v1.PhaseSegment\x1a\x34\n\x12QueueReasonNsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01J\x04\x08\x06\x10\x07J\x04\x08\x07\x10\x08\"\xb1\x02\n\x0cPhaseSegment\x12\r\n\x05phase\x18\x01 \x01(\t\x12\n\n\x02ns\x18\x02 \x01(\x04\x12\r\n\x05steps\x18\x03 \x01(\x04\x12\x0c\n\x04rows\x18\x04 \x01(\x04\x12\x11\n\tdevice_ns\x18\x05 \x01(\x04\x12\x0e\n\x06\x63hunks\x18\x07 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x08 \x01(\x04\x12\x15\n\rcached_tokens\x18\t \x01(\x04\x12\x16\n\x0esampled_tokens\x18\n \x01(\r\x12\x13\n\x0bpreemptions\x18\x0b \x01(\r\x12\x38\n\treason_ns\x18\x06 \x03(\x0b\x32%.sluice.v1.PhaseSegment.ReasonNsEntry\x1a/\n\rReasonNsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01*\xa8\x01\n\nAbortCause\x12\x1b\n\x17\x41\x42ORT_CAUSE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x41\x42ORT_CAUSE_CLIENT\x10\x01\x12\x1b\n\x17\x41\x42ORT_CAUSE_STOP_STRING\x10\x02\x12\x18\n\x14\x41\x42ORT_CAUSE_DEADLINE\x10\x03\x12\x17\n\x13\x41\x42ORT_CAUSE_STALLED\x10\x04\x12\x15\n\x11\x41\x42ORT_CAUSE_DRAIN\x10\x05\x32K\n\nScheduling\x12=\n\x04Link\x12\x16.sluice.v1.RouterFrame\x1a\x19.sluice.v1.SchedulerFrame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,8 +39,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PHASEDURATIONS_QUEUEREASONNSENTRY']._serialized_options = b'8\001'
   _globals['_PHASESEGMENT_REASONNSENTRY']._loaded_options = None
   _globals['_PHASESEGMENT_REASONNSENTRY']._serialized_options = b'8\001'
-  _globals['_ABORTCAUSE']._serialized_start=2996
-  _globals['_ABORTCAUSE']._serialized_end=3164
+  _globals['_ABORTCAUSE']._serialized_start=3084
+  _globals['_ABORTCAUSE']._serialized_end=3252
   _globals['_ROUTERFRAME']._serialized_start=52
   _globals['_ROUTERFRAME']._serialized_end=176
   _globals['_LINKHELLO']._serialized_start=178
@@ -48,39 +48,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SUBMIT']._serialized_start=234
   _globals['_SUBMIT']._serialized_end=622
   _globals['_GRAMMAR']._serialized_start=624
-  _globals['_GRAMMAR']._serialized_end=661
-  _globals['_ROWSAMPLING']._serialized_start=664
-  _globals['_ROWSAMPLING']._serialized_end=947
-  _globals['_ROWSAMPLING_LOGITBIASENTRY']._serialized_start=899
-  _globals['_ROWSAMPLING_LOGITBIASENTRY']._serialized_end=947
-  _globals['_LINKABORT']._serialized_start=949
-  _globals['_LINKABORT']._serialized_end=1026
-  _globals['_SCHEDULERFRAME']._serialized_start=1029
-  _globals['_SCHEDULERFRAME']._serialized_end=1308
-  _globals['_SCHEDULERSTATE']._serialized_start=1311
-  _globals['_SCHEDULERSTATE']._serialized_end=1510
-  _globals['_LINKLOADS']._serialized_start=1512
-  _globals['_LINKLOADS']._serialized_end=1560
-  _globals['_LINKLOAD']._serialized_start=1563
-  _globals['_LINKLOAD']._serialized_end=1870
-  _globals['_LINKLOAD_WAITINGBYREASONENTRY']._serialized_start=1816
-  _globals['_LINKLOAD_WAITINGBYREASONENTRY']._serialized_end=1870
-  _globals['_TOKENSEVENT']._serialized_start=1873
-  _globals['_TOKENSEVENT']._serialized_end=2028
-  _globals['_TOKENLOGPROBS']._serialized_start=2030
-  _globals['_TOKENLOGPROBS']._serialized_end=2115
-  _globals['_SAMPLEEND']._serialized_start=2117
-  _globals['_SAMPLEEND']._serialized_end=2195
-  _globals['_RELEASED']._serialized_start=2198
-  _globals['_RELEASED']._serialized_end=2390
-  _globals['_PHASEDURATIONS']._serialized_start=2393
-  _globals['_PHASEDURATIONS']._serialized_end=2685
-  _globals['_PHASEDURATIONS_QUEUEREASONNSENTRY']._serialized_start=2621
-  _globals['_PHASEDURATIONS_QUEUEREASONNSENTRY']._serialized_end=2673
-  _globals['_PHASESEGMENT']._serialized_start=2688
-  _globals['_PHASESEGMENT']._serialized_end=2993
-  _globals['_PHASESEGMENT_REASONNSENTRY']._serialized_start=2946
-  _globals['_PHASESEGMENT_REASONNSENTRY']._serialized_end=2993
-  _globals['_SCHEDULING']._serialized_start=3166
-  _globals['_SCHEDULING']._serialized_end=3241
+  _globals['_GRAMMAR']._serialized_end=749
+  _globals['_ROWSAMPLING']._serialized_start=752
+  _globals['_ROWSAMPLING']._serialized_end=1035
+  _globals['_ROWSAMPLING_LOGITBIASENTRY']._serialized_start=987
+  _globals['_ROWSAMPLING_LOGITBIASENTRY']._serialized_end=1035
+  _globals['_LINKABORT']._serialized_start=1037
+  _globals['_LINKABORT']._serialized_end=1114
+  _globals['_SCHEDULERFRAME']._serialized_start=1117
+  _globals['_SCHEDULERFRAME']._serialized_end=1396
+  _globals['_SCHEDULERSTATE']._serialized_start=1399
+  _globals['_SCHEDULERSTATE']._serialized_end=1598
+  _globals['_LINKLOADS']._serialized_start=1600
+  _globals['_LINKLOADS']._serialized_end=1648
+  _globals['_LINKLOAD']._serialized_start=1651
+  _globals['_LINKLOAD']._serialized_end=1958
+  _globals['_LINKLOAD_WAITINGBYREASONENTRY']._serialized_start=1904
+  _globals['_LINKLOAD_WAITINGBYREASONENTRY']._serialized_end=1958
+  _globals['_TOKENSEVENT']._serialized_start=1961
+  _globals['_TOKENSEVENT']._serialized_end=2116
+  _globals['_TOKENLOGPROBS']._serialized_start=2118
+  _globals['_TOKENLOGPROBS']._serialized_end=2203
+  _globals['_SAMPLEEND']._serialized_start=2205
+  _globals['_SAMPLEEND']._serialized_end=2283
+  _globals['_RELEASED']._serialized_start=2286
+  _globals['_RELEASED']._serialized_end=2478
+  _globals['_PHASEDURATIONS']._serialized_start=2481
+  _globals['_PHASEDURATIONS']._serialized_end=2773
+  _globals['_PHASEDURATIONS_QUEUEREASONNSENTRY']._serialized_start=2709
+  _globals['_PHASEDURATIONS_QUEUEREASONNSENTRY']._serialized_end=2761
+  _globals['_PHASESEGMENT']._serialized_start=2776
+  _globals['_PHASESEGMENT']._serialized_end=3081
+  _globals['_PHASESEGMENT_REASONNSENTRY']._serialized_start=3034
+  _globals['_PHASESEGMENT_REASONNSENTRY']._serialized_end=3081
+  _globals['_SCHEDULING']._serialized_start=3254
+  _globals['_SCHEDULING']._serialized_end=3329
 # @@protoc_insertion_point(module_scope)

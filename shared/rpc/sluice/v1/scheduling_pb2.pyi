@@ -81,12 +81,20 @@ class Submit(_message.Message):
     def __init__(self, key: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., more: bool = ..., request_id: _Optional[str] = ..., sampling: _Optional[_Union[RowSampling, _Mapping]] = ..., n: _Optional[int] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[bytes] = ..., priority: _Optional[int] = ..., deterministic: bool = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., deadline_in_ns: _Optional[int] = ..., salt: _Optional[bytes] = ..., stops_on_text: bool = ..., trace: _Optional[bytes] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ...) -> None: ...
 
 class Grammar(_message.Message):
-    __slots__ = ("kind", "text")
+    __slots__ = ("kind", "text", "reasoning_close", "reasoning_open", "call_open", "call_close")
     KIND_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
+    REASONING_CLOSE_FIELD_NUMBER: _ClassVar[int]
+    REASONING_OPEN_FIELD_NUMBER: _ClassVar[int]
+    CALL_OPEN_FIELD_NUMBER: _ClassVar[int]
+    CALL_CLOSE_FIELD_NUMBER: _ClassVar[int]
     kind: str
     text: str
-    def __init__(self, kind: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
+    reasoning_close: str
+    reasoning_open: str
+    call_open: str
+    call_close: str
+    def __init__(self, kind: _Optional[str] = ..., text: _Optional[str] = ..., reasoning_close: _Optional[str] = ..., reasoning_open: _Optional[str] = ..., call_open: _Optional[str] = ..., call_close: _Optional[str] = ...) -> None: ...
 
 class RowSampling(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
