@@ -1,6 +1,7 @@
 """What structured requests cost the plain ones beside them: inter-token latency of the same plain streams, beside as
 many plain ones and beside as many that follow a JSON schema, in turns on one cluster; and the CPU time of the worker
-for the same number of tokens, which says more on a machine that others use too.
+for the same number of tokens, which says more on a machine that others use too. Then, without a cluster, the time of
+single steps of a worker's runner, in turns of a few milliseconds, which others hardly disturb.
 
 `python -m ops.bench.structured`: results go to ops/bench/results/structured.json.
 """
@@ -12,13 +13,23 @@ import random
 import shutil
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from llguidance import LLMatcher
 
 from ops.bench import machine
 from ops.bench.cluster import Cluster
 from ops.bench.model import ensure_model
 from services.cli.client import Client, Delta, Request
+from services.worker.load import load
+from services.worker.plan import Admit, BlockTable, StepPlan
+from shared.config import WorkerConfig
+from shared.sampling import Sampling
+from shared.structured import Structured
+from shared.text.grammar import compile_grammar
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLED = ROOT / "ops" / "demo_model" / "model"
@@ -121,14 +132,88 @@ def compared(found: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
+class Steps:
+    """A worker's runner in this process, with three groups of rows, of which a step has two: the measured plain ones and
+    as many plain or structured ones beside them."""
+
+    def __init__(self, model: str, number: int, threads: int) -> None:
+        config = WorkerConfig(
+            model=model, threads=threads, max_num_seqs=3 * number, max_model_len=512, kv_cache_memory_bytes=2**30
+        )
+        self._loaded = load(config, lambda done, total: None)
+        self._blocks_a_row = 512 // self._loaded.block_size
+        self._known = [PROMPT] * 3 * number
+        self._step = 0
+        assert self._loaded.load_vocabulary is not None
+        grammar = compile_grammar(Structured("json_schema", json.dumps(SCHEMA)), self._loaded.load_vocabulary())
+        self._groups = {
+            name: range(at * number, (at + 1) * number) for at, name in enumerate(("measured", "plain", "structured"))
+        }
+        for name, slots in self._groups.items():
+            admits = [self._admit(slot, grammar if name == "structured" else None) for slot in slots]
+            self._run(admits, slots, PROMPT)
+
+    def take(self, way: str) -> float:
+        """One step, in milliseconds."""
+        return self._run([], [*self._groups["measured"], *self._groups[way]], 1)
+
+    def _admit(self, slot: int, grammar: LLMatcher | None) -> Admit:
+        rng = np.random.default_rng(slot)
+        blocks = np.arange(self._blocks_a_row, dtype=np.int32) + slot * self._blocks_a_row
+        return Admit(
+            slot=slot,
+            token_ids=rng.integers(10, 4096, PROMPT, dtype=np.int32),
+            prompt_len=PROMPT,
+            sampling=Sampling(seed=slot, temperature=1.0),
+            stop_token_ids=np.empty(0, np.int64),
+            tables=(BlockTable(0, blocks),),
+            grammar=grammar,
+        )
+
+    def _run(self, admits: list[Admit], slots: Sequence[int], count: int) -> float:
+        self._step += 1
+        plan = StepPlan(
+            step=self._step,
+            exact=False,
+            admits=tuple(admits),
+            slots=np.asarray(slots, np.int64),
+            counts=np.full(len(slots), count, np.int64),
+            block_counts=np.zeros(len(slots), np.int64),
+            samples=np.ones(len(slots), np.bool_),
+            blocks=np.empty(0, np.int32),
+        )
+        began = time.perf_counter()
+        self._loaded.runner.run(plan)
+        return (time.perf_counter() - began) * 1e3
+
+
+def compare_steps(model: str, number: int, repeats: int, threads: int) -> dict[str, Any]:
+    """Medians, and their ratio; the first steps of each repeat are not counted."""
+    found: dict[str, list[float]] = {"plain": [], "structured": []}
+    for _ in range(repeats):
+        steps = Steps(model, number, threads)
+        for at in range(TOKENS):
+            for way in ("plain", "structured") if at % 2 else ("structured", "plain"):
+                taken = steps.take(way)
+                if at >= FROM:
+                    found[way].append(taken)
+    plain, structured = (statistics.median(found[way]) for way in ("plain", "structured"))
+    return {
+        "beside_plain": round(plain, 3),
+        "beside_structured": round(structured, 3),
+        "ratio": round(structured / plain, 3),
+    }
+
+
 def measure(model: str, number: int, repeats: int, threads: int) -> dict[str, Any]:
     cluster = Cluster([f"--model={model}", f"--max-num-seqs={2 * number}", f"--threads={threads}"])
     try:
         with machine.OthersShare([cluster.process.pid]) as others:
             found = asyncio.run(compare(cluster, number, repeats))
-        return {**found, "others_cpu_share": round(others.share, 3)}
     finally:
         cluster.close()
+    steps = compare_steps(model, number, max(1, repeats // 3), threads)
+    return {**found, "step_ms": steps, "others_cpu_share": round(others.share, 3)}
 
 
 def main() -> None:
