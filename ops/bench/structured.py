@@ -133,8 +133,8 @@ def compared(found: dict[str, list[float]]) -> dict[str, Any]:
 
 
 class Steps:
-    """A worker's runner in this process, with three groups of rows, of which a step has two: the measured plain ones and
-    as many plain or structured ones beside them."""
+    """A worker's runner in this process. Of its three groups of rows a step has two: the measured plain ones, and as
+    many plain or structured ones beside them."""
 
     def __init__(self, model: str, number: int, threads: int) -> None:
         config = WorkerConfig(
