@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from services.router.parsing.events import CallArguments, CallBegun, Content, Part, Reasoning
 from services.router.parsing.families import THINKING, TOOL_CALLS
 from services.router.parsing.parser import Parser, Parsing
 
-NAMES = frozenset({"get_weather", "search", "now"})
+TOOLS: dict[str, dict[str, Any]] = {"get_weather": {}, "search": {}, "now": {}}
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Said:
 
 def parser(tools: str = "", thinking: str = "", *, prompt_tail: str = "", parallel: bool = True) -> Parser:
     """Of families by name."""
-    parsing = Parsing(thinking=THINKING.get(thinking), tool_calls=TOOL_CALLS.get(tools), names=NAMES, parallel=parallel)
+    parsing = Parsing(thinking=THINKING.get(thinking), tool_calls=TOOL_CALLS.get(tools), tools=TOOLS, parallel=parallel)
     return Parser(parsing, prompt_tail)
 
 

@@ -161,7 +161,7 @@ def _parsing(request: ChatRequest, model: ServedModel, offer: Offer, structure: 
         tool_calls = forced(model.tool_calls, named=bool(offer.named))
     if thinking is None and tool_calls is None:
         return None
-    return Parsing(thinking=thinking, tool_calls=tool_calls, names=offer.names, parallel=offer.parallel)
+    return Parsing(thinking=thinking, tool_calls=tool_calls, tools=offer.schemas, parallel=offer.parallel)
 
 
 def _marks(parsing: Parsing | None, model: ServedModel) -> frozenset[int]:

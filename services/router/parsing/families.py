@@ -1,14 +1,14 @@
 """The model families whose answers can be taken apart, by the names that vLLM gives their parsers."""
 
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 import msgspec
 
 from services.router.parsing import hermes, llama3, mistral, pythonic
 from services.router.parsing.forced import one_call, some_calls
 from services.router.parsing.reader import Reader, Waiting
-from services.router.parsing.speaker import Speaker
+from services.router.parsing.speaker import Speaker, Tools
 from services.router.parsing.thinking import Thinking
 
 
@@ -25,8 +25,8 @@ def _short_id() -> str:
 class ToolCalls(msgspec.Struct, frozen=True, kw_only=True):
     """How one family calls tools."""
 
-    read: Callable[[Reader, Speaker, Collection[str]], Waiting[None]]
-    """Reads the rest of an answer; the names are those of the tools."""
+    read: Callable[[Reader, Speaker, Tools], Waiting[None]]
+    """Reads the rest of an answer."""
     marks: tuple[str, ...]
     new_id: Callable[[], str] = _call_id
 

@@ -5,7 +5,7 @@ import msgspec
 from services.router.parsing.events import Part
 from services.router.parsing.families import ToolCalls
 from services.router.parsing.reader import Reader, Waiting
-from services.router.parsing.speaker import Speaker
+from services.router.parsing.speaker import Speaker, Tools
 from services.router.parsing.thinking import Thinking
 
 
@@ -14,8 +14,8 @@ class Parsing(msgspec.Struct, frozen=True, kw_only=True):
 
     thinking: Thinking | None = None
     tool_calls: ToolCalls | None = None
-    names: frozenset[str] = frozenset()
-    """Of the tools that may be called."""
+    tools: Tools = {}
+    """Those that may be called."""
     parallel: bool = True
     """Whether more than the first call is told."""
 
@@ -59,6 +59,6 @@ class Parser:
         if parsing.thinking is not None:
             yield from parsing.thinking.read(read, say, prompt_tail)
         if parsing.tool_calls is not None:
-            yield from parsing.tool_calls.read(read, say, parsing.names)
+            yield from parsing.tool_calls.read(read, say, parsing.tools)
         else:
             yield from read.until((), say.content)

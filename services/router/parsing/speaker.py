@@ -1,12 +1,15 @@
 """Collects what a parser finds, without the white space that only lays it out."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from services.router.parsing.events import CallArguments, CallBegun, Content, Part, Reasoning
 from services.router.parsing.reader import SPACE
 
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
+Tools = Mapping[str, Mapping[str, Any]]
+"""The JSON schemas of tools' parameters, by the tools' names."""
 
 
 class Speaker:
