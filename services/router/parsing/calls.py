@@ -59,8 +59,8 @@ def blocks(
     read: Reader, say: Speaker, opens: tuple[str, ...], close: str, one: Callable[[str], Waiting[bool]]
 ) -> Waiting[None]:
     """Reads an answer with a call in each block, which begins with one of the marks `opens` and ends with `close`.
-    `one` reads the call behind the mark that it is given, as `call_object` does; a block that is none is content,
-    marks and all."""
+    `one` reads the call behind the mark that it is given, as `call_object` does, and what lays out its end; a block
+    that is none is content, marks and all."""
     marks = opens
     while mark := (yield from read.until(marks, say.content)):
         marks = opens
@@ -71,19 +71,17 @@ def blocks(
         yield from read.space()
         whole = yield from one(mark)
         rest = read.recorded()
-        if whole:
-            yield from read.space()
-        else:
+        if not whole:
             say.content(rest)
         if say.num_calls > before:
             marks = (*opens, close)
 
 
-def arguments(read: Reader, say: Speaker, name: str) -> Waiting[bool]:
+def arguments(read: Reader, say: Speaker, name: str, call_id: str = "") -> Waiting[bool]:
     """Reads and tells the arguments of a call that begins with them. From here on nothing can be taken back: what is
     recorded begins anew behind them."""
     read.recorded()
-    say.call(name)
+    say.call(name, call_id)
     whole = yield from read.json_value(say.arguments)
     read.record()
     return whole

@@ -11,4 +11,10 @@ OPEN, CLOSE = MARKS = ("<tool_call>", "</tool_call>")
 
 def hermes(read: Reader, say: Speaker, names: Collection[str]) -> Waiting[None]:
     """The marks say that it is a call, whatever name the model gives it."""
-    yield from blocks(read, say, (OPEN,), CLOSE, lambda mark: call_object(read, say))
+    yield from blocks(read, say, (OPEN,), CLOSE, lambda mark: _call(read, say))
+
+
+def _call(read: Reader, say: Speaker) -> Waiting[bool]:
+    whole = yield from call_object(read, say)
+    yield from read.space()
+    return whole

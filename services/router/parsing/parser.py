@@ -3,7 +3,7 @@
 import msgspec
 
 from services.router.parsing.events import Part
-from services.router.parsing.families import ToolCalls
+from services.router.parsing.families import ToolCalls, call_id
 from services.router.parsing.reader import Reader, Waiting
 from services.router.parsing.speaker import Speaker, Tools
 from services.router.parsing.thinking import Thinking
@@ -32,7 +32,7 @@ class Parser:
         """`prompt_tail` are the last characters of the prompt."""
         calls = parsing.tool_calls
         self._reader = Reader()
-        self._speaker = Speaker(calls.new_id if calls else str, calls=calls is not None, parallel=parsing.parallel)
+        self._speaker = Speaker(calls.new_id if calls else call_id, calls=calls is not None, parallel=parsing.parallel)
         self._reading = self._read(parsing, prompt_tail)
         next(self._reading, None)
 
