@@ -77,15 +77,14 @@ class Admission:
             self._refused_since_end += 1
             message = f"{self._max} requests are in flight at this router"
             raise refuse("queue_full", message, retry_after_ms=self.retry_after_ms())
-        self.allowances.enter(key)
-        place = Place(request_id)
-        self._live[key.tenant, request_id] = place
-        self._empty.clear()
-        try:
-            yield place
-        finally:
-            self.allowances.leave(key)
-            self._leave(key.tenant, request_id)
+        with self.allowances.entered(key):
+            place = Place(request_id)
+            self._live[key.tenant, request_id] = place
+            self._empty.clear()
+            try:
+                yield place
+            finally:
+                self._leave(key.tenant, request_id)
 
     def require_possible(self, num_prompts: int, key: Key = PUBLIC) -> None:
         """Raises RefusedError for prompts of one request that could never be in flight together."""
