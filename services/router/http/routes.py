@@ -72,8 +72,10 @@ class Api:
     def application(self) -> Starlette:
         """The ASGI application."""
         tokenizer = self._model.tokenizer
-        completions = Completions(self._answering, self._completion, lambda one: CompletionTelling(one, tokenizer))
-        chats = Completions(self._answering, self._chat, lambda one: ChatTelling(one, tokenizer))
+        completions = Completions(
+            self._answering, CompletionRequest, self._completion, lambda one: CompletionTelling(one, tokenizer)
+        )
+        chats = Completions(self._answering, ChatRequest, self._chat, lambda one: ChatTelling(one, tokenizer))
         routes = [
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/chat/completions", chats, methods=["POST"]),
@@ -92,11 +94,11 @@ class Api:
     def _max_model_len(self) -> int:
         return self._fleet.max_model_len or self._model.max_model_len
 
-    def _completion(self, body: bytes, source: Source) -> Question:
-        return requests.completion(decode(body, CompletionRequest), self._model, self._max_model_len, source)
+    def _completion(self, request: CompletionRequest, source: Source) -> Question:
+        return requests.completion(request, self._model, self._max_model_len, source)
 
-    def _chat(self, body: bytes, source: Source) -> Question:
-        return requests.chat(decode(body, ChatRequest), self._model, source)
+    def _chat(self, request: ChatRequest, source: Source) -> Question:
+        return requests.chat(request, self._model, source)
 
     async def models(self, request: Request) -> Response:
         return _json({"object": "list", "data": [self._card(name) for name in self._model.names]})
