@@ -39,11 +39,12 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         "llama3_json",
         "llama4_pythonic",
         "mistral",
+        "openai",
         "pythonic",
         "qwen3_coder",
     ] = "auto"
     """How the model calls tools; auto: as its chat template asks it to."""
-    reasoning_parser: Literal["auto", "none", "deepseek_r1", "qwen3", "mistral"] = "auto"
+    reasoning_parser: Literal["auto", "none", "deepseek_r1", "qwen3", "mistral", "openai_gptoss"] = "auto"
     """How the model marks its reasoning; auto: as its chat template does."""
     max_num_queued_reqs: Positive = 512
     """Requests in flight at this router; one more is refused with RESOURCE_EXHAUSTED."""

@@ -117,6 +117,7 @@ def test_the_longest_context_may_go_by_other_names_and_is_left_to_the_workers_wh
         ("<\uff5ctool\u2581call\u2581begin\uff5c>function```json", "deepseek_v3", ""),
         ("<\uff5ctool\u2581call\u2581begin\uff5c><\uff5cAssistant\uff5c><think>", "deepseek_v31", "deepseek_r1"),
         ("<|tool_calls_section_begin|>{{ call.id }}", "kimi_k2", ""),
+        ("<|start|>assistant<|channel|>final<|message|>", "openai", "openai_gptoss"),
         ("{{ messages }}", "", ""),
         ("{% if thinking %}<think>{% else %}</think>{% endif %}", "", "qwen3"),
         ("[TOOL_CALLS][THINK]", "mistral", "mistral"),

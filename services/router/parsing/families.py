@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import msgspec
 
-from services.router.parsing import deepseek, glm45, hermes, kimi_k2, llama3, mistral, pythonic, qwen3_coder
+from services.router.parsing import deepseek, glm45, harmony, hermes, kimi_k2, llama3, mistral, pythonic, qwen3_coder
 from services.router.parsing.forced import one_call, some_calls
 from services.router.parsing.reader import Reader, Waiting
 from services.router.parsing.speaker import NewId, Speaker, Tools
-from services.router.parsing.thinking import Thinking
+from services.router.parsing.thinking import Thinking, Thinks
 
 
 def call_id(name: str, index: int) -> str:
@@ -40,12 +40,14 @@ TOOL_CALLS: dict[str, ToolCalls] = {
     "llama3_json": ToolCalls(read=llama3.llama3_json, marks=llama3.MARKS),
     "llama4_pythonic": ToolCalls(read=pythonic.pythonic, marks=pythonic.MARKS),
     "mistral": ToolCalls(read=mistral.mistral, marks=mistral.MARKS, new_id=_short_id),
+    "openai": ToolCalls(read=harmony.harmony, marks=harmony.MARKS),
     "pythonic": ToolCalls(read=pythonic.pythonic, marks=pythonic.MARKS),
     "qwen3_coder": ToolCalls(read=qwen3_coder.qwen3_coder, marks=qwen3_coder.MARKS),
 }
-THINKING: dict[str, Thinking] = {
+THINKING: dict[str, Thinks] = {
     "deepseek_r1": Thinking(always=True),
     "qwen3": Thinking(),
+    "openai_gptoss": harmony.Harmony(),
     "mistral": Thinking(open="[THINK]", close="[/THINK]"),
 }
 
@@ -64,6 +66,8 @@ def tool_calls_of(template: str) -> str:
         return "deepseek_v3" if deepseek.FENCE in template else "deepseek_v31"
     if kimi_k2.SECTION.open in template:
         return "kimi_k2"
+    if harmony.CHANNEL in template:
+        return "openai"
     if "[TOOL_CALLS]" in template:
         return "mistral"
     if "[func_name1(param" in template:
@@ -77,6 +81,8 @@ def thinking_of(template: str) -> str:
     """The family whose marks of reasoning a chat template knows; empty where it knows none of ours."""
     if "[THINK]" in template:
         return "mistral"
+    if harmony.CHANNEL in template:
+        return "openai_gptoss"
     if "</think>" not in template and "<think>" not in template:
         return ""
     return "deepseek_r1" if "<\uff5cAssistant\uff5c>" in template and "<think>" in template else "qwen3"

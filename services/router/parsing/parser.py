@@ -6,13 +6,13 @@ from services.router.parsing.events import Part
 from services.router.parsing.families import ToolCalls, call_id
 from services.router.parsing.reader import Reader, Waiting
 from services.router.parsing.speaker import Speaker, Tools
-from services.router.parsing.thinking import Thinking
+from services.router.parsing.thinking import Thinks
 
 
 class Parsing(msgspec.Struct, frozen=True, kw_only=True):
     """How the answers to one request are to be taken apart. None: that part is not looked for."""
 
-    thinking: Thinking | None = None
+    thinking: Thinks | None = None
     tool_calls: ToolCalls | None = None
     tools: Tools = {}
     """Those that may be called."""

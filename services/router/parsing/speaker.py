@@ -20,6 +20,7 @@ class Speaker:
     def __init__(self, new_id: NewId, *, calls: bool, parallel: bool) -> None:
         """`calls`: tools may be called, so that trailing white space waits for what follows. Not `parallel`: only the
         first call is told."""
+        self.calls = calls
         self._new_id = new_id
         self._parallel = parallel
         self._trailing = SPACE if calls else ""
