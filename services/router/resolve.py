@@ -87,7 +87,7 @@ def resolve(
         n=_given("sampling.n", asked.n, 1),
         stop=asked.stop,
         structured=structured_of(asked.structured, model, min_tokens=asked.min_tokens, ignore_eos=asked.ignore_eos),
-        priority=asked.priority,
+        priority=key.priority(asked.priority),
         deterministic=asked.deterministic,
         include_timing=asked.include_timing,
         skip_special_tokens=asked.skip_special_tokens,
