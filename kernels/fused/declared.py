@@ -29,7 +29,7 @@ class ModelShape:
     block_size: int = 16
     max_model_len: int = 8192
     dtype: torch.dtype = torch.bfloat16
-    window: int | None = None
+    windows: tuple[int, ...] = ()
     soft_cap: float = 0.0
     alibi: bool = False
     sinks: bool = False
@@ -59,11 +59,11 @@ SHAPES = (
     ModelShape("Qwen3-8B", 4096, 32, 8, 128, 12288, 151_936, qk_norm=True, num_layers=36),
     ModelShape("Qwen3-0.6B", 1024, 16, 8, 128, 3072, 151_936, qk_norm=True, num_layers=28),
     ModelShape(
-        "Gemma-2-9B", 3584, 16, 8, 256, 14336, 256_000, window=4096, soft_cap=50.0,
+        "Gemma-2-9B", 3584, 16, 8, 256, 14336, 256_000, windows=(4096,), soft_cap=50.0,
         num_layers=42, norm_plus_one=True, activation="gelu_tanh",
     ),
     ModelShape(
-        "gpt-oss-20b", 2880, 64, 8, 64, 0, 201_088, window=128, sinks=True, num_layers=24,
+        "gpt-oss-20b", 2880, 64, 8, 64, 0, 201_088, windows=(128,), sinks=True, num_layers=24,
         num_experts=32, experts_per_token=4, expert_width=2880, expert_clamp=7.0, biased_experts=True,
     ),
     ModelShape(
@@ -233,7 +233,7 @@ def _attentions(shape: ModelShape) -> None:
     heads = shape.empty(4, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
     per_head = shape.empty(shape.num_heads, dtype=torch.float32)
     tables, slots = shape.empty(2, 8, dtype=torch.int32), shape.empty(4, dtype=torch.int64)
-    for window in dict.fromkeys((None, shape.window)):
+    for window in (None, *shape.windows):
         for exact in (False, True):
             plan = attention.plan_attention(
                 pool, [0, 3, 4], [3, 9], tables, slots, num_heads=shape.num_heads, window=window, exact=exact

@@ -12,6 +12,7 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,18 @@ import psutil
 from ops.bench.cluster import Cluster
 from ops.bench.doors import HEAD
 from ops.bench.machine import describe, exact_cpu_seconds
-from services.cli.client import Accepted, CallError, Client, Delta, Request
+from services.cli.client import CallError, Client, Delta, Request
 
 RESULT = Path(__file__).parent / "results" / "streams.json"
 CHANNELS = 8
 TOKENS = 16
 LONG_REQUESTS = 40
 OPENING_S = 300.0
+STEP = 50
+"""Connections begun before their first bytes are sent."""
 MIB = 2**20
+Hold = Callable[[list[Client], Cluster, int, int, int], Awaitable[None]]
+"""Opens a stream (its number, priority and tokens) and reads it to its end."""
 
 
 async def busy_grpc(cluster: Cluster, streams: int) -> collections.Counter[str]:
@@ -95,60 +100,75 @@ def measure_busy(streams: int) -> dict[str, Any]:
     return found
 
 
-async def fill(cluster: Cluster, streams: int) -> dict[str, Any]:
+async def hold_grpc(clients: list[Client], cluster: Cluster, index: int, priority: int, tokens: int) -> None:
+    request = Request(prompt=f"def f{index}(", max_tokens=tokens, ignore_eos=True, priority=priority)
+    async for _ in clients[index % CHANNELS].generate(request):
+        pass
+
+
+async def hold_http(clients: list[Client], cluster: Cluster, index: int, priority: int, tokens: int) -> None:
+    host, _, port = cluster.http["router"].rpartition(":")
+    ask = {"prompt": f"def f{index}(", "max_tokens": tokens, "ignore_eos": True, "stream": True, "priority": priority}
+    body = json.dumps(ask)
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        writer.write((HEAD.format(len(body)) + body).encode())
+        await reader.read()
+    finally:
+        writer.close()
+
+
+async def in_flight(client: Client) -> int:
+    return (await client.load(timeout_s=120)).requests_in_flight
+
+
+async def fill(cluster: Cluster, streams: int, hold: Hold) -> dict[str, Any]:
     """Opens the idle streams and weighs the router before and after."""
     router, scheduler = (psutil.Process(cluster.pids[name]) for name in ("router", "scheduler"))
-    accepted, failed = 0, collections.Counter[str]()
-    opened = asyncio.Event()
 
-    async def one(client: Client, index: int, priority: int, tokens: int) -> None:
-        nonlocal accepted
-        try:
-            request = Request(prompt=f"def f{index}(", max_tokens=tokens, ignore_eos=True, priority=priority)
-            async for event in client.generate(request):
-                if isinstance(event, Accepted) and priority:
-                    accepted += 1
-                    if accepted == streams:
-                        opened.set()
-        except CallError as error:
-            failed[error.status] += 1
-            opened.set()
+    def weigh() -> list[float]:
+        return [process.memory_info().rss / MIB for process in (router, scheduler)]
 
     async with contextlib.AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(Client(cluster.address)) for _ in range(CHANNELS)]
-        long = [asyncio.create_task(one(clients[0], index, 0, 1900)) for index in range(LONG_REQUESTS)]
+        held = [asyncio.create_task(hold(clients, cluster, index, 0, 1900)) for index in range(LONG_REQUESTS)]
         await asyncio.sleep(2)
-        before = [process.memory_info().rss / MIB for process in (router, scheduler)]
-        began = time.perf_counter()
-        idle = [asyncio.create_task(one(clients[i % CHANNELS], i, 1, 4)) for i in range(streams)]
-        await asyncio.wait_for(opened.wait(), OPENING_S)
+        before, began, busy = weigh(), time.perf_counter(), await in_flight(clients[0])
+        for index in range(streams):
+            held.append(asyncio.create_task(hold(clients, cluster, index, 1, 4)))
+            if index % STEP == 0:
+                await asyncio.sleep(0)
+        async with asyncio.timeout(OPENING_S):
+            while await in_flight(clients[0]) < streams + busy and not any(task.done() for task in held):  # noqa: ASYNC110 - of another process
+                await asyncio.sleep(0.2)
         took_s = time.perf_counter() - began
         await asyncio.sleep(2)
-        after = [process.memory_info().rss / MIB for process in (router, scheduler)]
-        waiting = sum(group.requests_waiting for group in (await clients[0].load(timeout_s=120)).groups)
+        after, load = weigh(), await clients[0].load(timeout_s=120)
+        failed = collections.Counter(repr(task.exception()) for task in held if task.done())
         cancelled = time.perf_counter()
-        for task in (*idle, *long):
+        for task in held:
             task.cancel()
-        await asyncio.gather(*idle, *long, return_exceptions=True)
-        while (await clients[0].load(timeout_s=120)).requests_in_flight:  # noqa: ASYNC110 - another process's number
+        await asyncio.gather(*held, return_exceptions=True)
+        while await in_flight(clients[0]):  # noqa: ASYNC110
             await asyncio.sleep(0.1)
         return {
             "streams": streams,
-            "accepted": accepted,
+            "in_flight_at_the_router": load.requests_in_flight,
+            "waiting_at_the_scheduler": sum(group.requests_waiting for group in load.groups),
             "failed": dict(failed),
-            "waiting_at_the_scheduler": waiting,
             "opened_in_s": round(took_s, 1),
             "all_released_after_cancel_s": round(time.perf_counter() - cancelled, 1),
             "router_rss_mib": [round(before[0]), round(after[0])],
+            "router_kib_per_stream": round((after[0] - before[0]) * 1024 / streams, 1),
             "scheduler_rss_mib": [round(before[1]), round(after[1])],
         }
 
 
-def measure_idle(streams: int) -> dict[str, Any]:
+def measure_idle(streams: int, hold: Hold) -> dict[str, Any]:
     limits = [f"--max-num-queued-reqs={2 * streams}", "--max-num-seqs=1", "--scheduling-policy=priority"]
     cluster = Cluster(["--port=0", "--metrics-port=0", "--threads=1", *limits])
     try:
-        return asyncio.run(fill(cluster, streams))
+        return asyncio.run(fill(cluster, streams, hold))
     finally:
         cluster.close()
 
@@ -159,7 +179,8 @@ def main() -> int:
     parser.add_argument("--idle", type=int, default=10_000)
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
-    found = {"machine": describe(), "busy": measure_busy(options.busy), "idle": measure_idle(options.idle)}
+    idle = {"grpc": measure_idle(options.idle, hold_grpc), "http": measure_idle(options.idle, hold_http)}
+    found = {"machine": describe(), "busy": measure_busy(options.busy), "idle": idle}
     options.output.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps({name: found[name] for name in ("busy", "idle")}, indent=1))
     return 0

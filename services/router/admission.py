@@ -2,8 +2,8 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import Self
 
 from services.router.allowances import Allowances
 from services.router.gate import PUBLIC, Key
@@ -22,15 +22,23 @@ DRAIN_RETRY_MS = 1_000
 
 
 class Place:
-    """One request in flight. Whoever answers it says how it is aborted."""
+    """One request in flight, from `with` to the end of its block. Whoever answers it says how it is aborted."""
 
-    __slots__ = ("_abort", "cause", "request_id")
+    __slots__ = ("_abort", "_admission", "cause", "key", "request_id")
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str, key: Key, admission: "Admission") -> None:
         self.request_id = request_id
+        self.key = key
+        self._admission = admission
         self.cause: AbortCause | None = None
         """Why it was aborted from outside, if it was."""
         self._abort: Callable[[AbortCause], None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._admission.leave(self)
 
     def on_abort(self, abort: Callable[[AbortCause], None]) -> None:
         """`abort` is called once, at once if the abort came first."""
@@ -65,9 +73,8 @@ class Admission:
     def __len__(self) -> int:
         return len(self._live)
 
-    @contextmanager
-    def admit(self, request_id: str, key: Key = PUBLIC) -> Iterator[Place]:
-        """A place for the length of the block. Raises RefusedError: draining, request_id_in_use, queue_full or
+    def admit(self, request_id: str, key: Key = PUBLIC) -> Place:
+        """A place, to be left by its `with`. Raises RefusedError: draining, request_id_in_use, queue_full or
         quota_exceeded."""
         if self.draining:
             raise refuse("draining", "this router is shutting down; another will answer", retry_after_ms=DRAIN_RETRY_MS)
@@ -78,14 +85,9 @@ class Admission:
             message = f"{self._max} requests are in flight at this router"
             raise refuse("queue_full", message, retry_after_ms=self.retry_after_ms())
         self.allowances.enter(key)
-        place = Place(request_id)
-        self._live[key.tenant, request_id] = place
+        place = self._live[key.tenant, request_id] = Place(request_id, key, self)
         self._empty.clear()
-        try:
-            yield place
-        finally:
-            self.allowances.leave(key)
-            self._leave(key.tenant, request_id)
+        return place
 
     def require_possible(self, num_prompts: int, key: Key = PUBLIC) -> None:
         """Raises RefusedError for prompts of one request that could never be in flight together."""
@@ -94,8 +96,10 @@ class Admission:
             message = f"{num_prompts} prompts, each a request; {most} may be in flight at once here: send fewer"
             raise invalid("prompt", message)
 
-    def _leave(self, tenant: str, request_id: str) -> None:
-        del self._live[tenant, request_id]
+    def leave(self, place: Place) -> None:
+        """Its request is over."""
+        self.allowances.leave(place.key)
+        del self._live[place.key.tenant, place.request_id]
         self._ended_ns.append(self._now())
         while self._ended_ns[-1] - self._ended_ns[0] > RATE_SPAN_NS:
             self._ended_ns.popleft()

@@ -1,5 +1,7 @@
 """What each API key has in use, and what is left of its tokens."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from services.router.gate import Key
@@ -50,6 +52,15 @@ class Allowances:
         account = self._account(key)
         if account is not None:
             account.in_flight -= 1
+
+    @contextmanager
+    def entered(self, key: Key) -> Iterator[None]:
+        """A request is in flight for the length of the block. Raises RefusedError as `enter` does."""
+        self.enter(key)
+        try:
+            yield
+        finally:
+            self.leave(key)
 
     def spend(self, key: Key, tokens: int) -> None:
         """What it took, once that is known."""

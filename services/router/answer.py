@@ -79,7 +79,9 @@ class Answer:
             )
             for _ in range(options.n)
         ]
-        self._changed = asyncio.Event()
+        self._changed = False
+        """Since the last wait."""
+        self._waiting: asyncio.Future[None] | None = None
         self._ticket: Ticket | None = None
         self.refusal: Refusal | None = None
         self.release: Release | None = None
@@ -146,7 +148,7 @@ class Answer:
                 break
             given = logprobs[position] if position < len(logprobs) else None
             self._take_token(index, sample, token_id, given)
-        self._changed.set()
+        self._change()
         if self._unread_bytes > self._max_unread_bytes:
             self.abort(AbortCause.STALLED)
 
@@ -160,7 +162,7 @@ class Answer:
             if sample.stop is None:
                 sample.reason = reason
                 sample.stop_token_id = stop_token_id if stop_token_id >= 0 else None
-        self._changed.set()
+        self._change()
 
     def on_release(self, release: Release) -> None:
         """The last word. Without a refusal, samples that have not ended well were ended by someone unnamed."""
@@ -177,7 +179,7 @@ class Answer:
 
     def _settle(self) -> None:
         self.terminal_ns = self.terminal_ns or self._now()
-        self._changed.set()
+        self._change()
 
     def _take_token(self, index: int, sample: _Sample, token_id: int, given: TokenLogprobs | None) -> None:
         sample.num_tokens += 1
@@ -241,7 +243,7 @@ class Answer:
                 sample.text, sample.token_ids, sample.logprobs = [], [], []
         if self._ticket is not None and self.release is None:
             self._ticket.abort(EVERY_SAMPLE, cause)
-        self._changed.set()
+        self._change()
 
     def close(self) -> None:
         """The session is over, and so is the answer: nothing more is taken."""
@@ -253,9 +255,16 @@ class Answer:
     # What the client has not read.
 
     async def wait(self) -> None:
-        """Until something changed since the last call."""
-        await self._changed.wait()
-        self._changed.clear()
+        """Until something changed since the last call. One waits at a time."""
+        if not self._changed:
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
+        self._changed = False
+
+    def _change(self) -> None:
+        self._changed = True
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
     def take(self) -> list[Event]:
         """Everything unread: at most one Delta per sample, then the ends of samples but for the last, which needs

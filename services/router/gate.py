@@ -22,6 +22,8 @@ RELOAD_NS = NS_PER_S
 """The file is looked at so often, while somebody calls."""
 LONGEST_KEY = 1024
 Limit = Annotated[int, msgspec.Meta(ge=0)]
+Priority = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
+ANY_PRIORITY = -(2**31)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -38,6 +40,8 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
     max_request_bytes: int = 0
     tokens_per_minute: int = 0
     """Of prompts and answers together."""
+    min_priority: int = ANY_PRIORITY
+    """The lowest `priority` of its requests, which is the most urgent: lower runs first."""
 
     @property
     def salt(self) -> bytes:
@@ -47,6 +51,16 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
     def largest(self, max_request_bytes: int) -> int:
         """The most bytes of a request, where the router takes so many."""
         return min(max_request_bytes, self.max_request_bytes or max_request_bytes)
+
+    def priority(self, asked: int) -> int:
+        """Of a request that asks for this one; 0, as if unset, gets the lowest from 0 on that the key may have. Raises
+        RefusedError permission_denied for one that is lower than the key's lowest."""
+        if asked and asked < self.min_priority:
+            message = (
+                f"priority: {asked} is more urgent than this API key may ask for; its lowest is {self.min_priority}"
+            )
+            raise refuse("permission_denied", message, field="priority")
+        return max(asked, self.min_priority)
 
 
 PUBLIC = Key(admin=True)
@@ -62,6 +76,7 @@ class _Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_requests: Limit = 0
     max_request_bytes: Limit = 0
     tokens_per_minute: Limit = 0
+    min_priority: Priority = ANY_PRIORITY
 
 
 class Gate:

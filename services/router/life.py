@@ -62,6 +62,8 @@ class Life:
     tokenized: int = 0
     submitted: int = 0
     first_token: int = 0
+    accepted: bool = False
+    """Whether the client has been told so."""
     blocked_ns: int = 0
     """How long its events waited for the client to take them."""
     placed: Placed | None = None

@@ -8,7 +8,7 @@ import structlog
 
 from services.router.limits import RANGES, Limits
 from services.router.parsing.families import THINKING, TOOL_CALLS, ToolCalls, thinking_of, tool_calls_of
-from services.router.parsing.thinking import Thinking
+from services.router.parsing.thinking import Thinks
 from shared.checkpoint import CheckpointError, locate, open_checkpoint, read_config
 from shared.config import RouterConfig
 from shared.outcome import refuse
@@ -52,7 +52,7 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: frozenset[int]
     tool_calls: ToolCalls | None = None
     """How it calls tools, where that is understood."""
-    thinking: Thinking | None = None
+    thinking: Thinks | None = None
     """How it marks its reasoning, where it does."""
 
     def check_name(self, name: str) -> None:

@@ -52,7 +52,7 @@ def _marked(model: ServedModel, options: GenerateOptions, token_ids: Sequence[in
     marks: dict[str, str] = {}
     if parsing.tool_calls is not None:
         marks["call_open"], marks["call_close"] = parsing.tool_calls.enclosing
-    if parsing.thinking is not None:
+    if isinstance(parsing.thinking, Thinking):
         tail = model.tokenizer.decode(token_ids[-TAIL_TOKENS:], skip_special_tokens=False)
         marks |= _marks_of_reasoning(parsing.thinking, parsing.thinking.begins(tail))
     return msgspec.structs.replace(structured, **marks)

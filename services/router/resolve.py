@@ -18,6 +18,9 @@ from shared.telemetry.context import Caller
 GREEDY_BELOW = 1e-5
 """Temperatures below are greedy: dividing logits by them would overflow float32."""
 
+NO_TOKENS: frozenset[int] = frozenset()
+"""One for all: an empty set takes as much as one of four."""
+
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
     """The fields of a request that say how to answer it; None is unset."""
@@ -47,7 +50,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     deterministic: bool = False
     include_timing: bool = False
     skip_special_tokens: bool = True
-    shown_token_ids: frozenset[int] = frozenset()
+    shown_token_ids: frozenset[int] = NO_TOKENS
 
 
 def token_prompt(token_ids: Sequence[int], model: ServedModel, max_model_len: int) -> TokenPrompt:
@@ -88,7 +91,7 @@ def resolve(
         stop=asked.stop,
         structured=structured_of(asked.structured, model, min_tokens=asked.min_tokens, ignore_eos=asked.ignore_eos),
         parsing=asked.parsing,
-        priority=asked.priority,
+        priority=key.priority(asked.priority),
         deterministic=asked.deterministic,
         include_timing=asked.include_timing,
         skip_special_tokens=asked.skip_special_tokens,
@@ -132,10 +135,10 @@ def _stopping(asked: Asked, model: ServedModel) -> Stopping:
     check_range("stopping.min_tokens", asked.min_tokens)
     if max_tokens and asked.min_tokens > max_tokens:
         raise invalid("stopping.min_tokens", f"{asked.min_tokens} exceeds max_tokens, {max_tokens}")
-    own = frozenset() if asked.ignore_eos else model.eos_token_ids
+    own = NO_TOKENS if asked.ignore_eos else model.eos_token_ids
     return Stopping(
         max_tokens=max_tokens,
         min_tokens=asked.min_tokens,
-        stop_token_ids=own | frozenset(asked.stop_token_ids),
+        stop_token_ids=own.union(asked.stop_token_ids) if asked.stop_token_ids else own,
         stops_on_text=bool(asked.stop),
     )

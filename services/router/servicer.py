@@ -1,7 +1,7 @@
 """The gRPC door: messages in, messages out, and nothing that decides."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import TypeAlias
 
@@ -16,7 +16,7 @@ from services.router.guard import AUTHORIZATION
 from services.router.model import ServedModel
 from services.router.peers import Peers
 from services.router.rejections import Rejections
-from services.router.request import Accepted, GenerateOptions, Prompt
+from services.router.request import Accepted, Event, GenerateOptions, Prompt
 from services.router.session import Session
 from services.router.traces import Traces
 from shared import __version__
@@ -61,10 +61,8 @@ class RouterInference(InferenceServicer):
         self._max_request_bytes = max_request_bytes
         self._stall_timeout_s = stall_timeout_ms / 1000
 
-    async def Generate(
-        self, request: inference_pb2.GenerateRequest, context: Context
-    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        """One request."""
+    async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
+        """One request. What waits in here keeps little: a router holds thousands of them."""
         request_id = ""
         try:
             request_id = wire.request_id_of(request, _header(context, REQUEST_ID_HEADER))
@@ -72,12 +70,11 @@ class RouterInference(InferenceServicer):
         except RefusedError as error:
             self._rejections.reject(error.refusal, request_id=request_id, door="grpc")
             raise
+        del request
         try:
             await self._answer(prompt, options, context)
         except grpc.aio.InternalError:  # what a write comes to that was blocked when its call ended
             raise refuse("cancelled", "the client is gone") from None
-        return
-        yield  # an async generator, as grpc wants it
 
     def _understand(
         self, request: inference_pb2.GenerateRequest, request_id: str, context: Context
@@ -102,13 +99,16 @@ class RouterInference(InferenceServicer):
         """Writes through the context rather than by yielding: only so is a blocked write ours to time."""
         async with aclosing(self._session.run(prompt, options)) as events:
             async for event in events:
-                if isinstance(event, Accepted):  # not before: a refusal without headers may be retried by gRPC itself
-                    await context.send_initial_metadata(((REQUEST_ID_HEADER, options.request_id),))
-                for response in wire.responses_of(event):
-                    await self._write(context, options, response)
+                await self._tell(event, options, context)
+
+    async def _tell(self, event: Event, options: GenerateOptions, context: Context) -> None:
+        if isinstance(event, Accepted):  # not before: a refusal without headers may be retried by gRPC itself
+            await context.send_initial_metadata(((REQUEST_ID_HEADER, options.request_id),))
+        for response in wire.responses_of(event):
+            await self._write(response, options, context)
 
     async def _write(
-        self, context: Context, options: GenerateOptions, response: inference_pb2.GenerateResponse
+        self, response: inference_pb2.GenerateResponse, options: GenerateOptions, context: Context
     ) -> None:
         try:
             async with asyncio.timeout(self._stall_timeout_s):

@@ -14,7 +14,6 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import Executor
-from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -93,16 +92,25 @@ class Session:
         life.transcript = Transcript(prompt) if self._log_content else None
         try:
             with self._admission.admit(options.request_id, options.key) as place:
-                async with aclosing(self._live(prompt, options, place, life)) as events:
-                    async for event in events:
-                        given_ns = self._now()
-                        if isinstance(event, Delta):
-                            self._metrics.on_delta(life.pace, event, given_ns)
-                            if life.transcript is not None:
-                                life.transcript.add(event)
-                        yield event
-                        took_ns = self._now() - given_ns
-                        life.blocked_ns += took_ns if took_ns > BLOCKED_FROM_NS else 0
+                answer = await self._begin(prompt, options, place, life)
+                deadline = _at_deadline(options, self._now() - life.arrived, answer)
+                try:
+                    finished = False
+                    while not finished:
+                        finished = answer.terminal
+                        for event in self._unread(answer, options, life):
+                            given_ns = self._give(event, life)
+                            yield event
+                            took_ns = self._now() - given_ns
+                            life.blocked_ns += took_ns if took_ns > BLOCKED_FROM_NS else 0
+                        if not finished:
+                            await (_wait_account(answer) if answer.over else answer.wait())
+                finally:
+                    if deadline is not None:
+                        deadline.cancel()
+                    answer.abort(AbortCause.DEADLINE if self._expired(options, life) else AbortCause.CLIENT)
+            if answer.refusal is not None:
+                raise RefusedError(answer.refusal)
             end = "answered"
         except RefusedError as error:
             end = error.refusal.name
@@ -110,27 +118,17 @@ class Session:
         finally:
             self._account(options, life, self._why_left(options, life) if end == "left" else end)
 
-    async def _live(
-        self, prompt: Prompt, options: GenerateOptions, place: Place, life: Life
-    ) -> AsyncGenerator[Event, None]:
-        """Each phase after the next."""
+    async def _begin(self, prompt: Prompt, options: GenerateOptions, place: Place, life: Life) -> Answer:
+        """Each phase after the next, until the request is on its way to a scheduler."""
         self._fleet.require_usable()
         life.admitted = self._now()
         prepared = await self._prepare(prompt, options)
         if place.cause is not None:
             raise RefusedError(REFUSAL_OF[place.cause])
         life.tokenized = self._now()
-        answer = life.answer = self._submit(prepared, options, life)
-        place.on_abort(answer.abort)
-        deadline = _at_deadline(options, self._now() - life.arrived, answer)
-        try:
-            async with aclosing(self._stream(answer, options, life)) as events:
-                async for event in events:
-                    yield event
-        finally:
-            if deadline is not None:
-                deadline.cancel()
-            answer.abort(AbortCause.DEADLINE if self._expired(options, life) else AbortCause.CLIENT)
+        life.answer = self._submit(prepared, options, life)
+        place.on_abort(life.answer.abort)
+        return life.answer
 
     def _why_left(self, options: GenerateOptions, life: Life) -> str:
         """How a request ended that nobody could be told of: its caller was gone, and perhaps for a reason."""
@@ -182,34 +180,33 @@ class Session:
         answer.attach(self._fleet.submit(link, submission, answer))
         return answer
 
-    async def _stream(self, answer: Answer, options: GenerateOptions, life: Life) -> AsyncGenerator[Event, None]:
-        """Accepted (late where it carries the prompt's logprobs), what the client has not read, the last ends."""
-        accepted = options.want.prompt_logprobs == NO_LOGPROBS
-        if accepted:
-            yield _accepted(answer, options)
-        while not answer.terminal:
-            await _wait(answer)
-            if not accepted and answer.prompt_logprobs is None and not answer.terminal:
-                continue
-            if not accepted:
-                accepted = True
-                yield _accepted(answer, options)
-            for event in self._take(answer, life):
-                yield event
-        for event in self._take(answer, life):
-            yield event
-        for finished in self._last(answer, options, life):
-            yield finished
-        if answer.refusal is not None:
-            raise RefusedError(answer.refusal)
-
-    def _take(self, answer: Answer, life: Life) -> list[Event]:
-        """What is unread, noting when the first of it was."""
-        events = answer.take()
-        if not life.first_token and any(isinstance(event, Delta) for event in events):
+    def _unread(self, answer: Answer, options: GenerateOptions, life: Life) -> list[Event]:
+        """Accepted (late where it carries the prompt's logprobs), what the client has not read, the last ends once
+        nothing more can come."""
+        events: list[Event] = []
+        if not life.accepted:
+            waits = options.want.prompt_logprobs != NO_LOGPROBS and answer.prompt_logprobs is None
+            if waits and not answer.terminal:
+                return []
+            life.accepted = True
+            events.append(_accepted(answer, options))
+        unread = answer.take()
+        if not life.first_token and any(isinstance(event, Delta) for event in unread):
             life.first_token = self._now()
             self._metrics.on_first_token(life, answer.usage.prompt_tokens)
+        events += unread
+        if answer.terminal:
+            events += self._last(answer, options, life)
         return events
+
+    def _give(self, event: Event, life: Life) -> int:
+        """The event goes to the client, now: the time."""
+        now_ns = self._now()
+        if isinstance(event, Delta):
+            self._metrics.on_delta(life.pace, event, now_ns)
+            if life.transcript is not None:
+                life.transcript.add(event)
+        return now_ns
 
     def _last(self, answer: Answer, options: GenerateOptions, life: Life) -> list[Finished]:
         """The ends that are left; usage and timing on the very last."""
@@ -231,7 +228,7 @@ class Session:
     async def _log_later(self, options: GenerateOptions, life: Life, answer: Answer, end: str) -> None:
         try:
             while not answer.terminal:
-                await _wait(answer)
+                await (_wait_account(answer) if answer.over else answer.wait())
         finally:
             answer.close()
             self._close(options, life, end)
@@ -282,10 +279,8 @@ def _operation(prompt: Prompt) -> str:
     return "chat" if isinstance(prompt, ChatPrompt) else "text_completion"
 
 
-async def _wait(answer: Answer) -> None:
-    """For news of the answer, which its deadline bounds; for a mere account of it, not for ever."""
-    if not answer.over:
-        return await answer.wait()
+async def _wait_account(answer: Answer) -> None:
+    """For the scheduler's account of an answer that is over, and not for ever."""
     try:
         async with asyncio.timeout(_patience(answer)):
             await answer.wait()

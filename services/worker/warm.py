@@ -29,9 +29,6 @@ log = structlog.get_logger("warm")
 
 def shape_of(spec: ModelSpec, layout: BlockLayout, max_model_len: int) -> dict[str, Any]:
     """What the kernels' compiled forms depend on: the fields of kernels.fused.declared.ModelShape."""
-    windows = sorted({window for window in spec.windows if window is not None})
-    if len(windows) > 1:
-        raise ValueError(f"{spec.architecture}: windows of {windows} tokens; kernels are declared for one")
     return {
         "name": spec.architecture,
         "hidden": spec.hidden_size,
@@ -42,7 +39,7 @@ def shape_of(spec: ModelSpec, layout: BlockLayout, max_model_len: int) -> dict[s
         "block_size": layout.block_size,
         "max_model_len": max_model_len,
         "dtype": layout.dtype,
-        "window": windows[0] if windows else None,
+        "windows": tuple(sorted({window for window in spec.windows if window is not None})),
         "num_layers": layout.num_layers,
         "soft_cap": spec.attention_soft_cap,
         "alibi": isinstance(spec.positions, Alibi),

@@ -28,9 +28,23 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tokenizer: str = ""
     served_model_name: tuple[str, ...] = ()
     chat_template: str = ""
-    tool_call_parser: Literal["auto", "none", "hermes", "llama3_json", "mistral", "pythonic"] = "auto"
+    tool_call_parser: Literal[
+        "auto",
+        "none",
+        "deepseek_v3",
+        "deepseek_v31",
+        "glm45",
+        "hermes",
+        "kimi_k2",
+        "llama3_json",
+        "llama4_pythonic",
+        "mistral",
+        "openai",
+        "pythonic",
+        "qwen3_coder",
+    ] = "auto"
     """How the model calls tools; auto: as its chat template asks it to."""
-    reasoning_parser: Literal["auto", "none", "deepseek_r1", "qwen3", "mistral"] = "auto"
+    reasoning_parser: Literal["auto", "none", "deepseek_r1", "qwen3", "mistral", "openai_gptoss"] = "auto"
     """How the model marks its reasoning; auto: as its chat template does."""
     max_num_queued_reqs: Positive = 512
     """Requests in flight at this router; one more is refused with RESOURCE_EXHAUSTED."""

@@ -1,6 +1,7 @@
 """Refusals and failures on the wire: one table, one guard around every handler, never exception text."""
 
 import asyncio
+import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn
 
@@ -45,13 +46,23 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
     send nothing: the client would wait for ever), a malformed message becomes INVALID_ARGUMENT, and anything else
     becomes INTERNAL with an id that the log also carries."""
 
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[grpc.RpcMethodHandler, grpc.RpcMethodHandler]] = {}
+        """By method: its handler and that one guarded."""
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler | None:
-        handler = await continuation(handler_call_details)
-        return handler and _guarded(handler, handler_call_details.method)
+        handler, method = await continuation(handler_call_details), handler_call_details.method
+        if handler is None:
+            return None
+        known, guarded = self._known.get(method, (None, None))
+        if guarded is None or known is not handler:
+            guarded = _guarded(handler, method)
+            self._known[method] = handler, guarded
+        return guarded
 
 
 def _guarded(handler: Any, method: str) -> grpc.RpcMethodHandler:
@@ -59,11 +70,11 @@ def _guarded(handler: Any, method: str) -> grpc.RpcMethodHandler:
         behavior, parse = (handler.stream_stream or handler.stream_unary), None
     else:
         behavior, parse = (handler.unary_stream or handler.unary_unary), handler.request_deserializer
+    guard: Any = _guard_stream if inspect.isasyncgenfunction(behavior) else _guard_call
+    wrapped = guard(behavior, parse, method)
     if handler.response_streaming:
-        wrapped: Any = _guard_stream(behavior, parse, method)
         make = grpc.stream_stream_rpc_method_handler if handler.request_streaming else _unary_stream
     else:
-        wrapped = _guard_unary(behavior, parse, method)
         make = grpc.stream_unary_rpc_method_handler if handler.request_streaming else _unary_unary
     deserializer = handler.request_deserializer if handler.request_streaming else None
     return make(wrapped, request_deserializer=deserializer, response_serializer=handler.response_serializer)
@@ -75,7 +86,9 @@ _unary_unary = grpc.unary_unary_rpc_method_handler
 Parse = Callable[[bytes], Any] | None
 
 
-def _guard_unary(behavior: Any, parse: Parse, method: str) -> Callable[[Any, Context], Awaitable[Any]]:
+def _guard_call(behavior: Any, parse: Parse, method: str) -> Callable[[Any, Context], Awaitable[Any]]:
+    """Of one that returns its response, or writes its responses through the context."""
+
     async def handle(request: Any, context: Context) -> Any:
         try:
             return await behavior(_parsed(request, parse), context)

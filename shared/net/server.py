@@ -42,14 +42,9 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
 def refusing(handler: grpc.RpcMethodHandler, error: RefusedError) -> grpc.RpcMethodHandler:
     """A handler of the same kind that refuses every call."""
 
-    async def unary(request: object, context: grpc.aio.ServicerContext) -> None:
+    async def behavior(request: object, context: grpc.aio.ServicerContext) -> None:
         raise error
 
-    async def stream(request: object, context: grpc.aio.ServicerContext):  # noqa: ANN202 - an async generator
-        raise error
-        yield
-
-    behavior = stream if handler.response_streaming else unary
     kind = ("stream" if handler.request_streaming else "unary", "stream" if handler.response_streaming else "unary")
     make = getattr(grpc, f"{kind[0]}_{kind[1]}_rpc_method_handler")
     return make(behavior, handler.request_deserializer, handler.response_serializer)

@@ -2,12 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from services.router.parsing.events import CallArguments, CallBegun, Content, Part, Reasoning
 from services.router.parsing.families import THINKING, TOOL_CALLS
 from services.router.parsing.parser import Parser, Parsing
+from services.router.parsing.speaker import Tools
 
-NAMES = frozenset({"get_weather", "search", "now"})
+STRING = {"type": "string"}
+TOOLS: dict[str, dict[str, Any]] = {
+    "get_weather": {"properties": {"city": STRING, "unit": STRING}},
+    "search": {"properties": {"query": {"type": "object"}}},
+    "now": {},
+}
 
 
 @dataclass
@@ -34,9 +41,13 @@ class Said:
                     self.calls[part.index] = (name, text + part.text)
 
 
-def parser(tools: str = "", thinking: str = "", *, prompt_tail: str = "", parallel: bool = True) -> Parser:
+def parser(
+    tools: str = "", thinking: str = "", *, prompt_tail: str = "", parallel: bool = True, schemas: Tools = TOOLS
+) -> Parser:
     """Of families by name."""
-    parsing = Parsing(thinking=THINKING.get(thinking), tool_calls=TOOL_CALLS.get(tools), names=NAMES, parallel=parallel)
+    parsing = Parsing(
+        thinking=THINKING.get(thinking), tool_calls=TOOL_CALLS.get(tools), tools=schemas, parallel=parallel
+    )
     return Parser(parsing, prompt_tail)
 
 

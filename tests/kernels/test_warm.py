@@ -25,7 +25,7 @@ def noted(kernel, arguments, constants, *options):
     return form
 
 launch._form = noted
-shape = declared.ModelShape("toy", 64, 4, 2, 16, 96, 256, qk_norm=True, window=32)
+shape = declared.ModelShape("toy", 64, 4, 2, 16, 96, 256, qk_norm=True, windows=(32, 48))
 forms = declared.forms_of(shape)
 with launch.recorded():  # a vector that begins in the middle of a line of 16 bytes
     activation.silu_and_mul(torch.zeros(2 * 64 + 1, dtype=torch.bfloat16)[1:].view(2, 64))

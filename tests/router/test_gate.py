@@ -199,6 +199,56 @@ def test_a_key_has_limits_of_its_own(tiny_model, tmp_path):
     run(test())
 
 
+def test_tokenizing_counts_as_a_request_of_its_key(tiny_model, tmp_path):
+    async def test():
+        keys = write_keys(tmp_path / "keys.toml", few="max_requests = 1", small="max_request_bytes = 60", free="")
+        asks: list[tuple[str, dict]] = [("/tokenize", {"prompt": "the fox"}), ("/detokenize", {"tokens": [5]})]
+        scheduler = FakeScheduler(step_s=0.2)
+        served = running_router(tiny_model, scheduler, api_key_file=str(keys))
+        async with served as router, asking(router) as client:
+
+            async def ask(path: str, body: dict, key: str) -> tuple[int, str | None, str | None]:
+                said = await client.post(path, json=body, headers=bearer(key))
+                return told(said) if said.status_code != 200 else (200, None, None)
+
+            answering = asyncio.create_task(ask(COMPLETIONS, ASK, "few"))
+            await scheduler.request()
+            for path, body in asks:
+                assert await ask(path, body, "few") == (429, None, "quota_exceeded")
+                assert await ask(path, body, "free") == await ask(path, body, "small") == (200, None, None)
+                large = body | {"more": "x" * 60}
+                assert await ask(path, large, "small") == (413, None, "message_too_large")
+            assert (await answering)[0] == 200
+            for path, body in asks * 2:
+                assert (await ask(path, body, "few"))[0] == 200
+
+    run(test())
+
+
+def test_a_key_may_be_kept_from_urgent_priorities(tiny_model, tmp_path):
+    async def test():
+        keys = write_keys(tmp_path / "keys.toml", batch="min_priority = 5", calm="min_priority = 0", free="")
+        scheduler = FakeScheduler()
+        served = running_router(tiny_model, scheduler, api_key_file=str(keys))
+        async with served as router, asking(router) as client:
+            for key, asked, given in [
+                *(("batch", None, 5), ("batch", 0, 5), ("batch", 7, 7), ("batch", 4, None), ("batch", -1, None)),
+                *(("calm", None, 0), ("calm", 2, 2), ("calm", -1, None), ("free", -9, -9)),
+            ]:
+                said = await client.post(COMPLETIONS, json=ASK | {"priority": asked}, headers=bearer(key))
+                if given is None:
+                    assert told(said) == (403, "priority", "permission_denied"), (key, asked)
+                    request = pb.GenerateRequest(prompt="the quick fox", priority=asked)
+                    with pytest.raises(grpc.aio.AioRpcError) as caught:
+                        await router.generate(request, metadata=metadata(key))
+                    assert refusal(caught.value)[0] == "PERMISSION_DENIED"
+                else:
+                    assert said.status_code == 200
+                    assert scheduler.requests[-1].submit.priority == given
+
+    run(test())
+
+
 class Clock:
     def __init__(self) -> None:
         self.now_ns = 0
@@ -280,6 +330,7 @@ def test_a_process_of_a_router_knows_how_many_share(tiny_model, tmp_path):
         (f'[ann]\nsha256 = "{digest("a")}"\nmax_requests = -1\n', "max_requests"),
         (f'[ann]\nsha256 = "{digest("a")}"\nmax_request_bytes = -1\n', "max_request_bytes"),
         (f'[ann]\nsha256 = "{digest("a")}"\ntokens_per_minute = -1\n', "tokens_per_minute"),
+        (f'[ann]\nsha256 = "{digest("a")}"\nmin_priority = {2**31}\n', "min_priority"),
         (f'[ann]\nsha256 = "{digest("a")}"\n[bob]\nsha256 = "{digest("a")}"\n', "the same key"),
     ],
 )

@@ -112,7 +112,12 @@ def test_the_longest_context_may_go_by_other_names_and_is_left_to_the_workers_wh
         (LLAMA3, "llama3_json", ""),
         (MISTRAL, "mistral", ""),
         (R1, "", "deepseek_r1"),
-        ("{{ tools }}<tool_call><function=f>", "", ""),
+        ("{{ tools }}<tool_call><function=f>", "qwen3_coder", ""),
+        ("{{ tools }}<tool_call>{{ name }}<arg_key>{{ key }}</arg_key><think></think>", "glm45", "qwen3"),
+        ("<\uff5ctool\u2581call\u2581begin\uff5c>function```json", "deepseek_v3", ""),
+        ("<\uff5ctool\u2581call\u2581begin\uff5c><\uff5cAssistant\uff5c><think>", "deepseek_v31", "deepseek_r1"),
+        ("<|tool_calls_section_begin|>{{ call.id }}", "kimi_k2", ""),
+        ("<|start|>assistant<|channel|>final<|message|>", "openai", "openai_gptoss"),
         ("{{ messages }}", "", ""),
         ("{% if thinking %}<think>{% else %}</think>{% endif %}", "", "qwen3"),
         ("[TOOL_CALLS][THINK]", "mistral", "mistral"),
@@ -136,5 +141,5 @@ def test_every_parser_can_be_named_by_its_flag():
     fields = {field.name: field.type for field in msgspec.structs.fields(RouterConfig)}
     assert set(get_args(fields["tool_call_parser"])) == {"auto", "none", *TOOL_CALLS}
     assert set(get_args(fields["reasoning_parser"])) == {"auto", "none", *THINKING}
-    with pytest.raises(ConfigError, match=r"--tool-call-parser: .*kimi"):
-        load_config(RouterConfig, section="router", file="", environ={}, flags={"tool_call_parser": "kimi"})
+    with pytest.raises(ConfigError, match=r"--tool-call-parser: .*gemini"):
+        load_config(RouterConfig, section="router", file="", environ={}, flags={"tool_call_parser": "gemini"})

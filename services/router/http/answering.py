@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any
 
+import msgspec
 import structlog
 from starlette.types import Message, Receive, Scope, Send
 
@@ -16,7 +17,7 @@ from services.router.admission import Admission
 from services.router.http.door import hang_up
 from services.router.http.errors import Problem, problem, problem_of
 from services.router.http.guard import header, key_of
-from services.router.http.requests import Question, Source
+from services.router.http.requests import Question, Source, decode, ignored_fields
 from services.router.http.responses import Telling, event_of
 from services.router.limits import is_request_id
 from services.router.rejections import Rejections
@@ -36,7 +37,9 @@ STREAM_HEADERS = [("content-type", "text/event-stream; charset=utf-8"), ("cache-
 CHAT_PARAMS = {"response.logprobs": "top_logprobs", "response.prompt_logprobs": "prompt_logprobs"}
 COMPLETION_PARAMS = {"response.logprobs": "logprobs", "response.prompt_logprobs": "prompt_logprobs"}
 
-Understand = Callable[[bytes, Source], Question]
+IGNORED = "x-ignored-fields"
+"""Names the fields of a body that this server does not know."""
+Understand = Callable[[Any, Source], Question]
 
 
 class ClientGoneError(Exception):
@@ -63,10 +66,18 @@ class Answering:
 
 
 class Completions:
-    """An ASGI application: one endpoint. `understand` makes a Question of a body, `tell` says how it is answered."""
+    """An ASGI application: one endpoint. `understand` makes a Question of a body, which is a `kind`; `tell` says how it
+    is answered."""
 
-    def __init__(self, answering: Answering, understand: Understand, tell: Callable[[Question], Telling]) -> None:
+    def __init__(
+        self,
+        answering: Answering,
+        kind: type[msgspec.Struct],
+        understand: Understand,
+        tell: Callable[[Question], Telling],
+    ) -> None:
         self._answering = answering
+        self._kind = kind
         self._understand = understand
         self._tell = tell
 
@@ -87,7 +98,9 @@ class Completions:
         try:
             require_json(scope)
             body = await read_body(scope, receive, self._answering.max_request_bytes)
-            question = self._understand(body, _source(scope))
+            asked = decode(body, self._kind)
+            reply.ignored = ignored_fields(body, self._kind)
+            question = self._understand(asked, _source(scope))
             self._answering.admission.require_possible(len(question.prompts), question.options[0].key)
         except RefusedError as error:
             self._answering.rejections.reject(error.refusal, request_id=reply.request_id, door="http")
@@ -208,6 +221,7 @@ class _Reply:
         self._begun = False
         self._stalled = False
         self.question: Question | None = None
+        self.ignored: Sequence[str] = ()
         sent = header(scope, REQUEST_ID)
         self.request_id = sent if is_request_id(sent) else ""
 
@@ -247,6 +261,8 @@ class _Reply:
         raw = [(name.encode(), value.encode("latin-1")) for name, value in headers]
         if self.request_id:
             raw.append((REQUEST_ID.encode(), self.request_id.encode()))
+        if self.ignored:
+            raw.append((IGNORED.encode(), ", ".join(self.ignored).encode()))
         await self._send({"type": "http.response.start", "status": status, "headers": raw})
 
     async def _body(self, body: bytes, *, more: bool) -> None:

@@ -1,6 +1,8 @@
 """From a JSON body to what a Session takes: prompts and options, resolved and within limits, or refused by name."""
 
+import re
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any, TypeVar
 
 import msgspec
@@ -22,8 +24,9 @@ from services.router.limits import MAX_MESSAGES, check_depth, check_request_id, 
 from services.router.model import ServedModel
 from services.router.parsing.families import forced
 from services.router.parsing.parser import Parsing
+from services.router.parsing.thinking import Thinking
 from services.router.request import ChatPrompt, GenerateOptions, Prompt, TextPrompt, TokenPrompt
-from services.router.resolve import Asked, resolve, token_prompt
+from services.router.resolve import NO_TOKENS, Asked, resolve, token_prompt
 from shared.ids import new_request_id
 from shared.outcome import RefusedError, refuse
 from shared.sampling import NO_LOGPROBS
@@ -32,6 +35,8 @@ from shared.telemetry.context import Caller
 MAX_PROMPTS = 1024
 COMPLETION_TOKENS = 16
 """`max_tokens` of a completion that does not say: OpenAI's default. A chat goes on to its end."""
+MAX_IGNORED_NAMED = 32
+_FIELD = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 PASSED = ("name", "tool_calls", "tool_call_id", "reasoning", "reasoning_content")
 """What else of a message its template may know."""
 
@@ -88,6 +93,14 @@ def decode(body: bytes, kind: type[T]) -> T:
         raise (invalid(field, what) if field else refuse("invalid_argument", what)) from None
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
         raise refuse("invalid_argument", f"the body is not valid JSON: {error}") from None
+
+
+def ignored_fields(body: bytes, kind: type[msgspec.Struct]) -> list[str]:
+    """The fields of a body that a request of this kind does not have; of those that a header can name, the first
+    MAX_IGNORED_NAMED. Raises RefusedError."""
+    known = kind.__struct_fields__
+    unknown = (name for name in decode(body, dict[str, msgspec.Raw]) if name not in known and _FIELD.fullmatch(name))
+    return list(islice(unknown, MAX_IGNORED_NAMED))
 
 
 def completion(request: CompletionRequest, model: ServedModel, max_model_len: int, source: Source) -> Question:
@@ -150,16 +163,18 @@ def chat(request: ChatRequest, model: ServedModel, source: Source) -> Question:
 
 def _parsing(request: ChatRequest, model: ServedModel, offer: Offer, structure: Structure) -> Parsing | None:
     """A message that is continued has its reasoning behind it, and calls that are demanded leave no room for any.
-    Raises RefusedError."""
+    Before a structure only reasoning between two marks is known. Raises RefusedError."""
     if structure.field and offer.tools:
         _require_either(structure.field, offer, model)
     thinking = None if request.continue_final_message or offer.demanded else model.thinking
+    if structure.field and not isinstance(thinking, Thinking):
+        thinking = None
     tool_calls = model.tool_calls if offer.tools else None
     if offer.demanded:
         tool_calls = forced(model.tool_calls, named=bool(offer.named))
     if thinking is None and tool_calls is None:
         return None
-    return Parsing(thinking=thinking, tool_calls=tool_calls, names=offer.names, parallel=offer.parallel)
+    return Parsing(thinking=thinking, tool_calls=tool_calls, tools=offer.schemas, parallel=offer.parallel)
 
 
 def _require_either(field: str, offer: Offer, model: ServedModel) -> None:
@@ -175,7 +190,7 @@ def _require_either(field: str, offer: Offer, model: ServedModel) -> None:
 def _marks(parsing: Parsing | None, model: ServedModel) -> frozenset[int]:
     """The special tokens among the marks that a parser must see."""
     if parsing is None:
-        return frozenset()
+        return NO_TOKENS
     token_ids = {model.tokenizer.token_id(mark) for mark in parsing.marks}
     return model.tokenizer.texts.special_ids & token_ids
 

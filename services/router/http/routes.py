@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.applications import Starlette
@@ -24,6 +24,7 @@ from services.router.http.answering import (
     require_json,
 )
 from services.router.http.errors import Problem, problem, problem_of
+from services.router.http.guard import key_of
 from services.router.http.requests import Question, Source, decode
 from services.router.http.responses import ChatTelling, CompletionTelling
 from services.router.http.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -41,6 +42,8 @@ MAX_DETOKENIZED = 2**20
 """Token ids in one call of /detokenize."""
 
 Endpoint = Callable[[Request], Awaitable[Response]]
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Api:
@@ -69,8 +72,10 @@ class Api:
     def application(self) -> Starlette:
         """The ASGI application."""
         tokenizer = self._model.tokenizer
-        completions = Completions(self._answering, self._completion, lambda one: CompletionTelling(one, tokenizer))
-        chats = Completions(self._answering, self._chat, lambda one: ChatTelling(one, tokenizer))
+        completions = Completions(
+            self._answering, CompletionRequest, self._completion, lambda one: CompletionTelling(one, tokenizer)
+        )
+        chats = Completions(self._answering, ChatRequest, self._chat, lambda one: ChatTelling(one, tokenizer))
         routes = [
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/chat/completions", chats, methods=["POST"]),
@@ -89,11 +94,11 @@ class Api:
     def _max_model_len(self) -> int:
         return self._fleet.max_model_len or self._model.max_model_len
 
-    def _completion(self, body: bytes, source: Source) -> Question:
-        return requests.completion(decode(body, CompletionRequest), self._model, self._max_model_len, source)
+    def _completion(self, request: CompletionRequest, source: Source) -> Question:
+        return requests.completion(request, self._model, self._max_model_len, source)
 
-    def _chat(self, body: bytes, source: Source) -> Question:
-        return requests.chat(decode(body, ChatRequest), self._model, source)
+    def _chat(self, request: ChatRequest, source: Source) -> Question:
+        return requests.chat(request, self._model, source)
 
     async def models(self, request: Request) -> Response:
         return _json({"object": "list", "data": [self._card(name) for name in self._model.names]})
@@ -117,8 +122,7 @@ class Api:
     async def tokenize(self, request: Request) -> Response:
         asked = decode(await self._body(request), TokenizeRequest)
         prompt = requests.to_tokenize(asked, self._model)
-        loop = asyncio.get_running_loop()
-        token_ids = await loop.run_in_executor(self._tokenizing, self._token_ids, prompt)
+        token_ids = await self._counted(request, self._token_ids, prompt)
         told: dict[str, Any] = {"count": len(token_ids), "max_model_len": self._max_model_len, "tokens": token_ids}
         if asked.return_token_strs:
             token_bytes = self._model.tokenizer.texts.token_bytes
@@ -142,11 +146,15 @@ class Api:
         if len(asked.tokens) > MAX_DETOKENIZED:
             raise invalid("tokens", f"{len(asked.tokens)} token ids; {MAX_DETOKENIZED} are allowed")
         self._model.limits.check_token_ids("tokens", asked.tokens)
-        loop = asyncio.get_running_loop()
-        return _json({"prompt": await loop.run_in_executor(self._tokenizing, self._text, asked.tokens)})
+        return _json({"prompt": await self._counted(request, self._text, asked.tokens)})
 
     def _text(self, token_ids: list[int]) -> str:
         return self._model.tokenizer.decode(token_ids, skip_special_tokens=False)
+
+    async def _counted(self, request: Request, work: Callable[[T], R], given: T) -> R:
+        """The work's result, on a thread, as one of the requests of the caller's key. Raises RefusedError."""
+        with self._answering.admission.allowances.entered(key_of(request.scope)):
+            return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work, given)
 
     async def _body(self, request: Request) -> bytes:
         require_json(request.scope)

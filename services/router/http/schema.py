@@ -1,7 +1,7 @@
 """The JSON that clients send, as the `openai` client and vLLM's users spell it.
 
-Unknown fields are ignored. `null` is the same as unset, everywhere. Fields that would change the answer and are not
-served are declared too, in UNSERVED: they are refused by name.
+Unknown fields are ignored; the answer's header x-ignored-fields names them. `null` is the same as unset, everywhere.
+Fields that would change the answer and are not served are declared too, in UNSERVED: they are refused by name.
 """
 
 import functools

@@ -44,16 +44,14 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
     parallel: bool = True
 
     @property
-    def names(self) -> frozenset[str]:
-        """Of the tools that may be called."""
-        return frozenset((self.named,) if self.named else (tool["function"]["name"] for tool in self.tools))
+    def schemas(self) -> dict[str, dict[str, Any]]:
+        """Of the parameters of the tools that may be called, by their names."""
+        known = {tool["function"]["name"]: schema_of_call(tool) for tool in self.tools}
+        return {self.named: known[self.named]} if self.named else known
 
     def schema(self) -> str:
         """The JSON schema of an answer that is the calls demanded."""
-        if self.named:
-            schema = next(schema_of_call(tool) for tool in self.tools if tool["function"]["name"] == self.named)
-        else:
-            schema = schema_of_calls(self.tools, parallel=self.parallel)
+        schema = self.schemas[self.named] if self.named else schema_of_calls(self.tools, parallel=self.parallel)
         return msgspec.json.encode(schema).decode()
 
 

@@ -1,7 +1,7 @@
 """A tool call that is a JSON object, `{"name": …, "arguments": {…}}`: what most families write, each in marks of its
 own."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from services.router.parsing.reader import Reader, Waiting, decoded
 from services.router.parsing.speaker import TOOL_NAME, Speaker
@@ -55,11 +55,33 @@ def call_list(read: Reader, say: Speaker) -> Waiting[bool]:
             return False
 
 
-def arguments(read: Reader, say: Speaker, name: str) -> Waiting[bool]:
+def blocks(
+    read: Reader, say: Speaker, opens: tuple[str, ...], close: str, one: Callable[[str], Waiting[bool]]
+) -> Waiting[None]:
+    """Reads an answer with a call in each block, which begins with one of the marks `opens` and ends with `close`.
+    `one` reads the call behind the mark that it is given, as `call_object` does, and what lays out its end; a block
+    that is none is content, marks and all."""
+    marks = opens
+    while mark := (yield from read.until(marks, say.content)):
+        marks = opens
+        if mark == close:
+            continue
+        before = say.num_calls
+        read.record(mark)
+        yield from read.space()
+        whole = yield from one(mark)
+        rest = read.recorded()
+        if not whole:
+            say.content(rest)
+        if say.num_calls > before:
+            marks = (*opens, close)
+
+
+def arguments(read: Reader, say: Speaker, name: str, call_id: str = "") -> Waiting[bool]:
     """Reads and tells the arguments of a call that begins with them. From here on nothing can be taken back: what is
     recorded begins anew behind them."""
     read.recorded()
-    say.call(name)
+    say.call(name, call_id)
     whole = yield from read.json_value(say.arguments)
     read.record()
     return whole

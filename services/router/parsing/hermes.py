@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from services.router.parsing.calls import call_object
+from services.router.parsing.calls import blocks, call_object
 from services.router.parsing.reader import Reader, Waiting
 from services.router.parsing.speaker import Speaker
 
@@ -10,21 +10,11 @@ OPEN, CLOSE = MARKS = ("<tool_call>", "</tool_call>")
 
 
 def hermes(read: Reader, say: Speaker, names: Collection[str]) -> Waiting[None]:
-    """The marks say that it is a call, whatever name the model gives it. A block that is none is content, marks and
-    all."""
-    marks: tuple[str, ...] = (OPEN,)
-    while mark := (yield from read.until(marks, say.content)):
-        marks = (OPEN,)
-        if mark == CLOSE:
-            continue
-        before = say.num_calls
-        read.record(OPEN)
-        yield from read.space()
-        whole = yield from call_object(read, say)
-        rest = read.recorded()
-        if whole:
-            yield from read.space()
-        else:
-            say.content(rest)
-        if say.num_calls > before:
-            marks = MARKS
+    """The marks say that it is a call, whatever name the model gives it."""
+    yield from blocks(read, say, (OPEN,), CLOSE, lambda mark: _call(read, say))
+
+
+def _call(read: Reader, say: Speaker) -> Waiting[bool]:
+    whole = yield from call_object(read, say)
+    yield from read.space()
+    return whole

@@ -3,19 +3,19 @@
 import msgspec
 
 from services.router.parsing.events import Part
-from services.router.parsing.families import ToolCalls
+from services.router.parsing.families import ToolCalls, call_id
 from services.router.parsing.reader import Reader, Waiting
-from services.router.parsing.speaker import Speaker
-from services.router.parsing.thinking import Thinking
+from services.router.parsing.speaker import Speaker, Tools
+from services.router.parsing.thinking import Thinks
 
 
 class Parsing(msgspec.Struct, frozen=True, kw_only=True):
     """How the answers to one request are to be taken apart. None: that part is not looked for."""
 
-    thinking: Thinking | None = None
+    thinking: Thinks | None = None
     tool_calls: ToolCalls | None = None
-    names: frozenset[str] = frozenset()
-    """Of the tools that may be called."""
+    tools: Tools = {}
+    """Those that may be called."""
     parallel: bool = True
     """Whether more than the first call is told."""
 
@@ -32,7 +32,7 @@ class Parser:
         """`prompt_tail` are the last characters of the prompt."""
         calls = parsing.tool_calls
         self._reader = Reader()
-        self._speaker = Speaker(calls.new_id if calls else str, calls=calls is not None, parallel=parsing.parallel)
+        self._speaker = Speaker(calls.new_id if calls else call_id, calls=calls is not None, parallel=parsing.parallel)
         self._reading = self._read(parsing, prompt_tail)
         next(self._reading, None)
 
@@ -59,6 +59,6 @@ class Parser:
         if parsing.thinking is not None:
             yield from parsing.thinking.read(read, say, prompt_tail)
         if parsing.tool_calls is not None:
-            yield from parsing.tool_calls.read(read, say, parsing.names)
+            yield from parsing.tool_calls.read(read, say, parsing.tools)
         else:
             yield from read.until((), say.content)

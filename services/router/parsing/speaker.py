@@ -1,20 +1,26 @@
 """Collects what a parser finds, without the white space that only lays it out."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from services.router.parsing.events import CallArguments, CallBegun, Content, Part, Reasoning
 from services.router.parsing.reader import SPACE
 
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
+Tools = Mapping[str, Mapping[str, Any]]
+"""The JSON schemas of tools' parameters, by the tools' names."""
+NewId = Callable[[str, int], str]
+"""Makes the id of a call of the tool of that name, the index-th of its answer."""
 
 
 class Speaker:
     """One answer's parts. White space around tool calls, and the empty lines around reasoning, are nobody's text."""
 
-    def __init__(self, new_id: Callable[[], str], *, calls: bool, parallel: bool) -> None:
+    def __init__(self, new_id: NewId, *, calls: bool, parallel: bool) -> None:
         """`calls`: tools may be called, so that trailing white space waits for what follows. Not `parallel`: only the
         first call is told."""
+        self.calls = calls
         self._new_id = new_id
         self._parallel = parallel
         self._trailing = SPACE if calls else ""
@@ -60,12 +66,12 @@ class Speaker:
         kept, self._held = "".join((*self._held, kept)), [text[len(kept) :]]
         return kept
 
-    def call(self, name: str) -> None:
-        """A call begins; its arguments come next."""
+    def call(self, name: str, call_id: str = "") -> None:
+        """A call begins; its arguments come next. `call_id` is what the model calls it, where it does."""
         self._held, self._leading, self._after_call = [], "", True
         self.num_calls += 1
         if self._told:
-            self._parts.append(CallBegun(self.num_calls - 1, self._new_id(), name))
+            self._parts.append(CallBegun(self.num_calls - 1, call_id or self._new_id(name, self.num_calls - 1), name))
 
     def arguments(self, text: str) -> None:
         if text and self._told:

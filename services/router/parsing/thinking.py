@@ -1,6 +1,7 @@
 """Models that think before they answer, and put marks around it."""
 
 from enum import Enum
+from typing import Protocol
 
 import msgspec
 
@@ -17,6 +18,18 @@ class Begins(Enum):
     WITHIN = "within reasoning"
     PERHAPS = "with the mark of reasoning, or without any"
     BEHIND = "behind reasoning, or where there is none"
+
+
+class Thinks(Protocol):
+    """How one family tells its reasoning apart."""
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What must be seen of the text."""
+
+    def read(self, read: Reader, say: Speaker, prompt_tail: str) -> Waiting[None]:
+        """Reads reasoning, if the answer begins with any, and perhaps all that follows. `prompt_tail` is the prompt's
+        end."""
 
 
 class Thinking(msgspec.Struct, frozen=True, kw_only=True):

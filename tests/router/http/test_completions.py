@@ -43,6 +43,28 @@ def test_a_completion_has_text_end_and_usage(tiny_model):
     run(test())
 
 
+def test_fields_that_are_not_known_are_ignored_and_named(tiny_model):
+    async def test():
+        async with running_router(tiny_model, FakeScheduler()) as router, asking(router) as client:
+            ask = {"prompt": "the quick fox", "max_tokens": 4}
+            plain = await client.post(PATH, json=ask)
+            assert "x-ignored-fields" not in plain.headers
+            unknown: dict[str, object] = {"temprature": 0, "user": "me", "a\r\nb: c": 1, "é": 2, "": 3, "x" * 65: 4}
+            for stream in (False, True):
+                said = await client.post(PATH, json=unknown | ask | {"stream": stream})
+                assert said.status_code == 200
+                assert said.headers["x-ignored-fields"] == "temprature, user"
+            refused = await client.post(PATH, json=ask | {"max_token": 4, "n": 99})
+            assert (refused.status_code, refused.headers["x-ignored-fields"]) == (400, "max_token")
+            many = await client.post(PATH, json=ask | {f"field{at}": at for at in range(99)})
+            assert many.headers["x-ignored-fields"] == ", ".join(f"field{at}" for at in range(32))
+            chat = {"messages": [{"role": "user", "content": "the fox"}], "max_tokens": 4, "prompt": "x"}
+            said = await client.post("/v1/chat/completions", json=chat)
+            assert (said.status_code, said.headers["x-ignored-fields"]) == (200, "prompt")
+
+    run(test())
+
+
 def test_a_stream_tells_the_same_in_chunks(tiny_model):
     async def test():
         async with running_router(tiny_model, FakeScheduler()) as router, asking(router) as client:

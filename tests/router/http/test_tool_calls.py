@@ -134,6 +134,36 @@ def test_marks_that_are_special_tokens_are_understood_and_other_special_tokens_s
     run(test())
 
 
+def test_arguments_that_are_bare_text_have_the_types_of_the_tools_schema(tmp_path):
+    async def test():
+        template = "{{ tools | tojson }}{{ messages[0].content }}<tool_call><function="
+        says = "<tool_call>\n<function=get_weather>\n<parameter={}>\n12\n</parameter>\n</function>\n</tool_call>"
+        async with saying(tmp_path, template) as one:
+            for key, arguments in (("city", '{"city": "12"}'), ("days", '{"days": 12}')):
+                choice = await one.choice(says.format(key), tools=TOOLS)
+                [call] = choice["message"]["tool_calls"]
+                assert (choice["finish_reason"], choice["message"]["content"]) == ("tool_calls", None)
+                assert call["function"] == {"name": "get_weather", "arguments": arguments}
+
+    run(test())
+
+
+def test_a_calls_id_is_the_models_own_where_it_has_one(tmp_path):
+    async def test():
+        template = "{{ tools | tojson }}{{ messages[0].content }}<|tool_calls_section_begin|>"
+        says = (
+            "<|tool_calls_section_begin|><|tool_call_begin|>functions.now:3<|tool_call_argument_begin|>{}"
+            "<|tool_call_end|><|tool_calls_section_end|>"
+        )
+        async with saying(tmp_path, template) as one:
+            [call] = (await one.choice(says, tools=TOOLS))["message"]["tool_calls"]
+            assert (call["id"], call["function"]["name"]) == ("functions.now:3", "now")
+            told = events((await one.post(says, tools=TOOLS, stream=True)).text)
+            assert "functions.now:3" in json.dumps(told)
+
+    run(test())
+
+
 def test_an_answer_that_ends_by_length_keeps_the_arguments_so_far(tmp_path):
     async def test():
         async with saying(tmp_path, QWEN3) as one:

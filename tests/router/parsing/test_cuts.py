@@ -7,12 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.router.parsing.deepseek import SECTION as DEEPSEEK
+from services.router.parsing.deepseek import SEPARATOR
 from services.router.parsing.families import THINKING, TOOL_CALLS
+from services.router.parsing.kimi_k2 import ARGUMENTS
+from services.router.parsing.kimi_k2 import SECTION as KIMI
 from tests.builders.parsing import parser, said
 from tests.counts import count
 
 BITS = [
     *("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<|python_tag|>"),
+    *("<function=now>", "</function>", "<parameter=a>", "<parameter=city>", "</parameter>", "<function="),
+    *("<arg_key>", "city</arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "get_weather\n"),
+    *(DEEPSEEK.open, DEEPSEEK.close, DEEPSEEK.call, DEEPSEEK.end_call, SEPARATOR, "```json\n", "```", "function"),
+    *(KIMI.open, KIMI.close, KIMI.call, KIMI.end_call, ARGUMENTS, "functions.now:0"),
+    *("<|start|>assistant", "<|channel|>final", "<|channel|>analysis", " to=functions.now", "<|message|>", "<|end|>"),
     *("<think>", "</think>", "[THINK]", "[/THINK]"),
     *('{"name": "now", "arguments": {"a": [1, "\\"}"]}}', '{"name": "search", "parameters": {"q": "é🙂"}}'),
     *('{"arguments": {"z": 1}, "name": "now"}', '{"name": "now", "arguments": "{\\"b\\": 2}"}', 'now{"x": "\\\\"}'),
@@ -66,6 +75,19 @@ def test_the_cuts_of_an_answer_change_nothing(tools, thinking):
         ("mistral", "mistral", "[TOOL_CALLS]now"),
         ("mistral", "", "\\"),
         ("pythonic", "", "["),
+        ("qwen3_coder", "", "<tool_call><function=now><parameter=a>1"),
+        ("qwen3_coder", "", "<function=get_weather><parameter=city>\n"),
+        ("qwen3_coder", "", "<tool_call><function=now><parameter=a>\n1\n</parameter></function>"),
+        ("glm45", "", "<tool_call>now<arg_key>a"),
+        ("glm45", "", "<tool_call>get_weather<arg_key>city</arg_key><arg_value></"),
+        ("glm45", "", "<tool_call>now<arg_key>a</arg_key><arg_value>[</arg_value>"),
+        ("deepseek_v3", "deepseek_r1", DEEPSEEK.open + DEEPSEEK.call),
+        ("deepseek_v3", "", DEEPSEEK.open + DEEPSEEK.call + "function" + SEPARATOR + "now\n```json\n{"),
+        ("kimi_k2", "", KIMI.open + KIMI.call + "functions.now:0"),
+        ("openai", "openai_gptoss", "<|channel|>"),
+        ("openai", "openai_gptoss", "<|channel|>analysis<|message|>a<|end|><|start|>assistant"),
+        ("openai", "", "<|channel|>commentary to=functions.now<|message|>{"),
+        ("kimi_k2", "", KIMI.open + KIMI.call + "functions.now:0" + ARGUMENTS + "{}" + KIMI.end_call),
         ("pythonic", "", "[now(a='"),
         ("pythonic", "", "[now([{("),
     ],

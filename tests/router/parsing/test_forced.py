@@ -26,7 +26,7 @@ TOOLS = [
 
 def told(text: str, cuts: list[str], named: str = "") -> Said:
     calls = forced(None, named=bool(named))
-    parser, found = Parser(Parsing(tool_calls=calls, names=frozenset({named} if named else ())), ""), Said()
+    parser, found = Parser(Parsing(tool_calls=calls, tools={named: {}} if named else {}), ""), Said()
     for piece in cuts:
         found.add(parser.push(piece))
     found.add(parser.finish())

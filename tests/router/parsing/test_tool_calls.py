@@ -1,12 +1,19 @@
 """Answers in each family's published format, as its models write them, and as they go wrong."""
 
 import json
+import re
 
 import pytest
 
-from services.router.parsing.families import TOOL_CALLS
+from services.router.parsing.deepseek import SECTION as DEEP
+from services.router.parsing.deepseek import SEPARATOR
+from services.router.parsing.events import CallBegun
+from services.router.parsing.families import TOOL_CALLS, ToolCalls, forced
+from services.router.parsing.kimi_k2 import ARGUMENTS
+from services.router.parsing.kimi_k2 import SECTION as KIMI
+from services.router.parsing.parser import Parser, Parsing
 from services.router.parsing.speaker import TOOL_NAME
-from tests.builders.parsing import Said, parser, said
+from tests.builders.parsing import TOOLS, Said, parser, said
 
 PARIS = ("get_weather", '{"city": "Paris"}')
 TOKYO = ("get_weather", '{"city": "東京", "unit": "celsius"}')
@@ -40,7 +47,30 @@ def marked(*calls: tuple[str, str]) -> str:
     return "".join(f"[TOOL_CALLS]{name}[CALL_ID]a1B2c3D4e[ARGS]{arguments}" for name, arguments in calls)
 
 
-FORMATS = [("hermes", hermes), ("llama3_json", llama), ("mistral", listed), ("mistral", named), ("mistral", marked)]
+def deepseek_v3(*calls: tuple[str, str]) -> str:
+    """As the chat template of DeepSeek-V3-0324 writes them."""
+    each = (f"{DEEP.call}function{SEPARATOR}{name}\n```json\n{given}\n```{DEEP.end_call}" for name, given in calls)
+    return DEEP.open + "\n".join(each) + DEEP.close
+
+
+def deepseek_v31(*calls: tuple[str, str]) -> str:
+    """As the chat template of DeepSeek-V3.1 writes them."""
+    each = (f"{DEEP.call}{name}{SEPARATOR}{given}{DEEP.end_call}" for name, given in calls)
+    return DEEP.open + "".join(each) + DEEP.close
+
+
+def kimi(*calls: tuple[str, str]) -> str:
+    """As docs/tool_call_guidance.md of Kimi-K2-Instruct has them."""
+    each = (
+        f"{KIMI.call}functions.{name}:{at}{ARGUMENTS}{given}{KIMI.end_call}" for at, (name, given) in enumerate(calls)
+    )
+    return KIMI.open + "".join(each) + KIMI.close
+
+
+FORMATS = [
+    *(("hermes", hermes), ("llama3_json", llama), ("mistral", listed), ("mistral", named), ("mistral", marked)),
+    *(("deepseek_v3", deepseek_v3), ("deepseek_v31", deepseek_v31), ("kimi_k2", kimi)),
+]
 
 
 @pytest.mark.parametrize(("family", "form"), FORMATS)
@@ -112,6 +142,14 @@ def test_an_answer_without_calls_arrives_as_it_is(family, text):
         ("mistral", "[TOOL_CALLS]get weather{}"),
         ("mistral", "[TOOL_CALLS]get_weather[ARGS]Paris"),
         ("mistral", "[TOOL_CALLS] []"),
+        ("deepseek_v3", f"{DEEP.open}{DEEP.call}function{SEPARATOR}now\n{{}}{DEEP.end_call}{DEEP.close}"),
+        ("deepseek_v3", f"{DEEP.open}{DEEP.call}function{SEPARATOR}now\n```json\n[1]\n```{DEEP.end_call}{DEEP.close}"),
+        ("deepseek_v31", f"{DEEP.open}{DEEP.call}not a name{SEPARATOR}{{}}{DEEP.end_call}{DEEP.close}"),
+        ("deepseek_v31", f"{DEEP.open}{DEEP.close}"),
+        ("deepseek_v31", f"{DEEP.call}now{SEPARATOR}{{}}{DEEP.end_call}"),
+        ("kimi_k2", f"{KIMI.open}{KIMI.call}functions.now:0{ARGUMENTS}soon{KIMI.end_call}{KIMI.close}"),
+        ("kimi_k2", f"{KIMI.open}{KIMI.call}functions.{'x' * 129}:0{ARGUMENTS}{{}}{KIMI.end_call}{KIMI.close}"),
+        ("kimi_k2", f"{KIMI.open}{KIMI.call}functions.now:0{KIMI.end_call}{KIMI.close}"),
     ],
 )
 def test_what_only_looks_like_a_call_is_content_with_its_marks(family, text):
@@ -171,9 +209,31 @@ def test_without_parallel_calls_only_the_first_is_told():
 
 @pytest.mark.parametrize("family", TOOL_CALLS)
 def test_ids_are_unique_and_as_the_family_wants_them(family):
-    ids = {TOOL_CALLS[family].new_id() for _ in range(100)}
+    ids = {TOOL_CALLS[family].new_id("now", at) for at in range(100)}
     assert len(ids) == 100
-    assert all(one.isalnum() and len(one) == 9 if family == "mistral" else one.startswith("call_") for one in ids)
+    form = {"mistral": "[a-zA-Z0-9]{9}", "kimi_k2": "functions[.]now:[0-9]+"}.get(family, "call_[0-9a-f]{24}")
+    assert all(re.fullmatch(form, one) for one in ids)
+
+
+def test_kimis_calls_keep_the_ids_that_the_model_gives_them():
+    def ids(text: str, calls: ToolCalls) -> list[str]:
+        one = Parser(Parsing(tool_calls=calls, tools=TOOLS), "")
+        return [part.id for part in (*one.push(text), *one.finish()) if isinstance(part, CallBegun)]
+
+    text = kimi(PARIS, ("now", "{}")).replace(":1", ":7")
+    assert ids(text, TOOL_CALLS["kimi_k2"]) == ["functions.get_weather:0", "functions.now:7"]
+    demanded = '[{"name": "now", "parameters": {}}]'
+    assert ids(demanded, forced(TOOL_CALLS["kimi_k2"], named=False)) == ["functions.now:0"]
+    bare = f"{KIMI.open}{KIMI.call}now{ARGUMENTS}{{}}{KIMI.end_call}{KIMI.close}"
+    assert ids(bare, TOOL_CALLS["kimi_k2"]) == ["functions.now:0"]
+
+
+@pytest.mark.parametrize(("family", "form"), [("deepseek_v3", deepseek_v3), ("kimi_k2", kimi)])
+def test_a_good_call_before_a_bad_one_of_its_section_is_told(family, form):
+    text = form(PARIS, ("now", "soon"))
+    begin = text.index((DEEP if family == "deepseek_v3" else KIMI).call, 80)
+    for pieces in ([text], list(text)):
+        assert said(pieces, tools=family) == Said(text[begin:], calls=[PARIS])
 
 
 def test_a_tool_may_have_any_name_that_is_a_word():
@@ -198,8 +258,9 @@ PYTHON = [
 
 
 @pytest.mark.parametrize(("text", "calls"), PYTHON)
-def test_calls_written_in_python_are_told_as_json(text, calls):
-    assert said([text], tools="pythonic") == said(list(text), tools="pythonic") == Said(calls=calls)
+@pytest.mark.parametrize("family", ["pythonic", "llama4_pythonic"])
+def test_calls_written_in_python_are_told_as_json(text, calls, family):
+    assert said([text], tools=family) == said(list(text), tools=family) == Said(calls=calls)
 
 
 @pytest.mark.parametrize(
