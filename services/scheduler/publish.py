@@ -5,10 +5,11 @@ import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
+from typing import cast
 
-from services.scheduler.core.events import Event
+from services.scheduler.core.events import Event, PlainTokens
 from services.scheduler.core.worker_group import GroupLoad
-from services.scheduler.wire import Frame, FrameMessage, SchedulerState
+from services.scheduler.wire import PLAIN_TOKEN, Frame, FrameMessage, SchedulerState
 from shared.clock import NS_PER_MS, NowNs
 
 MAX_UNSENT_EVENTS = 200_000
@@ -89,19 +90,33 @@ class Publisher:
     def publish(self, events: Iterable[Event]) -> None:
         """Adds events to the frames of their links; events of a closed link are dropped. Loads follow now, or a little
         later where they were sent just before."""
-        told: dict[RouterLink, int] = {}
-        links = self._links
         for event in events:
-            link = links.get(event.key[0])  # type: ignore[index]
+            if isinstance(event, PlainTokens):
+                self._publish_plain(event)
+                continue
+            link = self._links.get(event.key[0])  # type: ignore[index]
             if link is not None:
                 link.frame.tell_event(event)
-                told[link] = told.get(link, 0) + 1
-        for link, num_events in told.items():
-            if link.num_unsent == 0:
-                link.taken_ns = self._now_ns()  # it had nothing to take until now
-            link.num_unsent += num_events
-            link.notify()
+                self._note(link, 1)
         self._publish_loads()
+
+    def _publish_plain(self, event: PlainTokens) -> None:
+        packed: dict[int, list[bytes]] = {number: [] for number in self._links}
+        pack, names = PLAIN_TOKEN.pack, cast(list[tuple[tuple[int, int], int]], event.names)
+        for ((number, key), index), token_id in zip(names, event.token_ids, strict=True):
+            if number in packed:
+                packed[number].append(pack(key, index, token_id))
+        for number, tokens in packed.items():
+            if tokens:
+                self._links[number].frame.plain += tokens
+                self._note(self._links[number], len(tokens))
+
+    def _note(self, link: RouterLink, num_events: int) -> None:
+        """The link's frame has so many more."""
+        if link.num_unsent == 0:
+            link.taken_ns = self._now_ns()  # it had nothing to take until now
+        link.num_unsent += num_events
+        link.notify()
 
     def publish_state(self) -> None:
         """To every router: the scheduler's state changed."""

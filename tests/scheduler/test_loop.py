@@ -72,9 +72,9 @@ def test_a_stale_link_is_stalled_only_once_it_holds_something():
         link.frame, link.num_unsent = type(link.frame)(), 0
         now[0] = 1000
         assert publisher.stalled() == []
-        from services.scheduler.core.events import Tokens
+        from services.scheduler.core.events import PlainTokens
 
-        publisher.publish([Tokens((link.number, 1), 0, (5,))])
+        publisher.publish([PlainTokens([((link.number, 1), 0)], [5])])
         assert publisher.stalled() == []
         now[0] = 1200
         assert publisher.stalled() == [link]

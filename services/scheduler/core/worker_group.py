@@ -49,13 +49,14 @@ class GroupLoad(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(slots=True)
 class InFlight:
-    """A plan that was sent: its samples by row, the life each was in, and the blocks it made pending. `aborted_ns` says
-    when samples were aborted that no later plan computes for."""
+    """A plan that was sent: its samples by row, and the blocks it made pending. `left` are samples that gave up their
+    slots meanwhile: what the plan computes for them is lost. `aborted_ns` says when samples were aborted that no later
+    plan computes for."""
 
     plan: StepPlan
     rows: list[Sample]
-    incarnations: list[int]
     pending: list[int]
+    left: set[Sample] = field(default_factory=set)
     aborted_ns: list[int] = field(default_factory=list)
 
 
