@@ -10,7 +10,7 @@ from typing import cast
 from services.scheduler.core.events import Event, PlainTokens
 from services.scheduler.core.worker_group import GroupLoad
 from services.scheduler.wire import PLAIN_TOKEN, Frame, FrameMessage, SchedulerState
-from shared.clock import NS_PER_MS, NowNs
+from shared.clock import NS_PER_MS, NS_PER_S, NowNs
 
 MAX_UNSENT_EVENTS = 200_000
 """A link with more is closed: its router is gone in all but name."""
@@ -63,7 +63,7 @@ class Publisher:
         self._next_link = 1
         self._warm: Counter[bytes] = Counter()
         self._loads_sent: list[GroupLoad] = []
-        self._loads_sent_ns = 0
+        self._loads_read_ns = 0
         self._loads_timer: asyncio.TimerHandle | None = None
         self.state: Callable[[], SchedulerState] = SchedulerState
         self.loads: Callable[[], list[GroupLoad]] = list
@@ -88,8 +88,8 @@ class Publisher:
         link.close()
 
     def publish(self, events: Iterable[Event]) -> None:
-        """Adds events to the frames of their links; events of a closed link are dropped. Loads follow now, or a little
-        later where they were sent just before."""
+        """Adds events to the frames of their links; events of a closed link are dropped. Loads go along, unless
+        they did just before; then they go along with a later step, or alone where there is none for a while."""
         for event in events:
             if isinstance(event, PlainTokens):
                 self._publish_plain(event)
@@ -152,21 +152,23 @@ class Publisher:
         return count
 
     def _publish_loads(self) -> None:
-        if self._loads_timer is not None or not self._links:
+        if not self._links:
             return
-        wait_ns = self._loads_sent_ns + LOAD_INTERVAL_NS - self._now_ns()
-        if wait_ns > 0:
-            loop = asyncio.get_running_loop()
-            self._loads_timer = loop.call_later(wait_ns / 1e9, self._send_loads)
-        else:
+        if self._now_ns() >= self._loads_read_ns + LOAD_INTERVAL_NS:
             self._send_loads()
+        elif self._loads_timer is None:
+            loop = asyncio.get_running_loop()
+            self._loads_timer = loop.call_later(LOAD_INTERVAL_NS / NS_PER_S, self._send_loads)
 
     def _send_loads(self) -> None:
-        self._loads_timer = None
+        if self._loads_timer is not None:
+            self._loads_timer.cancel()
+            self._loads_timer = None
+        self._loads_read_ns = self._now_ns()
         current = self.loads()
         if current == self._loads_sent:
             return
-        self._loads_sent, self._loads_sent_ns = current, self._now_ns()
+        self._loads_sent = current
         for link in self._links.values():
             link.frame.tell_loads(current)
             link.notify()

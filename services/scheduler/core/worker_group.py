@@ -227,16 +227,17 @@ class WorkerGroup:
         full = upto // self.spec.block_size
         if full <= sample.num_indexed:
             return []
-        self.extend_hashes(sample)
-        block_size, index, taken = self.spec.block_size, self.pool.index, []
+        block_size, index, hashes, taken = self.spec.block_size, self.pool.index, sample.hashes, []
         for i in range(sample.num_indexed, full):
-            parent = sample.hashes[i - 1] if i else sample.request.root
+            parent = hashes[i - 1] if i else sample.request.root
             tokens = sample.tokens[i * block_size : (i + 1) * block_size]
+            if i == len(hashes):
+                hashes.append(next_hash(parent, tokens))
             for number, table in enumerate(sample.tables):
                 if i < table.first:
                     continue
                 block = table.blocks[i - table.first]
-                if block not in index.by_block and index.add(block, number, sample.hashes[i], parent, tokens):
+                if block not in index.by_block and index.add(block, number, hashes[i], parent, tokens):
                     taken.append(block)
         sample.num_indexed = full
         return taken
