@@ -102,10 +102,12 @@ class Publisher:
 
     def _publish_plain(self, event: PlainTokens) -> None:
         packed: dict[int, list[bytes]] = {number: [] for number in self._links}
+        tells = {number: tokens.append for number, tokens in packed.items()}
         pack, names = PLAIN_TOKEN.pack, cast(list[tuple[tuple[int, int], int]], event.names)
         for ((number, key), index), token_id in zip(names, event.token_ids, strict=True):
-            if number in packed:
-                packed[number].append(pack(key, index, token_id))
+            tell = tells.get(number)
+            if tell is not None:
+                tell(pack(key, index, token_id))
         for number, tokens in packed.items():
             if tokens:
                 self._links[number].frame.plain += tokens

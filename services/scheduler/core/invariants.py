@@ -128,7 +128,7 @@ def _running_violations(group: WorkerGroup, sample: Sample, in_flight: int) -> I
     if len(sample.tokens) >= sample.max_len:
         yield f"{_name(sample)} runs beyond its length of {sample.max_len}"
     block_end = (sample.num_indexed + 1) * group.spec.block_size
-    if sample.plain_end > min(sample.provided + 1, block_end, sample.max_len):
+    if sample.plain_end > min(sample.provided + 1, sample.max_len):
         yield f"{_name(sample)} is planned without a look up to {sample.plain_end}"
     if sample.plain_known > min(block_end, sample.max_len - 1):
         yield f"{_name(sample)} is applied without a look up to {sample.plain_known}"

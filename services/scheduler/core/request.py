@@ -88,9 +88,9 @@ class Request:
 class Sample:
     """One answer in the making.
 
-    `tokens` are the known tokens. A step moves `planned` (and, once applied, `computed`) towards them:
-    [0, computed) stand in the cache, [computed, planned) are in flight, [planned, known) wait for a grant. `unknown`
-    counts tokens that plans in flight will sample; they follow `tokens` and count as known for planning.
+    A step moves `planned` (and, once applied, `computed`) towards `known`: [0, computed) stand in the cache, [computed,
+    planned) are in flight, [planned, known) wait for a grant. The last `unknown` of them are still to be sampled by
+    plans in flight; `tokens` are the others.
 
     From its first token on, most rows of a sample are alike: one more token, and nothing else to do. `plain_end` and
     `plain_known` say how long that lasts, so that these rows, most of all, cost little.
@@ -108,6 +108,7 @@ class Sample:
     """They were asked for, and are not sent yet."""
     tells_plain: bool
     """Its tokens go out alone: no logprobs, and no grammar that may end it."""
+    known: int
     status: Status = Status.WAITING
     group_id: str = ""
     backlog: int = 0
@@ -123,9 +124,8 @@ class Sample:
     """Leading blocks that were offered to the prefix index."""
     planned: int = 0
     computed: int = 0
-    unknown: int = 0
     plain_end: int = 0
-    """A step of one token that ends before this position changes no tables and fills no block; 0: look closely."""
+    """A step of one token that ends before this position changes no tables; 0: look closely."""
     plain_known: int = 0
     """A token sampled while fewer than so many are known fills no block and ends nothing by length; 0: look closely."""
     accounted: int = 0
@@ -137,8 +137,8 @@ class Sample:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property
-    def known(self) -> int:
-        return len(self.tokens) + self.unknown
+    def unknown(self) -> int:
+        return self.known - len(self.tokens)
 
     @property
     def num_generated(self) -> int:
@@ -160,10 +160,10 @@ class Sample:
 
     def look_ahead(self, block_size: int) -> None:
         """Sets for how long its rows are plain. Only for a sample that has sampled a token since it was admitted."""
-        block_end = (self.num_indexed + 1) * block_size
-        self.plain_end = min(self.provided + 1, self.max_len, block_end)
+        max_len, block_end = self.max_len, (self.num_indexed + 1) * block_size
+        self.plain_end = self.provided + 1 if self.provided < max_len else max_len
         if self.tells_plain and not self.wants_prompt_logprobs:
-            self.plain_known = min(block_end, self.max_len - 1)
+            self.plain_known = block_end if block_end < max_len else max_len - 1
 
     def account(self) -> None:
         """Tells the ledger of the rows that were plain since the last time."""
@@ -209,5 +209,6 @@ def make_samples(request: Request) -> Iterable[Sample]:
             exact=submission.deterministic,
             wants_prompt_logprobs=index == 0 and submission.want.prompt_logprobs >= 0,
             tells_plain=submission.want.logprobs < 0 and submission.structured is None,
+            known=len(tokens),
             accounted=len(tokens),
         )

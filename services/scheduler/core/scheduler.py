@@ -6,6 +6,8 @@ happened to requests comes out of `take_events`.
 
 import heapq
 from collections.abc import Sequence
+from itertools import compress
+from typing import Any
 
 import msgspec
 
@@ -77,7 +79,7 @@ class Scheduler:
         group = self.groups.pop(group_id)
         for flight in group.in_flight:
             for sample in flight.rows:
-                sample.unknown = 0
+                sample.known = len(sample.tokens)
             self._note_freed(flight, now_ns)
         for sample in [*group.running, *group.waiting, *group.preparing]:
             if sample.status is Status.RUNNING:
@@ -167,20 +169,19 @@ class Scheduler:
         self._note_freed(flight, now_ns)
         group.pace.learn(flight.plan.num_tokens, len(flight.rows), result.run_ns)
         group.clock.count_step(len(flight.rows), result.run_ns)
-        plain, place = PlainTokens([], []), len(self._events)
-        names, token_ids = plain.names, plain.token_ids
-        for row, (sample, token) in enumerate(zip(flight.rows, _by_row(flight.plan, result), strict=True)):
-            known = sample.tokens
-            if len(known) < sample.plain_known and token not in sample.stop_token_ids:
-                known.append(token)
-                sample.unknown -= 1
-                sample.computed += 1
-                names.append(sample.name)
-                token_ids.append(token)  # type: ignore[arg-type]
+        place, told = len(self._events), bytearray(b"\1") * len(flight.rows)
+        token_ids = _by_row(flight.plan, result)
+        for row, (sample, token) in enumerate(zip(flight.rows, token_ids, strict=True)):
+            tokens = sample.tokens
+            num_tokens = len(tokens)
+            if num_tokens < sample.plain_known and token not in sample.stop_token_ids:
+                tokens.append(token)
+                sample.computed = num_tokens
             else:
-                self._apply_closely(group, flight, row, sample, token, result, plain, now_ns)
-        if names:
-            self._events.insert(place, plain)  # before the ends of its samples
+                told[row] = self._apply_closely(group, flight, row, sample, token, result, now_ns)
+        names = [sample.name for sample in compress(flight.rows, told)]
+        if names:  # before the ends of their samples
+            self._events.insert(place, PlainTokens(names, list(compress(token_ids, told))))
 
     def expire(self, now_ns: int) -> None:
         """Ends the requests whose deadline has passed; `schedule` does so too."""
@@ -202,14 +203,13 @@ class Scheduler:
 
     def _grant_running(self, group: WorkerGroup, step: Step, now_ns: int) -> None:
         """Every running sample in the policy's order: blocks go to the first, and are taken from the last."""
-        rows, slots = step.rows, step.slots
+        rows = step.rows
         for sample in group.running.samples:  # who is preempted meanwhile goes from its end
-            end = sample.planned + 1
+            end = sample.known
             if end < sample.plain_end:
                 sample.planned = end
-                sample.unknown += 1
+                sample.known = end + 1
                 rows.append(sample)
-                slots.append(sample.slot)
                 if sample.exact:
                     step.exact = True
             elif not self._grant_closely(group, sample, step, now_ns):
@@ -341,17 +341,15 @@ class Scheduler:
         sample: Sample,
         token: int | None,
         result: StepResult,
-        plain: PlainTokens,
         now_ns: int,
-    ) -> None:
-        """One row in all that it may mean; a token that goes out alone is added to `plain`."""
+    ) -> bool:
+        """One row, in all that it may mean. True where its token is to be told, and goes out alone."""
         if sample.status is Status.ENDED:
-            return
+            return False
         sample.account()
         if result.prompt_logprobs and row in result.prompt_logprobs:
             sample.describe_prompt(*result.prompt_logprobs[row])
         if token is not None:
-            sample.unknown -= 1
             sample.tokens.append(token)
             sample.accounted += 1
         if sample not in flight.left:
@@ -365,20 +363,15 @@ class Scheduler:
                 sample.look_ahead(group.spec.block_size)
         if result.grammar_errors and row in result.grammar_errors:
             self._end_unguided(sample, result.grammar_errors[row], now_ns)
-            return
-        if token is not None:
-            logprobs = result.logprobs.get(row) if result.logprobs else None
-            self._emit_token(sample, token, logprobs, group, plain, now_ns)
+            return False
+        if token is None:
+            return False
+        return self._emit_token(sample, token, result.logprobs.get(row), group, now_ns)
 
     def _emit_token(
-        self,
-        sample: Sample,
-        token: int,
-        logprobs: TokenLogprobs | None,
-        group: WorkerGroup,
-        plain: PlainTokens,
-        now_ns: int,
-    ) -> None:
+        self, sample: Sample, token: int, logprobs: TokenLogprobs | None, group: WorkerGroup, now_ns: int
+    ) -> bool:
+        """True where the token goes out alone: the caller tells it."""
         request = sample.request
         prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         if sample.wants_prompt_logprobs and len(sample.prompt_logprobs) == sample.prompt_len - 1:
@@ -388,20 +381,20 @@ class Scheduler:
         request.ledger.sampled_tokens += 1
         if sample.phase is Phase.PREFILL:
             self._move_phase(sample, Phase.DECODE, group, now_ns)
-        if logprobs or prompt_logprobs:
+        plain = not logprobs and not prompt_logprobs
+        if not plain:
             told = (logprobs,) if logprobs else ()
             self._events.append(Tokens(request.key, sample.index, (token,), told, prompt_logprobs))
-        else:
-            plain.names.append(sample.name)
-            plain.token_ids.append(token)
         if token in sample.stop_token_ids and sample.num_generated > request.submission.stopping.min_tokens:
             self._end(sample, FinishReason.STOP, group, now_ns, stop_token_id=token)
         elif len(sample.tokens) >= sample.max_len:
             self._end(sample, FinishReason.LENGTH, group, now_ns)
+        return plain
 
     def _end_unguided(self, sample: Sample, message: str, now_ns: int) -> None:
         """The grammar turned out to be too much for the worker, or to allow nothing: the last token means nothing."""
         del sample.tokens[-1]
+        sample.known -= 1
         sample.accounted -= 1
         self._end_live(sample, FinishReason.ERROR, now_ns, refusal=_wrong(sample.structured, message))
 
@@ -413,7 +406,7 @@ class Scheduler:
             for block in flight.pending:
                 group.pool.withdraw(block)
             for sample in flight.rows:
-                sample.unknown = 0
+                sample.known = len(sample.tokens)
             self._note_freed(flight, now_ns)
         group.in_flight.clear()
         self._prepare_again(group, now_ns)
@@ -586,8 +579,8 @@ _ABORT_REFUSALS: dict[AbortCause, Refusal] = {
 }
 
 
-def _by_row(plan: StepPlan, result: StepResult) -> Sequence[int | None]:
-    """The step's tokens; None for rows that sampled none."""
+def _by_row(plan: StepPlan, result: StepResult) -> Sequence[Any]:
+    """The step's token ids; None for rows that sampled none."""
     if 0 not in plan.samples:
         return result.tokens
     tokens = iter(result.tokens)

@@ -24,7 +24,6 @@ class Step:
 
     prefill_budget: int
     rows: list[Sample] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
     admissions: list[Admission] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)
     counts: dict[int, int] = field(default_factory=dict)
@@ -55,11 +54,10 @@ class Step:
             self.new_blocks[row] = new_blocks
         sample.planned += count
         if sample.planned == sample.known:
-            sample.unknown += 1
+            sample.known += 1
         else:
             self.unsampled.append(row)
         self.rows.append(sample)
-        self.slots.append(sample.slot)
         if sample.exact:
             self.exact = True
 
@@ -103,7 +101,7 @@ class Step:
             step=group.next_step,
             exact=self.exact,
             admissions=tuple(self.admissions),
-            slots=array("H", self.slots),
+            slots=array("H", [sample.slot for sample in self.rows]),
             counts=counts,
             block_counts=block_counts,
             samples=bytes(samples),
