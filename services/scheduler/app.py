@@ -134,6 +134,7 @@ class _App:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
             self._workers.watch()
+            self._publisher.beat()
             for link in self._publisher.stalled():
                 log.warning("link_stalled", router=link.router, unsent=link.num_unsent)
                 self._loop.abort_link(link)

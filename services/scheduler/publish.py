@@ -1,7 +1,6 @@
 """Frames to routers: one per step and link, merged while a router does not read, bounded."""
 
 import asyncio
-import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,8 +13,9 @@ from shared.clock import NS_PER_MS, NS_PER_S, NowNs
 
 MAX_UNSENT_EVENTS = 200_000
 """A link with more is closed: its router is gone in all but name."""
-BEAT_S = 1.0
-"""A router hears something this often: a scheduler whose loop hangs keeps its connection alive, but not this."""
+BEAT_NS = 800 * NS_PER_MS
+"""A link that was told nothing for so long gets an empty frame at the next look, so that a router hears something every
+second: a scheduler whose loop hangs keeps its connection alive, but not this."""
 LOAD_INTERVAL_NS = 20 * NS_PER_MS
 
 
@@ -40,12 +40,9 @@ class RouterLink:
         self._ready.set()
 
     async def frames(self, now_ns: NowNs) -> AsyncIterator[FrameMessage]:
-        """Frames as they come, until the link is closed; an empty one where nothing came for a while."""
+        """Frames as they come, until the link is closed."""
         while not self.closed:
-            self.taken_ns = now_ns()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(BEAT_S):
-                    await self._ready.wait()
+            await self._ready.wait()
             self._ready.clear()
             frame, self.frame, self.num_unsent = self.frame, Frame(), 0
             self.taken_ns = now_ns()
@@ -135,6 +132,13 @@ class Publisher:
             return
         for link in self._links.values():
             link.frame.tell_blocks(came, gone)
+
+    def beat(self) -> None:
+        """An empty frame on links that were told nothing for a while. Called a few times a second."""
+        oldest = self._now_ns() - BEAT_NS
+        for link in self._links.values():
+            if link.taken_ns < oldest:
+                link.notify()
 
     def stalled(self) -> list[RouterLink]:
         """Links whose writer took nothing for too long, or that hold too much."""

@@ -1,5 +1,6 @@
 """protobuf ⇄ the core's values: the scheduler's only conversions."""
 
+import functools
 import re
 import struct
 import sys
@@ -65,7 +66,7 @@ def submission_of(submit: scheduling_pb2.Submit, token_ids: array, link: int, no
         stopping=Stopping(
             max_tokens=submit.max_tokens,
             min_tokens=submit.min_tokens,
-            stop_token_ids=frozenset(unpack_u32(submit.stop_token_ids)),
+            stop_token_ids=_stop_token_ids(submit.stop_token_ids),
             stops_on_text=submit.stops_on_text,
         ),
         want=Want(logprobs=submit.logprobs, prompt_logprobs=submit.prompt_logprobs),
@@ -77,6 +78,12 @@ def submission_of(submit: scheduling_pb2.Submit, token_ids: array, link: int, no
         structured=_structured_of(submit),
         trace=submit.trace,
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _stop_token_ids(packed: bytes) -> frozenset[int]:
+    """Most requests to a model have the same ones: sharing them keeps them in the processor's cache during a step."""
+    return frozenset(unpack_u32(packed))
 
 
 def _structured_of(submit: scheduling_pb2.Submit) -> Structured | None:
