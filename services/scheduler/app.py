@@ -81,6 +81,7 @@ class _App:
         )
         self._publisher.state = self._state
         self._publisher.loads = self._loop.loads
+        self._publisher.request_turn = self._loop.request_turn
         self._workers.events = WorkerEvents(
             self._loop.on_ready, self._loop.on_result, self._loop.on_lost, self._loop.on_prepared
         )

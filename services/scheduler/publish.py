@@ -64,6 +64,8 @@ class Publisher:
         self._loads_timer: asyncio.TimerHandle | None = None
         self.state: Callable[[], SchedulerState] = SchedulerState
         self.loads: Callable[[], list[GroupLoad]] = list
+        self.request_turn: Callable[[], None] = lambda: None
+        """Asks the loop to plan and to publish, though nothing happened."""
 
     @property
     def links(self) -> list[RouterLink]:
@@ -158,19 +160,18 @@ class Publisher:
         return count
 
     def _publish_loads(self) -> None:
+        """Only here, behind a plan: in between, a request that has just come would seem to wait."""
+        now_ns = self._now_ns()
         if not self._links:
             return
-        if self._now_ns() >= self._loads_read_ns + LOAD_INTERVAL_NS:
-            self._send_loads()
-        elif self._loads_timer is None:
-            loop = asyncio.get_running_loop()
-            self._loads_timer = loop.call_later(LOAD_INTERVAL_NS / NS_PER_S, self._send_loads)
-
-    def _send_loads(self) -> None:
+        if now_ns < self._loads_read_ns + LOAD_INTERVAL_NS:
+            if self._loads_timer is None:
+                self._loads_timer = asyncio.get_running_loop().call_later(LOAD_INTERVAL_NS / NS_PER_S, self._ask_turn)
+            return
         if self._loads_timer is not None:
             self._loads_timer.cancel()
             self._loads_timer = None
-        self._loads_read_ns = self._now_ns()
+        self._loads_read_ns = now_ns
         current = self.loads()
         if current == self._loads_sent:
             return
@@ -178,3 +179,7 @@ class Publisher:
         for link in self._links.values():
             link.frame.tell_loads(current)
             link.notify()
+
+    def _ask_turn(self) -> None:
+        self._loads_timer = None
+        self.request_turn()

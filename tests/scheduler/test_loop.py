@@ -82,6 +82,25 @@ def test_a_stale_link_is_stalled_only_once_it_holds_something():
     asyncio.run(run())
 
 
+def test_loads_are_read_behind_a_plan_only():
+    """A timer that reads them would now and then count a request that has just come as one that waits."""
+
+    async def run() -> None:
+        reads, turns = [], []
+        publisher = Publisher(monotonic_ns, stall_timeout_ns=10**10)
+        publisher.open("router")
+        publisher.loads = lambda: reads.append("read") or []
+        publisher.request_turn = lambda: turns.append("turn")
+        publisher.publish([])
+        publisher.publish([])
+        await asyncio.sleep(0.1)
+        assert (reads, turns) == (["read"], ["turn"])
+        publisher.publish([])
+        assert reads == ["read", "read"]
+
+    asyncio.run(run())
+
+
 def test_an_error_under_any_call_that_touches_the_core_is_fatal():
     async def run() -> None:
         loop, core, _ = make_loop()
