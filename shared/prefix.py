@@ -21,9 +21,9 @@ def root_hash(salt: bytes, *, exact: bool) -> BlockHash:
     return hashlib.sha256(b"sluice-prefix-v1\0" + mode + b"\0" + salt).digest()
 
 
-def next_hash(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
-    """The hash of one full block that follows `parent`."""
-    return hashlib.sha256(parent + array("I", token_ids).tobytes()).digest()
+def next_hash(parent: BlockHash, token_ids: array) -> BlockHash:
+    """The hash of one full block (uint32) that follows `parent`."""
+    return hashlib.sha256(parent + token_ids.tobytes()).digest()
 
 
 def chain(token_ids: Sequence[int], block_size: int, root: BlockHash) -> list[BlockHash]:
@@ -32,7 +32,7 @@ def chain(token_ids: Sequence[int], block_size: int, root: BlockHash) -> list[Bl
     hashes: list[BlockHash] = []
     parent = root
     for start in range(0, len(packed) - block_size + 1, block_size):
-        parent = hashlib.sha256(parent + packed[start : start + block_size].tobytes()).digest()
+        parent = next_hash(parent, packed[start : start + block_size])
         hashes.append(parent)
     return hashes
 

@@ -81,6 +81,7 @@ class _App:
         )
         self._publisher.state = self._state
         self._publisher.loads = self._loop.loads
+        self._publisher.request_turn = self._loop.request_turn
         self._workers.events = WorkerEvents(
             self._loop.on_ready, self._loop.on_result, self._loop.on_lost, self._loop.on_prepared
         )
@@ -134,6 +135,7 @@ class _App:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
             self._workers.watch()
+            self._publisher.beat()
             for link in self._publisher.stalled():
                 log.warning("link_stalled", router=link.router, unsent=link.num_unsent)
                 self._loop.abort_link(link)

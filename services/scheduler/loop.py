@@ -82,12 +82,12 @@ class Loop:
             return
         self.idle.clear()
         self._core.submit(submission, self._now_ns())
-        self._request_turn()
+        self.request_turn()
 
     @guarded
     def abort(self, link: int, key: int, index: int, cause: AbortCause) -> None:
         self._core.abort((link, key), index, cause, self._now_ns())
-        self._request_turn()
+        self.request_turn()
 
     @guarded
     def abort_link(self, link: RouterLink) -> None:
@@ -95,13 +95,13 @@ class Loop:
         self._publisher.close(link)
         for key in [key for key in self._core.requests if key[0] == link.number]:  # type: ignore[index]
             self._core.abort(key, -1, AbortCause.CLIENT, self._now_ns())
-        self._request_turn()
+        self.request_turn()
 
     @guarded
     def abort_all(self, cause: AbortCause) -> None:
         for key in list(self._core.requests):
             self._core.abort(key, -1, cause, self._now_ns())
-        self._request_turn()
+        self.request_turn()
 
     # From the workers.
 
@@ -109,7 +109,7 @@ class Loop:
     def on_ready(self, spec: GroupSpec) -> None:
         self._core.add_group(spec, self._now_ns())
         self._publisher.publish_state()
-        self._request_turn()
+        self.request_turn()
 
     @guarded
     def on_result(self, group: str, result: StepResult) -> None:
@@ -120,13 +120,13 @@ class Loop:
         self._meter.on_result(group, result, self._core.groups[group].has_work, now_ns)
         if result.error:
             self._workers.begin_again(group)
-        self._request_turn()
+        self.request_turn()
 
     @guarded
     def on_prepared(self, group: str, grammar_id: int, error: str) -> None:
         if group in self._core.groups:
             self._core.prepared(group, grammar_id, error, self._now_ns())
-            self._request_turn()
+            self.request_turn()
 
     @guarded
     def on_lost(self, group: str, reason: str) -> None:
@@ -138,7 +138,7 @@ class Loop:
         self._core.lose_group(group, self._now_ns())
         self._meter.on_lost(group)
         self._publisher.publish_state()
-        self._request_turn()
+        self.request_turn()
 
     # Views.
 
@@ -155,7 +155,8 @@ class Loop:
 
     # The turn.
 
-    def _request_turn(self) -> None:
+    def request_turn(self) -> None:
+        """A turn once what is ready now has run."""
         if not self._turn_due:
             self._turn_due = True
             asyncio.get_running_loop().call_soon(self._turn)
@@ -228,4 +229,4 @@ class Loop:
     def _expire(self) -> None:
         self._deadline = None
         self._core.expire(self._now_ns())
-        self._request_turn()
+        self.request_turn()

@@ -1,20 +1,21 @@
 """Frames to routers: one per step and link, merged while a router does not read, bounded."""
 
 import asyncio
-import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
+from typing import cast
 
-from services.scheduler.core.events import Event
+from services.scheduler.core.events import Event, PlainTokens
 from services.scheduler.core.worker_group import GroupLoad
-from services.scheduler.wire import Frame, FrameMessage, SchedulerState
-from shared.clock import NS_PER_MS, NowNs
+from services.scheduler.wire import PLAIN_TOKEN, Frame, FrameMessage, SchedulerState
+from shared.clock import NS_PER_MS, NS_PER_S, NowNs
 
 MAX_UNSENT_EVENTS = 200_000
 """A link with more is closed: its router is gone in all but name."""
-BEAT_S = 1.0
-"""A router hears something this often: a scheduler whose loop hangs keeps its connection alive, but not this."""
+BEAT_NS = 800 * NS_PER_MS
+"""A link that was told nothing for so long gets an empty frame at the next look, so that a router hears something every
+second: a scheduler whose loop hangs keeps its connection alive, but not this."""
 LOAD_INTERVAL_NS = 20 * NS_PER_MS
 
 
@@ -39,12 +40,9 @@ class RouterLink:
         self._ready.set()
 
     async def frames(self, now_ns: NowNs) -> AsyncIterator[FrameMessage]:
-        """Frames as they come, until the link is closed; an empty one where nothing came for a while."""
+        """Frames as they come, until the link is closed."""
         while not self.closed:
-            self.taken_ns = now_ns()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(BEAT_S):
-                    await self._ready.wait()
+            await self._ready.wait()
             self._ready.clear()
             frame, self.frame, self.num_unsent = self.frame, Frame(), 0
             self.taken_ns = now_ns()
@@ -62,10 +60,12 @@ class Publisher:
         self._next_link = 1
         self._warm: Counter[bytes] = Counter()
         self._loads_sent: list[GroupLoad] = []
-        self._loads_sent_ns = 0
+        self._loads_read_ns = 0
         self._loads_timer: asyncio.TimerHandle | None = None
         self.state: Callable[[], SchedulerState] = SchedulerState
         self.loads: Callable[[], list[GroupLoad]] = list
+        self.request_turn: Callable[[], None] = lambda: None
+        """Asks the loop to plan and to publish, though nothing happened."""
 
     @property
     def links(self) -> list[RouterLink]:
@@ -87,21 +87,37 @@ class Publisher:
         link.close()
 
     def publish(self, events: Iterable[Event]) -> None:
-        """Adds events to the frames of their links; events of a closed link are dropped. Loads follow now, or a little
-        later where they were sent just before."""
-        told: dict[RouterLink, int] = {}
-        links = self._links
+        """Adds events to the frames of their links; events of a closed link are dropped. Loads go along, unless
+        they did just before; then they go along with a later step, or alone where there is none for a while."""
         for event in events:
-            link = links.get(event.key[0])  # type: ignore[index]
+            if isinstance(event, PlainTokens):
+                self._publish_plain(event)
+                continue
+            link = self._links.get(event.key[0])  # type: ignore[index]
             if link is not None:
                 link.frame.tell_event(event)
-                told[link] = told.get(link, 0) + 1
-        for link, num_events in told.items():
-            if link.num_unsent == 0:
-                link.taken_ns = self._now_ns()  # it had nothing to take until now
-            link.num_unsent += num_events
-            link.notify()
+                self._note(link, 1)
         self._publish_loads()
+
+    def _publish_plain(self, event: PlainTokens) -> None:
+        packed: dict[int, list[bytes]] = {number: [] for number in self._links}
+        tells = {number: tokens.append for number, tokens in packed.items()}
+        pack, names = PLAIN_TOKEN.pack, cast(list[tuple[tuple[int, int], int]], event.names)
+        for ((number, key), index), token_id in zip(names, event.token_ids, strict=True):
+            tell = tells.get(number)
+            if tell is not None:
+                tell(pack(key, index, token_id))
+        for number, tokens in packed.items():
+            if tokens:
+                self._links[number].frame.plain += tokens
+                self._note(self._links[number], len(tokens))
+
+    def _note(self, link: RouterLink, num_events: int) -> None:
+        """The link's frame has so many more."""
+        if link.num_unsent == 0:
+            link.taken_ns = self._now_ns()  # it had nothing to take until now
+        link.num_unsent += num_events
+        link.notify()
 
     def publish_state(self) -> None:
         """To every router: the scheduler's state changed."""
@@ -118,6 +134,13 @@ class Publisher:
             return
         for link in self._links.values():
             link.frame.tell_blocks(came, gone)
+
+    def beat(self) -> None:
+        """An empty frame on links that were told nothing for a while. Called a few times a second."""
+        oldest = self._now_ns() - BEAT_NS
+        for link in self._links.values():
+            if link.taken_ns < oldest:
+                link.notify()
 
     def stalled(self) -> list[RouterLink]:
         """Links whose writer took nothing for too long, or that hold too much."""
@@ -137,21 +160,26 @@ class Publisher:
         return count
 
     def _publish_loads(self) -> None:
-        if self._loads_timer is not None or not self._links:
+        """Only here, behind a plan: in between, a request that has just come would seem to wait."""
+        now_ns = self._now_ns()
+        if not self._links:
             return
-        wait_ns = self._loads_sent_ns + LOAD_INTERVAL_NS - self._now_ns()
-        if wait_ns > 0:
-            loop = asyncio.get_running_loop()
-            self._loads_timer = loop.call_later(wait_ns / 1e9, self._send_loads)
-        else:
-            self._send_loads()
-
-    def _send_loads(self) -> None:
-        self._loads_timer = None
+        if now_ns < self._loads_read_ns + LOAD_INTERVAL_NS:
+            if self._loads_timer is None:
+                self._loads_timer = asyncio.get_running_loop().call_later(LOAD_INTERVAL_NS / NS_PER_S, self._ask_turn)
+            return
+        if self._loads_timer is not None:
+            self._loads_timer.cancel()
+            self._loads_timer = None
+        self._loads_read_ns = now_ns
         current = self.loads()
         if current == self._loads_sent:
             return
-        self._loads_sent, self._loads_sent_ns = current, self._now_ns()
+        self._loads_sent = current
         for link in self._links.values():
             link.frame.tell_loads(current)
             link.notify()
+
+    def _ask_turn(self) -> None:
+        self._loads_timer = None
+        self.request_turn()

@@ -1,5 +1,6 @@
 """protobuf ⇄ the core's values: the scheduler's only conversions."""
 
+import functools
 import re
 import struct
 import sys
@@ -9,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from services.scheduler.core.events import Durations, Event, Released, SampleEnded, Tokens
+from services.scheduler.core.events import Durations, Released, SampleEnded, Tokens
 from services.scheduler.core.grammars import Forget, Prepare
 from services.scheduler.core.plan import Admission, StepPlan, StepResult
 from services.scheduler.core.request import Submission
@@ -65,7 +66,7 @@ def submission_of(submit: scheduling_pb2.Submit, token_ids: array, link: int, no
         stopping=Stopping(
             max_tokens=submit.max_tokens,
             min_tokens=submit.min_tokens,
-            stop_token_ids=frozenset(unpack_u32(submit.stop_token_ids)),
+            stop_token_ids=_stop_token_ids(submit.stop_token_ids),
             stops_on_text=submit.stops_on_text,
         ),
         want=Want(logprobs=submit.logprobs, prompt_logprobs=submit.prompt_logprobs),
@@ -77,6 +78,12 @@ def submission_of(submit: scheduling_pb2.Submit, token_ids: array, link: int, no
         structured=_structured_of(submit),
         trace=submit.trace,
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _stop_token_ids(packed: bytes) -> frozenset[int]:
+    """Most requests to a model have the same ones: sharing them keeps them in the processor's cache during a step."""
+    return frozenset(unpack_u32(packed))
 
 
 def _structured_of(submit: scheduling_pb2.Submit) -> Structured | None:
@@ -159,12 +166,11 @@ class Frame:
 
     def __init__(self) -> None:
         self._message = scheduling_pb2.SchedulerFrame()
-        self._plain: list[bytes] = []
+        self.plain: list[bytes] = []
+        """Packed by PLAIN_TOKEN. A step has one for each row: a message for each would take ten times as long."""
 
-    def tell_event(self, event: Event) -> None:
+    def tell_event(self, event: Tokens | SampleEnded | Released) -> None:
         match event:
-            case Tokens() if not event.logprobs and not event.prompt_logprobs:
-                self._tell_tokens(event)
             case Tokens():
                 self._message.tokens.extend(tokens_messages(event))
             case SampleEnded():
@@ -176,12 +182,6 @@ class Frame:
                 )
             case Released():
                 self._message.released.append(_released_message(event))
-
-    def _tell_tokens(self, event: Tokens) -> None:
-        """A step has one for each of its rows: packing takes a tenth of the time of a message for each."""
-        key, index = event.key[1], event.index  # type: ignore[index]
-        for token_id in event.token_ids:
-            self._plain.append(PLAIN_TOKEN.pack(key, index, token_id))
 
     def tell_state(self, state: SchedulerState) -> None:
         self._message.state.CopyFrom(state)
@@ -202,7 +202,7 @@ class Frame:
         """The frame in one message or, over SPLIT_BYTES, in several of at most about that size, in order: a sample's
         tokens come before its end, and its end before its request's release."""
         whole = self._message
-        whole.plain_tokens = b"".join(self._plain)
+        whole.plain_tokens = b"".join(self.plain)
         if whole.ByteSize() <= SPLIT_BYTES:
             yield whole
             return
@@ -214,13 +214,13 @@ class Frame:
                 yield part
                 part, size = scheduling_pb2.SchedulerFrame(), 0
         per_part = SPLIT_BYTES // PLAIN_TOKEN.size
-        for start in range(0, len(self._plain) - per_part, per_part):
-            part.plain_tokens = b"".join(self._plain[start : start + per_part])
+        for start in range(0, len(self.plain) - per_part, per_part):
+            part.plain_tokens = b"".join(self.plain[start : start + per_part])
             yield part
             part = scheduling_pb2.SchedulerFrame()
-        rest = len(self._plain) % per_part or min(len(self._plain), per_part)
+        rest = len(self.plain) % per_part or min(len(self.plain), per_part)
         whole.ClearField("tokens")
-        whole.plain_tokens = b"".join(self._plain[len(self._plain) - rest :])
+        whole.plain_tokens = b"".join(self.plain[len(self.plain) - rest :])
         part.MergeFrom(whole)
         yield part
 

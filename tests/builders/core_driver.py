@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from services.scheduler.core.events import Released, SampleEnded, Tokens
+from services.scheduler.core.events import PlainTokens, Released, SampleEnded, Tokens
 from services.scheduler.core.grammars import Prepare
 from services.scheduler.core.invariants import violations
 from services.scheduler.core.phases import MOST_SEGMENTS
@@ -198,6 +198,10 @@ class CoreDriver:
     def _absorb(self) -> None:
         for event in self.core.take_events():
             match event:
+                case PlainTokens(names, token_ids):
+                    assert not self.ends.keys() & set(names), "no token after the end"
+                    for name, token_id in zip(names, token_ids, strict=True):
+                        self.tokens.setdefault(name, []).append(token_id)
                 case Tokens(key, index, token_ids):
                     assert (key, index) not in self.ends, "no token after the end"
                     if event.prompt_logprobs:

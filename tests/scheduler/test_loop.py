@@ -72,12 +72,31 @@ def test_a_stale_link_is_stalled_only_once_it_holds_something():
         link.frame, link.num_unsent = type(link.frame)(), 0
         now[0] = 1000
         assert publisher.stalled() == []
-        from services.scheduler.core.events import Tokens
+        from services.scheduler.core.events import PlainTokens
 
-        publisher.publish([Tokens((link.number, 1), 0, (5,))])
+        publisher.publish([PlainTokens([((link.number, 1), 0)], [5])])
         assert publisher.stalled() == []
         now[0] = 1200
         assert publisher.stalled() == [link]
+
+    asyncio.run(run())
+
+
+def test_loads_are_read_behind_a_plan_only():
+    """A timer that reads them would now and then count a request that has just come as one that waits."""
+
+    async def run() -> None:
+        reads, turns = [], []
+        publisher = Publisher(monotonic_ns, stall_timeout_ns=10**10)
+        publisher.open("router")
+        publisher.loads = lambda: reads.append("read") or []
+        publisher.request_turn = lambda: turns.append("turn")
+        publisher.publish([])
+        publisher.publish([])
+        await asyncio.sleep(0.1)
+        assert (reads, turns) == (["read"], ["turn"])
+        publisher.publish([])
+        assert reads == ["read", "read"]
 
     asyncio.run(run())
 

@@ -470,7 +470,7 @@ def test_frames_over_a_megabyte_are_split_in_order():
     """Those with logprobs first, then the plain ones, then the ends."""
     frame, top = Frame(), TokenLogprobs(-1.0, 1, tuple(range(200)), (0.5,) * 200)
     for key in range(40):
-        frame.tell_event(Tokens((1, key), 0, tuple(range(key, key + 5_000))))
+        frame.plain += [PLAIN_TOKEN.pack(key, 0, token) for token in range(key, key + 5_000)]
         frame.tell_event(Tokens((1, 100 + key), 0, tuple(range(20)), logprobs=(top,) * 20))
     frame.tell_event(SampleEnded((1, 39), 0, FinishReason.LENGTH))
     parts = list(frame.messages())
@@ -486,6 +486,6 @@ def test_frames_over_a_megabyte_are_split_in_order():
 @pytest.mark.parametrize("count", [0, 1, 65_535, 65_536, 65_537])
 def test_no_plain_token_is_lost_where_a_frame_is_split(count):
     frame = Frame()
-    frame.tell_event(Tokens((1, 7), 3, tuple(range(count))))
+    frame.plain += [PLAIN_TOKEN.pack(7, 3, token) for token in range(count)]
     plain = [record for part in frame.messages() for record in PLAIN_TOKEN.iter_unpack(part.plain_tokens)]
     assert plain == [(7, 3, token) for token in range(count)]

@@ -55,10 +55,7 @@ class BlockPool:
 
     def take_many(self, count: int) -> list[int]:
         """The same of several blocks."""
-        blocks = []
-        for _ in range(count):
-            blocks.append(self.take())
-        return blocks
+        return [self.take() for _ in range(count)]
 
     def share(self, block: int) -> None:
         """One more reference to a block that the index knows."""

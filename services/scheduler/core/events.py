@@ -9,10 +9,19 @@ from shared.sampling import TokenLogprobs
 
 RequestKey = Hashable
 """Names a live request; chosen by whoever submits (the rim uses link and number)."""
+SampleName = tuple[RequestKey, int]
+"""The request's key and the sample's index."""
+
+
+class PlainTokens(msgspec.Struct, frozen=True):
+    """Tokens without logprobs, one of each named sample: most of what a step tells, in one value."""
+
+    names: list[SampleName]
+    token_ids: list[int]
 
 
 class Tokens(msgspec.Struct, frozen=True):
-    """Tokens of one sample, in order; `logprobs` has as many entries where they were asked for."""
+    """Tokens of one sample, in order, with the logprobs that were asked for: `logprobs` has one entry per token."""
 
     key: RequestKey
     index: int
@@ -77,4 +86,4 @@ class Released(msgspec.Struct, frozen=True, kw_only=True):
     durations: Durations = Durations()
 
 
-Event = Tokens | SampleEnded | Released
+Event = PlainTokens | Tokens | SampleEnded | Released

@@ -127,6 +127,13 @@ def _running_violations(group: WorkerGroup, sample: Sample, in_flight: int) -> I
     yield from _table_violations(group, sample)
     if len(sample.tokens) >= sample.max_len:
         yield f"{_name(sample)} runs beyond its length of {sample.max_len}"
+    block_end = (sample.num_indexed + 1) * group.spec.block_size
+    if sample.plain_end > min(sample.provided + 1, sample.max_len):
+        yield f"{_name(sample)} is planned without a look up to {sample.plain_end}"
+    if sample.plain_known > min(block_end, sample.max_len - 1):
+        yield f"{_name(sample)} is applied without a look up to {sample.plain_known}"
+    if sample.plain_known and sample.computed != len(sample.tokens) - 1:
+        yield f"{_name(sample)} is applied without a look while {sample.computed} of {len(sample.tokens)} are computed"
 
 
 def _name(sample: Sample) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from services.scheduler.core.events import RequestKey
+from services.scheduler.core.events import RequestKey, SampleName
 from services.scheduler.core.groups import BlockTable
 from services.scheduler.core.phases import Ledger, Phase
 from shared.outcome import Refusal
@@ -78,18 +78,27 @@ class Request:
     def completion_tokens(self) -> int:
         return sum(sample.num_generated for sample in self.samples)
 
+    def account(self) -> None:
+        """Brings the ledger up to date; to be called before it is settled."""
+        for sample in self.samples:
+            sample.account()
+
 
 @dataclass(slots=True, eq=False)
 class Sample:
     """One answer in the making.
 
-    `tokens` are the known tokens. A step moves `planned` (and, once applied, `computed`) towards them:
-    [0, computed) stand in the cache, [computed, planned) are in flight, [planned, known) wait for a grant. `unknown`
-    counts tokens that plans in flight will sample; they follow `tokens` and count as known for planning.
+    A step moves `planned` (and, once applied, `computed`) towards `known`: [0, computed) stand in the cache, [computed,
+    planned) are in flight, [planned, known) wait for a grant. The last `unknown` of them are still to be sampled by
+    plans in flight; `tokens` are the others.
+
+    From its first token on, most rows of a sample are alike: one more token, and nothing else to do. `plain_end` and
+    `plain_known` say how long that lasts, so that these rows, most of all, cost little.
     """
 
     request: Request
     index: int
+    name: SampleName
     tokens: array
     prompt_len: int
     max_len: int
@@ -97,6 +106,9 @@ class Sample:
     exact: bool
     wants_prompt_logprobs: bool
     """They were asked for, and are not sent yet."""
+    tells_plain: bool
+    """Its tokens go out alone: no logprobs, and no grammar that may end it."""
+    known: int
     status: Status = Status.WAITING
     group_id: str = ""
     backlog: int = 0
@@ -112,16 +124,21 @@ class Sample:
     """Leading blocks that were offered to the prefix index."""
     planned: int = 0
     computed: int = 0
-    unknown: int = 0
+    plain_end: int = 0
+    """A step of one token that ends before this position changes no tables; 0: look closely."""
+    plain_known: int = 0
+    """A token sampled while fewer than so many are known fills no block and ends nothing by length; 0: look closely."""
+    accounted: int = 0
+    """Leading tokens that the request's ledger knows of."""
     phase: Phase = Phase.QUEUE
     incarnation: int = 0
-    """Counts admissions that were undone; tells rows of a plan in flight that they are of an earlier life."""
+    """Counts admissions that were undone."""
     failures: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property
-    def known(self) -> int:
-        return len(self.tokens) + self.unknown
+    def unknown(self) -> int:
+        return self.known - len(self.tokens)
 
     @property
     def num_generated(self) -> int:
@@ -141,6 +158,21 @@ class Sample:
             raise ValueError(f"sample {self.request.key}/{self.index}: {self.status.value} → {status.value}")
         self.status = status
 
+    def look_ahead(self, block_size: int) -> None:
+        """Sets for how long its rows are plain. Only for a sample that has sampled a token since it was admitted."""
+        max_len, block_end = self.max_len, (self.num_indexed + 1) * block_size
+        self.plain_end = self.provided + 1 if self.provided < max_len else max_len
+        if self.tells_plain and not self.wants_prompt_logprobs:
+            self.plain_known = block_end if block_end < max_len else max_len - 1
+
+    def account(self) -> None:
+        """Tells the ledger of the rows that were plain since the last time."""
+        ledger, num_plain = self.request.ledger, len(self.tokens) - self.accounted
+        ledger.chunks += num_plain
+        ledger.computed_tokens += num_plain
+        ledger.sampled_tokens += num_plain
+        self.accounted += num_plain
+
     def describe_prompt(self, start: int, logprobs: Sequence[TokenLogprobs]) -> None:
         """Takes the logprobs of prompt positions from `start` on (1 is the first that has one). A prompt computed
         again after a preemption says again what is known, which is then passed over."""
@@ -157,6 +189,8 @@ class Sample:
         self.num_indexed = 0
         self.planned = 0
         self.computed = 0
+        self.plain_end = 0
+        self.plain_known = 0
 
 
 def make_samples(request: Request) -> Iterable[Sample]:
@@ -167,10 +201,14 @@ def make_samples(request: Request) -> Iterable[Sample]:
         yield Sample(
             request=request,
             index=index,
+            name=(request.key, index),
             tokens=tokens,
             prompt_len=len(tokens),
             max_len=request.max_len,
             stop_token_ids=submission.stopping.stop_token_ids,
             exact=submission.deterministic,
             wants_prompt_logprobs=index == 0 and submission.want.prompt_logprobs >= 0,
+            tells_plain=submission.want.logprobs < 0 and submission.structured is None,
+            known=len(tokens),
+            accounted=len(tokens),
         )

@@ -5,12 +5,15 @@ happened to requests comes out of `take_events`.
 """
 
 import heapq
+from collections.abc import Sequence
+from itertools import compress
+from typing import Any
 
 import msgspec
 
 from services.scheduler.core.admission import Limits, longest_sample, refuse_submission
 from services.scheduler.core.counts import Counts, Migration, PreemptReason
-from services.scheduler.core.events import Event, Released, RequestKey, SampleEnded, Tokens
+from services.scheduler.core.events import Event, PlainTokens, Released, RequestKey, SampleEnded, Tokens
 from services.scheduler.core.groups import BlockTable
 from services.scheduler.core.phases import Ledger, Phase, WaitReason
 from services.scheduler.core.plan import StepPlan, StepResult
@@ -76,7 +79,7 @@ class Scheduler:
         group = self.groups.pop(group_id)
         for flight in group.in_flight:
             for sample in flight.rows:
-                sample.unknown = 0
+                sample.known = len(sample.tokens)
             self._note_freed(flight, now_ns)
         for sample in [*group.running, *group.waiting, *group.preparing]:
             if sample.status is Status.RUNNING:
@@ -149,8 +152,7 @@ class Scheduler:
         """The group's next step, or None where there is nothing to do. The plan is in flight from now on."""
         self.expire(now_ns)
         group = self.groups[group_id]
-        no_blocks = (0,) * len(group.cache)
-        step = Step(group.spec.max_num_batched_tokens - len(group.running), no_blocks)
+        step = Step(group.spec.max_num_batched_tokens - len(group.running))
         self._grant_running(group, step, now_ns)
         self._admit_waiting(group, step, now_ns)
         return step.seal(group) if step.rows else None
@@ -167,10 +169,19 @@ class Scheduler:
         self._note_freed(flight, now_ns)
         group.pace.learn(flight.plan.num_tokens, len(flight.rows), result.run_ns)
         group.clock.count_step(len(flight.rows), result.run_ns)
-        tokens, samples = iter(result.tokens), flight.plan.samples
-        for row, sample in enumerate(flight.rows):
-            token = next(tokens) if samples[row] else None
-            self._apply_row(group, flight, row, sample, token, result, now_ns)
+        place, told = len(self._events), bytearray(b"\1") * len(flight.rows)
+        token_ids = _by_row(flight.plan, result)
+        for row, (sample, token) in enumerate(zip(flight.rows, token_ids, strict=True)):
+            tokens = sample.tokens
+            num_tokens = len(tokens)
+            if num_tokens < sample.plain_known and token not in sample.stop_token_ids:
+                tokens.append(token)
+                sample.computed = num_tokens
+            else:
+                told[row] = self._apply_closely(group, flight, row, sample, token, result, now_ns)
+        names = [sample.name for sample in compress(flight.rows, told)]
+        if names:  # before the ends of their samples
+            self._events.insert(place, PlainTokens(names, list(compress(token_ids, told))))
 
     def expire(self, now_ns: int) -> None:
         """Ends the requests whose deadline has passed; `schedule` does so too."""
@@ -192,27 +203,36 @@ class Scheduler:
 
     def _grant_running(self, group: WorkerGroup, step: Step, now_ns: int) -> None:
         """Every running sample in the policy's order: blocks go to the first, and are taken from the last."""
-        running = group.running.samples
-        block_size = group.spec.block_size
-        row = 0
-        while row < len(running):
-            sample = running[row]
-            row += 1
-            known = len(sample.tokens) + sample.unknown  # at max_len the last token is known or on its way
-            count = known - sample.planned if known < sample.max_len else 0
-            if count > 1:
-                count = 1 + step.cut(self._chunk(count) - 1)  # one token was set aside for it
-            if count <= 0:
-                continue
-            end = sample.planned + count
-            if end <= sample.provided:
-                step.grant(sample, count)
-            elif (new_blocks := self._provide(group, sample, end, now_ns)) is not None:
-                step.grant(sample, count, new_blocks)
-            else:
+        rows = step.rows
+        for sample in group.running.samples:  # who is preempted meanwhile goes from its end
+            end = sample.known
+            if end < sample.plain_end:
+                sample.planned = end
+                sample.known = end + 1
+                rows.append(sample)
+                if sample.exact:
+                    step.exact = True
+            elif not self._grant_closely(group, sample, step, now_ns):
                 break
-            if end // block_size > sample.num_indexed:
-                step.pending += group.index_full_blocks(sample, min(end, len(sample.tokens)))
+
+    def _grant_closely(self, group: WorkerGroup, sample: Sample, step: Step, now_ns: int) -> bool:
+        """What the sample's next step takes, if anything. False where it was preempted instead."""
+        known = sample.known  # at max_len the last token is known or on its way
+        count = known - sample.planned if known < sample.max_len else 0
+        if count > 1:
+            count = 1 + step.cut(self._chunk(count) - 1)  # one token was set aside for it
+        if count <= 0:
+            return True
+        end, new_blocks = sample.planned + count, None
+        if end > sample.provided:
+            new_blocks = self._provide(group, sample, end, now_ns)
+            if new_blocks is None:
+                return False
+        step.grant(sample, count, new_blocks or ())
+        step.pending += group.index_full_blocks(sample, min(end, len(sample.tokens)))
+        if sample.plain_end:
+            sample.look_ahead(group.spec.block_size)
+        return True
 
     def _chunk(self, remaining: int) -> int:
         """The most that one step takes of a prompt."""
@@ -313,7 +333,7 @@ class Scheduler:
 
     # After a step.
 
-    def _apply_row(
+    def _apply_closely(
         self,
         group: WorkerGroup,
         flight: InFlight,
@@ -322,32 +342,36 @@ class Scheduler:
         token: int | None,
         result: StepResult,
         now_ns: int,
-    ) -> None:
+    ) -> bool:
+        """One row, in all that it may mean. True where its token is to be told, and goes out alone."""
         if sample.status is Status.ENDED:
-            return
+            return False
+        sample.account()
         if result.prompt_logprobs and row in result.prompt_logprobs:
             sample.describe_prompt(*result.prompt_logprobs[row])
         if token is not None:
-            sample.unknown -= 1
             sample.tokens.append(token)
-        if sample.incarnation == flight.incarnations[row]:
+            sample.accounted += 1
+        if sample not in flight.left:
             count = flight.plan.counts[row]
             sample.computed += count
             ledger = sample.request.ledger
             ledger.chunks += 1
             ledger.computed_tokens += count
-            if sample.computed // group.spec.block_size > sample.num_indexed:
-                group.index_full_blocks(sample, sample.computed)
+            group.index_full_blocks(sample, sample.computed)
+            if token is not None:
+                sample.look_ahead(group.spec.block_size)
         if result.grammar_errors and row in result.grammar_errors:
             self._end_unguided(sample, result.grammar_errors[row], now_ns)
-            return
-        if token is not None:
-            logprobs = result.logprobs.get(row) if result.logprobs else None
-            self._emit_token(sample, token, logprobs, group, now_ns)
+            return False
+        if token is None:
+            return False
+        return self._emit_token(sample, token, result.logprobs.get(row), group, now_ns)
 
     def _emit_token(
         self, sample: Sample, token: int, logprobs: TokenLogprobs | None, group: WorkerGroup, now_ns: int
-    ) -> None:
+    ) -> bool:
+        """True where the token goes out alone: the caller tells it."""
         request = sample.request
         prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         if sample.wants_prompt_logprobs and len(sample.prompt_logprobs) == sample.prompt_len - 1:
@@ -357,17 +381,21 @@ class Scheduler:
         request.ledger.sampled_tokens += 1
         if sample.phase is Phase.PREFILL:
             self._move_phase(sample, Phase.DECODE, group, now_ns)
-        self._events.append(
-            Tokens(request.submission.key, sample.index, (token,), (logprobs,) if logprobs else (), prompt_logprobs)
-        )
+        plain = not logprobs and not prompt_logprobs
+        if not plain:
+            told = (logprobs,) if logprobs else ()
+            self._events.append(Tokens(request.key, sample.index, (token,), told, prompt_logprobs))
         if token in sample.stop_token_ids and sample.num_generated > request.submission.stopping.min_tokens:
             self._end(sample, FinishReason.STOP, group, now_ns, stop_token_id=token)
         elif len(sample.tokens) >= sample.max_len:
             self._end(sample, FinishReason.LENGTH, group, now_ns)
+        return plain
 
     def _end_unguided(self, sample: Sample, message: str, now_ns: int) -> None:
         """The grammar turned out to be too much for the worker, or to allow nothing: the last token means nothing."""
         del sample.tokens[-1]
+        sample.known -= 1
+        sample.accounted -= 1
         self._end_live(sample, FinishReason.ERROR, now_ns, refusal=_wrong(sample.structured, message))
 
     def _fail_step(self, group: WorkerGroup, now_ns: int) -> None:
@@ -378,7 +406,7 @@ class Scheduler:
             for block in flight.pending:
                 group.pool.withdraw(block)
             for sample in flight.rows:
-                sample.unknown = 0
+                sample.known = len(sample.tokens)
             self._note_freed(flight, now_ns)
         group.in_flight.clear()
         self._prepare_again(group, now_ns)
@@ -458,6 +486,8 @@ class Scheduler:
     def _release(self, sample: Sample, group: WorkerGroup) -> None:
         group.pool.release_tables(sample.tables)
         group.free_slots.append(sample.slot)
+        for flight in group.in_flight:
+            flight.left.add(sample)
         sample.forget_progress()
 
     def _count_abort(self, sample: Sample, now_ns: int) -> None:
@@ -507,6 +537,7 @@ class Scheduler:
             self._move_phase(sample, None, group, now_ns)
             return
         del self.requests[request.key]
+        request.account()
         self._events.append(
             Released(
                 key=request.key,
@@ -519,6 +550,7 @@ class Scheduler:
 
     def _move_phase(self, sample: Sample, phase: Phase | None, group: WorkerGroup, now_ns: int) -> None:
         if phase is not sample.phase:
+            sample.request.account()
             sample.request.ledger.move(sample.phase, phase, group.clock, now_ns)
             sample.phase = phase or Phase.QUEUE
 
@@ -545,6 +577,14 @@ _ABORT_REFUSALS: dict[AbortCause, Refusal] = {
         name="draining", message="the server is shutting down; try another or try again soon", retry_after_ms=1000
     ),
 }
+
+
+def _by_row(plan: StepPlan, result: StepResult) -> Sequence[Any]:
+    """The step's token ids; None for rows that sampled none."""
+    if 0 not in plan.samples:
+        return result.tokens
+    tokens = iter(result.tokens)
+    return [next(tokens) if samples else None for samples in plan.samples]
 
 
 def _wrong(structured: Structured | None, what: str) -> Refusal:

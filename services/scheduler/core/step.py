@@ -17,17 +17,21 @@ many long prompts at once come near it; the first admission of a step is always 
 @dataclass(slots=True)
 class Step:
     """Rows so far. `prefill_budget` is what is left for rows of more than one token: every running sample's next
-    token is set aside before, so that a long prompt never starves a decode. `no_blocks` is a 0 for each cache group."""
+    token is set aside before, so that a long prompt never starves a decode.
+
+    A row computes one token, samples one and gets no blocks, but for what is noted of it.
+    """
 
     prefill_budget: int
-    no_blocks: tuple[int, ...] = (0,)
     rows: list[Sample] = field(default_factory=list)
     admissions: list[Admission] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
-    block_counts: list[int] = field(default_factory=list)
-    samples: bytearray = field(default_factory=bytearray)
-    blocks: list[int] = field(default_factory=list)
+    counts: dict[int, int] = field(default_factory=dict)
+    """By row, where it is not one token."""
+    unsampled: list[int] = field(default_factory=list)
+    """Rows that sample none."""
+    new_blocks: dict[int, Sequence[list[int]]] = field(default_factory=dict)
+    """By row, where it gets some: one list for each cache group."""
     exact: bool = False
     admitted_tokens: int = 0
 
@@ -43,20 +47,17 @@ class Step:
 
     def grant(self, sample: Sample, count: int, new_blocks: Sequence[list[int]] = ()) -> None:
         """Adds a row: the sample's next `count` tokens, after `new_blocks` were appended to its tables, if any were."""
-        planned, unknown = sample.planned + count, sample.unknown
-        samples = planned == len(sample.tokens) + unknown
-        sample.planned = planned
-        if samples:
-            sample.unknown = unknown + 1
-        self.rows.append(sample)
-        self.counts.append(count)
-        self.samples.append(samples)
+        row = len(self.rows)
+        if count != 1:
+            self.counts[row] = count
         if new_blocks:
-            for blocks in new_blocks:
-                self.block_counts.append(len(blocks))
-                self.blocks += blocks
+            self.new_blocks[row] = new_blocks
+        sample.planned += count
+        if sample.planned == sample.known:
+            sample.known += 1
         else:
-            self.block_counts += self.no_blocks
+            self.unsampled.append(row)
+        self.rows.append(sample)
         if sample.exact:
             self.exact = True
 
@@ -85,17 +86,27 @@ class Step:
 
     def seal(self, group: WorkerGroup) -> StepPlan:
         """The plan, now in flight on the group."""
+        num_rows, num_groups = len(self.rows), len(group.cache)
+        counts, samples = array("H", (1,)) * num_rows, bytearray(b"\1") * num_rows
+        block_counts, blocks = array("H", (0,)) * (num_rows * num_groups), array("I")
+        for row, count in self.counts.items():
+            counts[row] = count
+        for row in self.unsampled:
+            samples[row] = 0
+        for row, new_blocks in self.new_blocks.items():
+            for place, some in enumerate(new_blocks, row * num_groups):
+                block_counts[place] = len(some)
+                blocks.extend(some)
         plan = StepPlan(
             step=group.next_step,
             exact=self.exact,
             admissions=tuple(self.admissions),
             slots=array("H", [sample.slot for sample in self.rows]),
-            counts=array("H", self.counts),
-            block_counts=array("H", self.block_counts),
-            samples=bytes(self.samples),
-            blocks=array("I", self.blocks),
+            counts=counts,
+            block_counts=block_counts,
+            samples=bytes(samples),
+            blocks=blocks,
         )
         group.next_step += 1
-        incarnations = [sample.incarnation for sample in self.rows]
-        group.in_flight.append(InFlight(plan, self.rows, incarnations, self.pending))
+        group.in_flight.append(InFlight(plan, self.rows, self.pending))
         return plan

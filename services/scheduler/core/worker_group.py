@@ -49,13 +49,14 @@ class GroupLoad(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(slots=True)
 class InFlight:
-    """A plan that was sent: its samples by row, the life each was in, and the blocks it made pending. `aborted_ns` says
-    when samples were aborted that no later plan computes for."""
+    """A plan that was sent: its samples by row, and the blocks it made pending. `left` are samples that gave up their
+    slots meanwhile: what the plan computes for them is lost. `aborted_ns` says when samples were aborted that no later
+    plan computes for."""
 
     plan: StepPlan
     rows: list[Sample]
-    incarnations: list[int]
     pending: list[int]
+    left: set[Sample] = field(default_factory=set)
     aborted_ns: list[int] = field(default_factory=list)
 
 
@@ -226,16 +227,17 @@ class WorkerGroup:
         full = upto // self.spec.block_size
         if full <= sample.num_indexed:
             return []
-        self.extend_hashes(sample)
-        block_size, index, taken = self.spec.block_size, self.pool.index, []
+        block_size, index, hashes, taken = self.spec.block_size, self.pool.index, sample.hashes, []
         for i in range(sample.num_indexed, full):
-            parent = sample.hashes[i - 1] if i else sample.request.root
+            parent = hashes[i - 1] if i else sample.request.root
             tokens = sample.tokens[i * block_size : (i + 1) * block_size]
+            if i == len(hashes):
+                hashes.append(next_hash(parent, tokens))
             for number, table in enumerate(sample.tables):
                 if i < table.first:
                     continue
                 block = table.blocks[i - table.first]
-                if block not in index.by_block and index.add(block, number, sample.hashes[i], parent, tokens):
+                if block not in index.by_block and index.add(block, number, hashes[i], parent, tokens):
                     taken.append(block)
         sample.num_indexed = full
         return taken
