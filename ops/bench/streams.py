@@ -28,9 +28,10 @@ CHANNELS = 8
 TOKENS = 16
 LONG_REQUESTS = 40
 OPENING_S = 300.0
-STEP = 50
-"""Connections begun before their first bytes are sent."""
+STEP, STEP_S = 50, 0.05
+"""So many streams begin at once, so often: of more connections than a socket queues the kernel resets some."""
 MIB = 2**20
+LONGEST_STREAM = 16 * MIB
 Hold = Callable[[list[Client], Cluster, int, int, int], Awaitable[None]]
 """Opens a stream (its number, priority and tokens) and reads it to its end."""
 
@@ -110,16 +111,21 @@ async def hold_http(clients: list[Client], cluster: Cluster, index: int, priorit
     host, _, port = cluster.http["router"].rpartition(":")
     ask = {"prompt": f"def f{index}(", "max_tokens": tokens, "ignore_eos": True, "stream": True, "priority": priority}
     body = json.dumps(ask)
-    reader, writer = await asyncio.open_connection(host, int(port))
+    reader, writer = await asyncio.open_connection(host, int(port), limit=LONGEST_STREAM)
     try:
         writer.write((HEAD.format(len(body)) + body).encode())
-        await reader.read()
+        await reader.readuntil(b"data: [DONE]\n\n")
     finally:
         writer.close()
 
 
 async def in_flight(client: Client) -> int:
     return (await client.load(timeout_s=120)).requests_in_flight
+
+
+def failures(tasks: list[asyncio.Task[None]]) -> dict[str, int]:
+    """By what they failed with."""
+    return collections.Counter(repr(task.exception()) for task in tasks if task.done() and task.exception())
 
 
 async def fill(cluster: Cluster, streams: int, hold: Hold) -> dict[str, Any]:
@@ -133,18 +139,18 @@ async def fill(cluster: Cluster, streams: int, hold: Hold) -> dict[str, Any]:
         clients = [await stack.enter_async_context(Client(cluster.address)) for _ in range(CHANNELS)]
         held = [asyncio.create_task(hold(clients, cluster, index, 0, 1900)) for index in range(LONG_REQUESTS)]
         await asyncio.sleep(2)
-        before, began, busy = weigh(), time.perf_counter(), await in_flight(clients[0])
+        before, began = weigh(), time.perf_counter()
         for index in range(streams):
             held.append(asyncio.create_task(hold(clients, cluster, index, 1, 4)))
             if index % STEP == 0:
-                await asyncio.sleep(0)
+                await asyncio.sleep(STEP_S)
         async with asyncio.timeout(OPENING_S):
-            while await in_flight(clients[0]) < streams + busy and not any(task.done() for task in held):  # noqa: ASYNC110 - of another process
+            while await in_flight(clients[0]) < sum(not task.done() for task in held):  # noqa: ASYNC110 - of another process
                 await asyncio.sleep(0.2)
         took_s = time.perf_counter() - began
         await asyncio.sleep(2)
         after, load = weigh(), await clients[0].load(timeout_s=120)
-        failed = collections.Counter(repr(task.exception()) for task in held if task.done())
+        failed = failures(held)
         cancelled = time.perf_counter()
         for task in held:
             task.cancel()

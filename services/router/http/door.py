@@ -18,6 +18,8 @@ HEAD_TIMEOUT_S = 30.0
 KEEP_ALIVE_S = 65
 """For a connection without a request: longer than proxies and clients keep theirs, so that they are the ones to end
 it."""
+BACKLOG = 65_535
+"""Connections of a crowd that wait to be taken in: as many as the kernel allows (net.core.somaxconn)."""
 RELOAD_S = 1
 """The certificate's files are looked at so often."""
 _TRANSPORT = "sluice.transport"
@@ -52,6 +54,7 @@ class Door:
             server_header=False,
             proxy_headers=False,
             timeout_keep_alive=KEEP_ALIVE_S,
+            backlog=BACKLOG,
             callback_notify=certificate.reload if certificate else None,
             timeout_notify=RELOAD_S,
         )
