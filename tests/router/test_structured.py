@@ -1,5 +1,6 @@
 """Structured output at the edge: what is understood, what is refused and where, and what a scheduler is told."""
 
+import asyncio
 import json
 import threading
 import time
@@ -8,13 +9,14 @@ from types import SimpleNamespace
 import grpc
 import pytest
 
+from services.router import session
 from services.router.structured import MAX_BYTES, MAX_OPTIONS, structured_of
 from shared.outcome import RefusedError
 from shared.rpc.sluice.v1 import inference_pb2 as pb
 from shared.structured import KINDS, Structured
 from shared.text.grammar import GrammarError, check
 from tests.builders.fake_scheduler import FakeScheduler
-from tests.builders.router import refusal, run, running_router
+from tests.builders.router import refusal, run, running_router, until
 
 SCHEMA = '{"type": "object", "properties": {"a": {"type": "integer"}}}'
 NOBODY = '{"type":"object","properties":{"b":{"enum":[]}},"required":["b"]}'
@@ -245,3 +247,22 @@ def test_a_hostile_grammar_costs_seconds_at_most_and_nobody_elses_time(name):
         other.join()
     assert cpu < 5
     assert elapsed < 0.2 or turns > elapsed * 20
+
+
+def test_requests_without_a_structure_do_not_wait_for_the_structures_of_others(tiny_model, monkeypatch):
+    compiled = threading.Event()
+    monkeypatch.setattr(session, "require_compiling", lambda structured: compiled.wait(30))
+
+    async def test():
+        async with running_router(tiny_model, FakeScheduler()) as router:
+            slow = [asyncio.ensure_future(router.generate(ask(pb.Structured(regex="a")))) for _ in range(4)]
+            try:
+                await until(lambda: len(router.router.admission) == len(slow))
+                async with asyncio.timeout(10):
+                    await router.generate(pb.GenerateRequest(prompt="the fox"))
+                assert not any(one.done() for one in slow)
+            finally:
+                compiled.set()
+            await asyncio.gather(*slow)
+
+    run(test())
