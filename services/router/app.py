@@ -97,6 +97,7 @@ class Router:
             expected=Expected(model_fingerprint=model.fingerprint, vocab_size=model.vocab_size),
         )
         self._tokenizing = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="tokenize")
+        self._checking = ThreadPoolExecutor(1, thread_name_prefix="check-structure")
         tracing = tracing_config(config.otlp_traces_endpoint)
         warn_of_ignored(tracing.ignored)
         self._exporter = Exporter(tracing.export) if tracing.export else None
@@ -129,6 +130,7 @@ class Router:
             fleet=self.fleet,
             admission=self.admission,
             tokenizing=self._tokenizing,
+            checking=self._checking,
             max_unread_bytes=self._config.max_unread_bytes,
             traces=self.traces,
             metrics=self.metrics,
@@ -204,6 +206,7 @@ class Router:
             await self.peers.close()
             self._lag.stop()
             self._tokenizing.shutdown(wait=False, cancel_futures=True)
+            self._checking.shutdown(wait=False, cancel_futures=True)
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)

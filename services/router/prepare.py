@@ -8,7 +8,6 @@ from services.router.limits import invalid, too_long
 from services.router.model import ServedModel
 from services.router.parsing.thinking import TAIL_TOKENS, Begins, Thinking
 from services.router.request import ChatPrompt, GenerateOptions, Prompt, TextPrompt, TokenPrompt
-from services.router.structured import require_compiling
 from shared.prefix import BlockHash, chain, root_hash
 from shared.structured import Structured
 from shared.text.chat import ChatTemplateError
@@ -28,8 +27,6 @@ def prepare(
     model: ServedModel, prompt: Prompt, options: GenerateOptions, max_model_len: int, block_sizes: frozenset[int]
 ) -> Prepared:
     """Raises RefusedError: invalid_argument or prompt_too_long. Pure but for the time it takes."""
-    if options.structured is not None:
-        require_compiling(options.structured)
     field, token_ids = _token_ids(model, prompt, max_model_len)
     if not token_ids:
         raise invalid(field, "has no tokens")

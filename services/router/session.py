@@ -1,7 +1,8 @@
 """One request's life at the edge. Read this first.
 
     admit     a place among the requests in flight, or a refusal that says when to try again
-    tokenize  on a thread: chat template, token ids, block hashes of the prompt
+    tokenize  on a thread: chat template, token ids, block hashes of the prompt; before it, on another, whether a
+              structure compiles
     route     the scheduler with most of the prompt warm and least ahead of it
     schedule  from the submit to the scheduler's last word; deltas stream meanwhile
     deliver   from there to the final message
@@ -28,6 +29,7 @@ from services.router.model import ServedModel
 from services.router.prepare import Prepared, prepare
 from services.router.rejections import Rejections
 from services.router.request import Accepted, ChatPrompt, Delta, Event, Finished, GenerateOptions, Prompt, TokenPrompt
+from services.router.structured import require_compiling
 from services.router.traces import Traces
 from shared.clock import NS_PER_MS, NS_PER_S, NowNs
 from shared.outcome import AbortCause, RefusedError
@@ -59,6 +61,7 @@ class Session:
         fleet: Fleet,
         admission: Admission,
         tokenizing: Executor,
+        checking: Executor,
         max_unread_bytes: int,
         traces: Traces,
         metrics: RouterMetrics,
@@ -72,6 +75,8 @@ class Session:
         self._fleet = fleet
         self._admission = admission
         self._tokenizing = tokenizing
+        self._checking = checking
+        """Of structures: one may take seconds, in which only others with a structure are to wait."""
         self._max_unread_bytes = max_unread_bytes
         self._traces = traces
         self._metrics = metrics
@@ -151,10 +156,12 @@ class Session:
             and not options.structured
         ):
             return prepare(*args)
-        working = asyncio.get_running_loop().run_in_executor(self._tokenizing, prepare, *args)
+        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(None if options.deadline_ns is None else options.deadline_ns / NS_PER_S):
-                return await working
+                if options.structured is not None:
+                    await loop.run_in_executor(self._checking, require_compiling, options.structured)
+                return await loop.run_in_executor(self._tokenizing, prepare, *args)
         except TimeoutError:
             raise RefusedError(REFUSAL_OF[AbortCause.DEADLINE]) from None
 

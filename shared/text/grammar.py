@@ -6,9 +6,12 @@ lets a model write nothing else.
 
 import functools
 import json
+import re
+import threading
 import time
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, grammar_from
 from llguidance.gbnf_to_lark import gbnf_to_lark
@@ -24,6 +27,15 @@ JSON_OPTIONS: Any = {"lenient": False, "whitespace_flexible": False, "item_separ
 LARK_BEGINS = ("start:", "start :", "?start:", "%llguidance")
 MAX_GBNF_CHARS = 8 * 1024
 """llguidance converts GBNF in Python, in a time that grows with the square of it: half a second for so much."""
+MAX_LARK_CHARS = 32 * 1024
+MAX_TERMINALS = 256
+"""Of Lark. llguidance gives each the fuel anew that ended the one before, and its time grows with the square of how
+many there are: 2,000 of them in 32 KiB took 90 s."""
+TERMINAL = re.compile(r"\s*[_?!]*[A-Z][^:\"/]*:")
+"""The line that begins one."""
+STACK_BYTES = 256 * 2**20
+"""Of a thread that compiles; only what is used of it takes memory. llguidance follows references by recursion, at some
+10 KB a level, and ends the process where the stack does: the longest chains that fit into a request take some 70 MB."""
 ANY_OBJECT = '{"type":"object"}'
 SUBSCHEMAS = ("items", "additionalProperties", "additionalItems")
 LISTS_OF_SUBSCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
@@ -36,6 +48,11 @@ UNSATISFIABLE = "nothing can satisfy it: no token of this model may come next"
 TOO_COMPLEX = "lexer error: "
 UNSATISFIABLE_SCHEMA = "Unsatisfiable schema: "
 EXHAUSTED = "fuel exhausted"
+
+
+T = TypeVar("T")
+_starting = threading.Lock()
+"""The size of new threads' stacks is the whole process's."""
 
 
 class GrammarError(ValueError):
@@ -57,6 +74,10 @@ def limits() -> LLParserLimits:
 def check(structured: Structured) -> None:
     """Compiles it for a vocabulary of single bytes, as far as the first choice. Blocking, without the interpreter's
     lock. Raises GrammarError."""
+    _on_deep_stack(lambda: _check(structured))
+
+
+def _check(structured: Structured) -> None:
     fault = _fault_in(_grammar_of(structured))
     if fault and structured.kind == "json_schema":
         raise _error(*_placed(json.loads(structured.text), fault))
@@ -72,6 +93,10 @@ def load_vocabulary(tokenizer_json: str, vocab_size: int, eos_token_ids: Collect
 def compile_grammar(structured: Structured, vocabulary: LLTokenizer) -> LLMatcher:
     """A matcher at the beginning of an answer, its first mask computed once: copies of it find that ready. Blocking,
     without the interpreter's lock. Raises GrammarError."""
+    return _on_deep_stack(lambda: _compile(structured, vocabulary))
+
+
+def _compile(structured: Structured, vocabulary: LLTokenizer) -> LLMatcher:
     grammar = _grammar_of(structured)
     if structured.reasoning_close or structured.call_open:
         grammar = _among_others(grammar, structured, vocabulary)
@@ -80,6 +105,25 @@ def compile_grammar(structured: Structured, vocabulary: LLTokenizer) -> LLMatche
     if matcher.is_error():
         raise _error(fault_of(matcher))
     return matcher
+
+
+def _on_deep_stack(work: Callable[[], T]) -> T:
+    """What the work returns or raises, done on a thread of its own with a stack of STACK_BYTES."""
+    done: Future[T] = Future()
+
+    def do() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    with _starting:
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            threading.Thread(target=do, name="grammar").start()
+        finally:
+            threading.stack_size(before)
+    return done.result()
 
 
 def _among_others(grammar: str, structured: Structured, vocabulary: LLTokenizer) -> str:
@@ -146,6 +190,7 @@ def _grammar_of(structured: Structured) -> str:
 def _lark_of(text: str) -> str:
     """The text itself where it is Lark, which has a rule `start`; else GBNF, converted."""
     if any(line.lstrip().startswith(LARK_BEGINS) for line in text.splitlines()):
+        _check_lark(text)
         return text
     if len(text) > MAX_GBNF_CHARS:
         raise GrammarError(f"{len(text)} characters of GBNF; {MAX_GBNF_CHARS} are allowed, and more of Lark")
@@ -153,6 +198,14 @@ def _lark_of(text: str) -> str:
         return gbnf_to_lark(text)
     except Exception as error:  # llguidance raises bare Exception
         raise _error(f"neither Lark (no rule `start:`) nor GBNF: {error}") from None
+
+
+def _check_lark(text: str) -> None:
+    if len(text) > MAX_LARK_CHARS:
+        raise GrammarError(f"{len(text)} characters of Lark; {MAX_LARK_CHARS} are allowed")
+    num_terminals = sum(TERMINAL.match(line) is not None for line in text.splitlines())
+    if num_terminals > MAX_TERMINALS:
+        raise GrammarError(f"{num_terminals} terminals (names in capitals); {MAX_TERMINALS} are allowed")
 
 
 def _fault_in(grammar: str) -> str:

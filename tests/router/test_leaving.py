@@ -371,6 +371,7 @@ def test_a_first_token_has_its_time_though_the_answer_was_over_before_it_was_rea
                 fleet=router.router.fleet,
                 admission=router.router.admission,
                 tokenizing=router.router._tokenizing,
+                checking=router.router._checking,
                 max_unread_bytes=1 << 20,
                 traces=router.router.traces,
                 metrics=router.router.metrics,

@@ -263,6 +263,13 @@ def test_a_grammar_is_compiled_once_and_few_are_kept():
     assert len(threads) == 1 and "grammar" in threads.pop()
 
 
+def test_a_long_chain_of_references_compiles():
+    known = {str(at): {"$ref": f"#/$defs/{at + 1}"} for at in range(4000)} | {"4000": {"const": 5}}
+    text = json.dumps({"$ref": "#/$defs/0", "$defs": known}, separators=(",", ":"))
+    [matcher] = compile_all(GrammarCompiler(vocabulary), Structured("json_schema", text))
+    assert matcher.deep_copy().consume_tokens(vocabulary().tokenize_str("5"))
+
+
 def test_what_does_not_compile_and_what_has_no_vocabulary_is_told_to_the_client():
     with pytest.raises(GrammarError, match="unclosed group"):
         compile_all(GrammarCompiler(vocabulary), Structured("regex", "("))

@@ -9,7 +9,9 @@ import msgspec
 from services.router.limits import MAX_TOOLS, check_depth, invalid
 from services.router.model import ServedModel
 from services.router.parsing.forced import schema_of_call, schema_of_calls
+from services.router.parsing.references import PlaceError
 from services.router.parsing.speaker import TOOL_NAME
+from services.router.structured import MAX_BYTES
 from shared.outcome import refuse
 
 Tool = Mapping[str, Any]
@@ -50,9 +52,16 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
         return {self.named: known[self.named]} if self.named else known
 
     def schema(self) -> str:
-        """The JSON schema of an answer that is the calls demanded."""
-        schema = self.schemas[self.named] if self.named else schema_of_calls(self.tools, parallel=self.parallel)
-        return msgspec.json.encode(schema).decode()
+        """The JSON schema of an answer that is the calls demanded. Raises RefusedError."""
+        own = msgspec.json.encode(self.schemas[self.named] if self.named else self.schemas)
+        if len(own) > MAX_BYTES:  # before more is made of it
+            raise invalid("tools", f"their parameters exceed {MAX_BYTES} bytes, the most where a call is demanded")
+        if self.named:
+            return own.decode()
+        try:
+            return msgspec.json.encode(schema_of_calls(self.tools, parallel=self.parallel)).decode()
+        except PlaceError as error:
+            raise invalid("tools", str(error)) from None
 
 
 def tools_offered(tools: Sequence[Tool] | None, choice: Any, parallel: bool | None, model: ServedModel) -> Offer:

@@ -40,7 +40,7 @@ def schema_of_call(tool: Tool) -> dict[str, Any]:
 
 
 def schema_of_calls(tools: Sequence[Tool], *, parallel: bool) -> dict[str, Any]:
-    """The JSON schema of `some_calls`: one at least, and without `parallel` one at most."""
+    """The JSON schema of `some_calls`: one at least, and without `parallel` one at most. Raises PlaceError."""
     calls = [
         {
             "type": "object",

@@ -7,12 +7,18 @@ DATA = frozenset({"const", "default", "enum", "examples"})
 """Keywords whose values are no schemas, whatever they look like."""
 MAPS = frozenset({"$defs", "definitions", "dependencies", "dependentSchemas", "patternProperties", "properties"})
 """Keywords whose values are schemas by names of the author's."""
+MAX_PLACE_CHARS = 2048
+"""Of a place in a schema. Each reference may become one: without a bound a small text would become a huge one."""
+
+
+class PlaceError(ValueError):
+    """A part of a schema stands too deep, or under names that are too long, for references to it to be written."""
 
 
 def moved(schema: Any, place: str) -> Any:
     """The schema as it stands at `place` (`#/…`) of a document. Its references to itself, to its `$id`s and to its
     anchors become JSON pointers from the document's root; the names themselves are left out, since other parts of the
-    document may have the same. A reference to what is not in the schema stays as it is."""
+    document may have the same. A reference to what is not in the schema stays as it is. Raises PlaceError."""
     places: dict[str, str] = {}
     for at, resource, part in _parts(schema, place, place):
         identity, anchor = part.get("$id"), part.get("$anchor")
@@ -26,8 +32,11 @@ def moved(schema: Any, place: str) -> Any:
 
 
 def _parts(schema: Any, place: str, resource: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """A schema and all within it: where each stands, and where that stands which its references begin from."""
+    """A schema and all within it: where each stands, and where that stands which its references begin from. Raises
+    PlaceError."""
     if isinstance(schema, dict):
+        if len(place) > MAX_PLACE_CHARS:
+            raise PlaceError(f"the JSON pointer to a part of it exceeds {MAX_PLACE_CHARS} characters: {place[:64]}…")
         resource = _resource(schema, place, resource)
         yield place, resource, schema
         for key, value in schema.items():

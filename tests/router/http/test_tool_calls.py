@@ -247,6 +247,15 @@ def test_every_token_of_a_parsed_stream_has_its_logprob_and_id(tmp_path):
 
 
 F = {"type": "function", "function": {"name": "f"}}
+
+
+def taking(parameters: dict[str, Any]) -> dict[str, Any]:
+    """A request that demands calls of a tool with these parameters."""
+    function = {"name": "f", "parameters": parameters}
+    return {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+
+
+LARGE = {"description": "x" * 131072}
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 WRONG = [
     ({"tools": 5}, "tools"),
@@ -263,13 +272,10 @@ WRONG = [
     ({"tools": [F], "tool_choice": {"type": "function"}}, "tool_choice"),
     ({"tools": [F], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice.function.name"),
     ({"tool_choice": "required"}, "tool_choice"),
-    (
-        {
-            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "thing"}}}],
-            "tool_choice": "required",
-        },
-        "tools",
-    ),
+    (taking({"type": "thing"}), "tools"),
+    (taking(LARGE), "tools"),
+    ({**taking(LARGE), "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tools"),
+    (taking({"properties": {"k" * 4096: {"$ref": "#"}}}), "tools"),
     ({"tools": [F], "tool_choice": "required", "min_tokens": 5}, "min_tokens"),
     ({"messages": [{"role": "assistant", "tool_calls": {}}]}, "messages[0].tool_calls"),
     ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].function"),

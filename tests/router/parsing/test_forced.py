@@ -8,6 +8,7 @@ import pytest
 from services.router.parsing.families import forced
 from services.router.parsing.forced import schema_of_call, schema_of_calls
 from services.router.parsing.parser import Parser, Parsing
+from services.router.parsing.references import PlaceError
 from shared.structured import Structured
 from shared.text.grammar import check as grammar_check
 from tests.builders.parsing import Said
@@ -111,6 +112,20 @@ def test_references_by_name_mean_the_same_within_the_schema_of_calls(schema):
         assert check.is_valid([{"name": name, "parameters": {"next": {"next": {"v": 1}}}}])
         assert not check.is_valid([{"name": name, "parameters": {"next": {"next": {"v": "x"}}}}])
     grammar_check(Structured("json_schema", json.dumps(whole)))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [{"$id": "x", "anyOf": [{"$ref": "#"}] * 2000}, {"anyOf": [{"$anchor": f"a{at}"} for at in range(2000)]}],
+    ids=["references", "anchors"],
+)
+def test_a_long_name_is_not_repeated_for_each_reference_below_it(part):
+    def tool(name):
+        return {"type": "function", "function": {"name": "f", "parameters": {"properties": {name: part}}}}
+
+    with pytest.raises(PlaceError, match="exceeds 2048 characters: #/\\$defs/0/properties/kkk"):
+        schema_of_calls([tool("k" * 20_000)], parallel=True)
+    assert len(json.dumps(schema_of_calls([tool("k" * 200)], parallel=True))) < 2_000_000
 
 
 def test_what_only_looks_like_a_reference_is_left_alone():
