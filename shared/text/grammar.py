@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, grammar_from
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from shared.structured import Structured
@@ -27,6 +27,8 @@ JSON_OPTIONS: Any = {"lenient": False, "whitespace_flexible": False, "item_separ
 LARK_BEGINS = ("start:", "start :", "?start:", "%llguidance")
 MAX_GBNF_CHARS = 8 * 1024
 """llguidance converts GBNF in Python, in a time that grows with the square of it: half a second for so much."""
+CHECKS_KEPT = 64
+"""Verdicts: clients send the same schema again and again."""
 MAX_LARK_CHARS = 32 * 1024
 MAX_TERMINALS = 256
 """Of Lark. llguidance gives each the fuel anew that ended the one before, and its time grows with the square of how
@@ -73,8 +75,20 @@ def limits() -> LLParserLimits:
 
 def check(structured: Structured) -> None:
     """Compiles it for a vocabulary of single bytes, as far as the first choice. Blocking, without the interpreter's
-    lock. Raises GrammarError."""
-    _on_deep_stack(lambda: _check(structured))
+    lock; at once for one of the last. Raises GrammarError."""
+    fault = _fault_of(Structured(structured.kind, structured.text))
+    if fault:
+        raise GrammarError(fault)
+
+
+@functools.lru_cache(CHECKS_KEPT)
+def _fault_of(structured: Structured) -> str:
+    """What is wrong with it, and where; empty where nothing is known to be."""
+    try:
+        _on_deep_stack(lambda: _check(structured))
+    except GrammarError as error:
+        return str(error)
+    return ""
 
 
 def _check(structured: Structured) -> None:
@@ -177,7 +191,7 @@ def _grammar_of(structured: Structured) -> str:
             case "regex":
                 return LLMatcher.grammar_from_regex(structured.text)
             case "choice":
-                return grammar_from("choice", structured.text)
+                return LLMatcher.grammar_from_regex("|".join(map(re.escape, json.loads(structured.text))))
             case "grammar":
                 return LLMatcher.grammar_from_lark(_lark_of(structured.text))
     except GrammarError:

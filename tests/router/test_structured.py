@@ -14,6 +14,7 @@ from services.router.structured import MAX_BYTES, MAX_OPTIONS, structured_of
 from shared.outcome import RefusedError
 from shared.rpc.sluice.v1 import inference_pb2 as pb
 from shared.structured import KINDS, Structured
+from shared.text import grammar
 from shared.text.grammar import GrammarError, check
 from tests.builders.fake_scheduler import FakeScheduler
 from tests.builders.router import refusal, run, running_router, until
@@ -266,3 +267,18 @@ def test_requests_without_a_structure_do_not_wait_for_the_structures_of_others(t
             await asyncio.gather(*slow)
 
     run(test())
+
+
+def test_as_many_options_compile_as_are_allowed():
+    check(Structured("choice", json.dumps([f"option {number}" for number in range(MAX_OPTIONS)])))
+
+
+def test_a_structure_that_was_sent_before_is_not_compiled_again(monkeypatch):
+    compiled, fault_in = [], grammar._fault_in
+    monkeypatch.setattr(grammar, "_fault_in", lambda text: compiled.append(text) or fault_in(text))
+    good, bad = Structured("regex", "[a-z]{7}"), Structured("regex", "[^\\s\\S]{7}")
+    for _ in range(2):
+        check(good)
+        with pytest.raises(GrammarError, match="nothing"):
+            check(bad)
+    assert len(compiled) == 2

@@ -35,9 +35,10 @@ SCHEMA = {
     "required": ["a"],
     "additionalProperties": False,
 }
+OPTIONS = ["the fox", "the", "thé 🙂", "dog\n", r"a|b (c)*[d]{2}\.^$ #&~-<>\"'/"]
 SPACES = list(itertools.product(("", " "), repeat=3))
 LANGUAGES = {
-    "choice": (json.dumps(["the fox", "the", "thé 🙂", "dog\n"]), ["the fox", "the", "thé 🙂", "dog\n"]),
+    "choice": (json.dumps(OPTIONS), OPTIONS),
     "regex": (
         "(ab|the|1){1,3} fox?",
         [

@@ -123,7 +123,8 @@ def _choice(given: Any, names: set[str]) -> tuple[str, str]:
     if isinstance(given, dict):
         function = given.get("function")
         if given.get("type") != "function" or not isinstance(function, dict):
-            raise invalid("tool_choice", 'is {"type": "function", "function": {"name": …}}')
+            message = 'is {"type": "function", "function": {"name": …}}; for "allowed_tools" send those tools alone'
+            raise invalid("tool_choice", message)
         name = _named("tool_choice.function.name", function.get("name"))
         if name not in names:
             raise invalid("tool_choice.function.name", f"{name!r} is none of the tools")
