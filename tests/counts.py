@@ -8,7 +8,7 @@ COUNTS: dict[str, tuple[int, int]] = {
     "fuzz_bodies": (800, 20_000),
     "router_cancels": (50, 1_000),
     "detokenizer_streams": (300, 20_000),
-    "cut_answers": (50, 5_000),
+    "cut_answers": (50, 500),
     "cluster_twins": (4, 100),
     "cluster_cancels": (50, 1_000),
     "worker_kills": (10, 100),
