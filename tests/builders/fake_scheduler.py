@@ -65,9 +65,12 @@ class FakeRequest:
         self.send(pb.SchedulerFrame(released=[pb.Released(key=self.key, refusal=refusal, **fields)]))
 
 
+LONGEST_ECHO = 2048
+
+
 def echo(request: FakeRequest, index: int) -> list[int]:
-    """The prompt again and again, to the length asked for (16 where none was)."""
-    length = request.submit.max_tokens or 16
+    """The prompt again and again, to the length asked for (16 where none was), or that a model would end at."""
+    length = min(request.submit.max_tokens or 16, LONGEST_ECHO)
     prompt = request.token_ids
     return [prompt[(index + i) % len(prompt)] for i in range(length)]
 
