@@ -1,5 +1,7 @@
 """What an answer must look like, as a value that travels from the router to the worker."""
 
+from typing import Any
+
 import msgspec
 
 KINDS = ("json_object", "json_schema", "regex", "choice", "grammar")
@@ -19,3 +21,8 @@ class Structured(msgspec.Struct, frozen=True):
     call_open: str = ""
     """The marks around calls of tools, which the answer may be instead; empty: it may not."""
     call_close: str = ""
+
+    @classmethod
+    def of(cls, grammar: Any) -> "Structured":
+        """From a message Grammar (scheduling.proto), which has the same fields."""
+        return cls(*(getattr(grammar, name) for name in cls.__struct_fields__))

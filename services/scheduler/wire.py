@@ -87,17 +87,7 @@ def _stop_token_ids(packed: bytes) -> frozenset[int]:
 
 
 def _structured_of(submit: scheduling_pb2.Submit) -> Structured | None:
-    if not submit.HasField("grammar"):
-        return None
-    told = submit.grammar
-    return Structured(
-        kind=told.kind,
-        text=told.text,
-        reasoning_close=told.reasoning_close,
-        reasoning_open=told.reasoning_open,
-        call_open=told.call_open,
-        call_close=told.call_close,
-    )
+    return Structured.of(submit.grammar) if submit.HasField("grammar") else None
 
 
 def cause_of(abort: scheduling_pb2.LinkAbort) -> AbortCause:

@@ -70,15 +70,7 @@ def _admit(message: pb.Admit, grammars: Grammars) -> Admit:
 
 
 def structured_of(message: pb.Prepare) -> Structured:
-    told = message.grammar
-    return Structured(
-        kind=told.kind,
-        text=told.text,
-        reasoning_close=told.reasoning_close,
-        reasoning_open=told.reasoning_open,
-        call_open=told.call_open,
-        call_close=told.call_close,
-    )
+    return Structured.of(message.grammar)
 
 
 def prepared_reply(grammar_id: int, error: str) -> pb.ExecuteReply:
