@@ -2,6 +2,9 @@
 
 import asyncio
 
+import pytest
+
+from services.scheduler import loop as loop_module
 from services.scheduler.core.plan import StepPlan, StepResult
 from services.scheduler.core.scheduler import CoreConfig, Scheduler
 from services.scheduler.core.worker_group import GroupSpec
@@ -45,21 +48,52 @@ async def answer_one(loop: Loop, workers: FakeWorkers) -> None:
     await asyncio.sleep(0.01)
 
 
-def test_a_sound_core_keeps_its_workers_when_it_falls_idle():
+@pytest.fixture
+def checked(monkeypatch):
+    """Each check of the books: whether requests were there."""
+    checks: list[bool] = []
+    find = loop_module.violations
+    monkeypatch.setattr(loop_module, "violations", lambda core: checks.append(bool(core.requests)) or find(core))
+    return checks
+
+
+def test_a_sound_core_keeps_its_workers_once_it_has_been_idle(monkeypatch, checked):
+    monkeypatch.setattr(loop_module, "IDLE_CHECK_S", 0.02)
+
     async def run() -> None:
         loop, _, workers = make_loop()
         await answer_one(loop, workers)
+        await asyncio.sleep(0.1)
+        assert checked == [False]
         assert loop.num_violations == 0 and workers.given_up == [] and loop.ready
 
     asyncio.run(run())
 
 
-def test_a_violated_invariant_is_counted_and_the_workers_start_afresh():
+def test_a_violated_invariant_is_counted_and_the_workers_start_afresh(monkeypatch):
+    monkeypatch.setattr(loop_module, "IDLE_CHECK_S", 0.02)
+
     async def run() -> None:
         loop, core, workers = make_loop()
         core.groups["g"].pool.free.append(0)  # a block that is free twice
         await answer_one(loop, workers)
+        await asyncio.sleep(0.1)
         assert loop.num_violations > 0 and workers.given_up == ["g"] and not core.groups
+
+    asyncio.run(run())
+
+
+def test_no_request_that_follows_another_waits_for_the_books_to_be_checked(monkeypatch, checked):
+    """A check takes milliseconds per 10,000 blocks: it would hold back the last tokens and whoever asks next."""
+    monkeypatch.setattr(loop_module, "IDLE_CHECK_S", 0.2)
+
+    async def run() -> None:
+        loop, _, workers = make_loop()
+        for _ in range(30):  # for longer than the wait
+            await answer_one(loop, workers)
+        assert checked == []
+        await asyncio.sleep(0.3)
+        assert checked == [False]
 
     asyncio.run(run())
 
