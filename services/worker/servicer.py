@@ -199,7 +199,7 @@ async def _read(
                 case "plan":
                     _take_plan(message.plan, stream, device, on_result)
                 case "prepare":
-                    stream.prepare(message.prepare.id, wire.structured_of(message.prepare), compiler)
+                    stream.prepare(message.prepare.id, Structured.of(message.prepare.grammar), compiler)
                 case "forget":
                     stream.grammars.pop(message.forget.id, None)
                 case _:

@@ -12,7 +12,6 @@ from shared.rpc.sluice.v1 import execution_pb2 as pb
 from shared.rpc.sluice.v1 import scheduling_pb2
 from shared.rpc.sluice.v1.execution_pb2_grpc import RegistryStub
 from shared.sampling import Sampling
-from shared.structured import Structured
 
 
 class WireError(Exception):
@@ -67,10 +66,6 @@ def _admit(message: pb.Admit, grammars: Grammars) -> Admit:
         trace=message.trace,
         grammar=grammar,
     )
-
-
-def structured_of(message: pb.Prepare) -> Structured:
-    return Structured.of(message.grammar)
 
 
 def prepared_reply(grammar_id: int, error: str) -> pb.ExecuteReply:

@@ -256,7 +256,9 @@ def _asked(request: Common, *, max_tokens: int | None, logprobs: int | None, pro
 
 def _unsigned(seed: int | None) -> int | None:
     """OpenAI's seeds have a sign."""
-    return seed + 2**64 if seed is not None and -(2**63) <= seed < 0 else seed
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise invalid("seed", f"must be from {-(2**63)} to {2**64 - 1}, not {seed}")
+    return None if seed is None else seed % 2**64
 
 
 def _logit_bias(given: Mapping[str, float]) -> dict[int, float]:
