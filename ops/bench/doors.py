@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 from ops.bench.cluster import Cluster
+from ops.bench.completions import stream_completion
 from ops.bench.machine import describe, exact_cpu_seconds
 from services.cli.client import Client, Delta, Request
 
 RESULT = Path(__file__).parent / "results" / "doors.json"
 PROMPT = "def read_lines(path):\n"
-HEAD = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n"
 
 
 async def by_grpc(cluster: Cluster, streams: int, tokens: int) -> int:
@@ -31,20 +31,10 @@ async def by_grpc(cluster: Cluster, streams: int, tokens: int) -> int:
 
 
 async def by_http(cluster: Cluster, streams: int, tokens: int) -> int:
-    """The number of tokens that came. A bare socket: this client is to take as little of the machine as it can."""
-    host, _, port = cluster.http["router"].rpartition(":")
-    ask = {"prompt": PROMPT, "max_tokens": tokens, "ignore_eos": True, "stream": True}
-    body = json.dumps({**ask, "stream_options": {"include_usage": True}})
-
-    async def one() -> int:
-        reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write((HEAD.format(len(body)) + body).encode())
-        said = await reader.readuntil(b"data: [DONE]\n\n")
-        writer.close()
-        usage = said[said.rindex(b'"completion_tokens":') :]
-        return int(usage.partition(b":")[2].partition(b",")[0])
-
-    return sum(await asyncio.gather(*(one() for _ in range(streams))))
+    """The number of tokens that came."""
+    ask = {"prompt": PROMPT, "max_tokens": tokens, "ignore_eos": True}
+    answers = await asyncio.gather(*(stream_completion(cluster.http["router"], ask) for _ in range(streams)))
+    return sum(answer.tokens for answer in answers)
 
 
 DOORS = {"grpc": by_grpc, "http": by_http}

@@ -1,4 +1,4 @@
-"""Sluice through gRPC beside its peers, on one machine, in one run: interleaved repeats, medians, ratios.
+"""Sluice through gRPC and HTTP beside its peers, on one machine, in one run: interleaved repeats, medians, ratios.
 
 `sh ops/scripts/bench` writes ops/bench/results/serve-<dtype>.json. Peers that are not installed are left out.
 """
@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ops.bench.cluster import Cluster, ClusterError
+from ops.bench.completions import stream_completion
 from ops.bench.machine import OthersShare, cpu_seconds, describe
 from ops.bench.model import ensure_model
 from ops.bench.workload import WORKLOADS, Job
@@ -27,7 +29,9 @@ RESULTS = ROOT / "ops" / "bench" / "results"
 NOISY = 0.05
 """Above this share of the machine's CPU for others, a repeat is marked noisy and left out of the medians."""
 IN_PROCESS = "in_process"
-VLLM = "vllm"
+VLLM, VLLM_SERVER = "vllm", "vllm_server"
+SERVER_START_S = 180
+GREEDY = {"temperature": 0, "ignore_eos": True}
 VLLM_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_KVCACHE_SPACE": "2",
@@ -49,6 +53,7 @@ class Ours:
         except ClusterError as error:
             raise SystemExit(str(error)) from None
         self.address, self.pids = self._cluster.address, self._cluster.pids
+        self.over_http = HttpDoor(self._cluster.http["router"])
 
     def run(self, workload: str, seed: int) -> dict[str, float]:
         before = {name: cpu_seconds(pid) for name, pid in self.pids.items()}
@@ -59,6 +64,52 @@ class Ours:
 
     def close(self) -> None:
         self._cluster.close()
+
+
+class HttpDoor:
+    """A server that runs already, asked by OpenAI's completions API."""
+
+    def __init__(self, address: str, model: str = "") -> None:
+        self._address, self._model = address, model
+
+    def run(self, workload: str, seed: int) -> dict[str, float]:
+        return asyncio.run(_measure_http(self._address, WORKLOADS[workload](seed), self._model))
+
+    def close(self) -> None:
+        pass
+
+
+class VllmServer:
+    """vLLM's own HTTP server, in processes of its own, with the Python that has vllm-cpu."""
+
+    def __init__(self, model: Path, dtype: str, threads: int, python: str) -> None:
+        port = _free_port()
+        command = [python, "-m", "vllm.entrypoints.openai.api_server", f"--model={model}", f"--dtype={dtype}"]
+        command += ["--max-model-len=1024", "--max-num-seqs=16", "--host=127.0.0.1", f"--port={port}"]
+        environ = {**os.environ, **VLLM_ENVIRONMENT, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        del environ["VLLM_ENABLE_V1_MULTIPROCESSING"]  # a server keeps its engine in a process of its own
+        quiet = subprocess.DEVNULL
+        self.process = subprocess.Popen(command, env=environ, stdin=quiet, stdout=quiet, stderr=quiet)
+        self._door = HttpDoor(f"127.0.0.1:{port}", str(model))
+        self._wait_until_it_answers()
+
+    def run(self, workload: str, seed: int) -> dict[str, float]:
+        return self._door.run(workload, seed)
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+
+    def _wait_until_it_answers(self) -> None:
+        deadline = time.monotonic() + SERVER_START_S
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                self._door.run("a", -1)
+                return
+            except OSError:
+                time.sleep(1)
+        self.process.terminate()
+        raise SystemExit("vLLM's server did not start")
 
 
 class Peer:
@@ -108,11 +159,32 @@ async def _measure(address: str, jobs: list[Job]) -> dict[str, float]:
         start = time.perf_counter()
         times = await asyncio.gather(*(_one(client, job) for job in jobs))
         wall = time.perf_counter() - start
+    return _figures(start, wall, times, jobs)
+
+
+async def _measure_http(address: str, jobs: list[Job], model: str) -> dict[str, float]:
+    """As _measure, over HTTP. `model`: the name to ask for; empty: none."""
+    named = {"model": model} if model else {}
+    start = time.perf_counter()
+    asked = [{"prompt": list(job.token_ids), "max_tokens": job.max_tokens, **GREEDY, **named} for job in jobs]
+    answers = await asyncio.gather(*(stream_completion(address, ask) for ask in asked))
+    wall = time.perf_counter() - start
+    assert [answer.tokens for answer in answers] == [job.max_tokens for job in jobs]
+    return _figures(start, wall, [(answer.first_s, answer.last_s) for answer in answers], jobs)
+
+
+def _figures(start: float, wall: float, times: list[tuple[float, float]], jobs: list[Job]) -> dict[str, float]:
     first, last = times[0]
     figures = {"wall_s": wall, "mean_ttft_ms": statistics.mean(t[0] - start for t in times) * 1e3}
     if len(jobs) == 1:
         figures |= {"ttft_ms": (first - start) * 1e3, "tpot_ms": (last - first) * 1e3 / (jobs[0].max_tokens - 1)}
     return figures
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 async def _one(client: Client, job: Job) -> tuple[float, float]:
@@ -185,7 +257,9 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workloads", default="a,b,c")
     parser.add_argument("--peers", default=",".join(PEERS), help="which of " + ", ".join(PEERS))
-    parser.add_argument("--vllm-python", help="the Python of an environment that has vllm-cpu; adds it as a peer")
+    parser.add_argument(
+        "--vllm-python", help="the Python of an environment that has vllm-cpu; adds its engine and its server as peers"
+    )
     parser.add_argument("--output", type=Path)
     parser.add_argument("up_flags", nargs="*", help="flags for `sluice up`, after --")
     options = parser.parse_args()
@@ -195,10 +269,12 @@ def main() -> int:
     runners: dict[str, Any] = {}
     try:
         runners["sluice"] = Ours(model, options.dtype, options.threads, options.up_flags)
+        runners["sluice_http"] = runners["sluice"].over_http
         for way in filter(None, options.peers.split(",")):
             runners[way] = Peer(model, options.dtype, options.threads, way)
         if options.vllm_python:
             runners[VLLM] = Peer(model, options.dtype, options.threads, VLLM, options.vllm_python)
+            runners[VLLM_SERVER] = VllmServer(model, options.dtype, options.threads, options.vllm_python)
         rows = measure(runners, options.workloads.split(","), options.repeats)
     finally:
         for runner in runners.values():
