@@ -27,6 +27,7 @@ from services.router.rejections import Rejections
 from services.router.servicer import RouterControl, RouterInference, add_servicers
 from services.router.session import Session
 from services.router.traces import Traces
+from services.router.turns import FairThread
 from shared.clock import monotonic_ns
 from shared.config import RouterConfig, tracing_config
 from shared.ids import new_instance_id
@@ -97,7 +98,7 @@ class Router:
             expected=Expected(model_fingerprint=model.fingerprint, vocab_size=model.vocab_size),
         )
         self._tokenizing = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="tokenize")
-        self._checking = ThreadPoolExecutor(1, thread_name_prefix="check-structure")
+        self._checking = FairThread("check-structure")
         tracing = tracing_config(config.otlp_traces_endpoint)
         warn_of_ignored(tracing.ignored)
         self._exporter = Exporter(tracing.export) if tracing.export else None
@@ -206,7 +207,7 @@ class Router:
             await self.peers.close()
             self._lag.stop()
             self._tokenizing.shutdown(wait=False, cancel_futures=True)
-            self._checking.shutdown(wait=False, cancel_futures=True)
+            self._checking.close()
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -31,6 +31,7 @@ from services.router.rejections import Rejections
 from services.router.request import Accepted, ChatPrompt, Delta, Event, Finished, GenerateOptions, Prompt, TokenPrompt
 from services.router.structured import require_compiling
 from services.router.traces import Traces
+from services.router.turns import FairThread
 from shared.clock import NS_PER_MS, NS_PER_S, NowNs
 from shared.outcome import AbortCause, RefusedError
 from shared.sampling import NO_LOGPROBS
@@ -61,7 +62,7 @@ class Session:
         fleet: Fleet,
         admission: Admission,
         tokenizing: Executor,
-        checking: Executor,
+        checking: FairThread,
         max_unread_bytes: int,
         traces: Traces,
         metrics: RouterMetrics,
@@ -76,7 +77,8 @@ class Session:
         self._admission = admission
         self._tokenizing = tokenizing
         self._checking = checking
-        """Of structures: one may take seconds, in which only others with a structure are to wait."""
+        """Of structures: one may take seconds, in which only others with a structure are to wait, each tenant's in
+        turn."""
         self._max_unread_bytes = max_unread_bytes
         self._traces = traces
         self._metrics = metrics
@@ -160,7 +162,7 @@ class Session:
         try:
             async with asyncio.timeout(None if options.deadline_ns is None else options.deadline_ns / NS_PER_S):
                 if options.structured is not None:
-                    await loop.run_in_executor(self._checking, require_compiling, options.structured)
+                    await self._checking.run(options.key.tenant, require_compiling, options.structured)
                 return await loop.run_in_executor(self._tokenizing, prepare, *args)
         except TimeoutError:
             raise RefusedError(REFUSAL_OF[AbortCause.DEADLINE]) from None
