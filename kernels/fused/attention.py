@@ -453,15 +453,14 @@ def _attend_tile(
     else:
         keys = tl.load(pages + lines[:, None] + dims[None, :])
     scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-    factor = scale * LOG2_E  # what makes base-2 scores: applied beside the peak, in one rounding
+    factor = scale * LOG2_E  # what makes base-2 scores: applied beside the peak, in one rounding, masked or not
     if capped:
-        scores = (soft_cap * LOG2_E) * (1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 * LOG2_E * scale / soft_cap))))
-        factor = 1.0
-    elif slopes is not None:
-        scores = scores * factor
-        factor = 1.0
+        scores = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 * LOG2_E * scale / soft_cap)))
+        factor = soft_cap * LOG2_E
     if slopes is not None:
-        scores += (slopes * LOG2_E)[:, None] * (positions[None, :] - query_position[:, None]).to(tl.float32)
+        distances = (positions[None, :] - query_position[:, None]).to(tl.float32)
+        scores = scores * factor + (slopes * LOG2_E)[:, None] * distances
+        factor = 1.0
     if masked:
         seen = present[None, :] & (positions[None, :] <= query_position[:, None])
         if window > 0:
