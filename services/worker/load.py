@@ -1,6 +1,7 @@
 """From a configuration to a runner: device, dtype, weights, pool. Runs on a thread, before the worker registers."""
 
 import functools
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -122,6 +123,7 @@ def measure_room(config: WorkerConfig, decoder: Decoder, layout: BlockLayout, ga
     with_graphs = uses_graphs(config, decoder.dtype, device)
     steps = measure_steps(config, decoder, rehearsing, gauge, max_model_len=longest, with_graphs=with_graphs)
     del rehearsing
+    gc.collect()  # graphs and the functions that they call hold one another, and their buffers
     memory = gauge.memory()
     room = pool_bytes(memory, config.gpu_memory_utilization, steps.total)
     gib = {name: round(getattr(steps, name) / GIB, 2) for name in ("eager", "graphs")}
