@@ -14,10 +14,11 @@ import torch
 from llguidance import LLTokenizer
 
 from kernels.ops import choice, forms
+from kernels.ops.attention import most_decode_rows
 from services.worker.execute.runner import Runner
 from services.worker.execute.slots import Slots
 from services.worker.host import Loaded, Progress
-from services.worker.memory.budget import CudaGauge, Gauge, pool_bytes, refuse_expandable_segments
+from services.worker.memory.budget import CudaGauge, Gauge, pool_bytes, refuse_allocator
 from services.worker.memory.copies import CudaCopies
 from services.worker.memory.layout import BlockLayout, layout_of
 from services.worker.memory.pool import PoolTooSmall, allocate_pool, count_blocks
@@ -72,7 +73,7 @@ def load(config: WorkerConfig, progress: Progress) -> Loaded:
     checkpoint = open_checkpoint(config.model, revision=config.revision or None, progress=progress, weights=not drawn)
     spec = translate(checkpoint.config).spec
     flags = cpu_flags() if device == "cpu" else frozenset[str]()
-    if device == "cuda" and (refusal := refuse_expandable_segments(os.environ)):
+    if device == "cuda" and (refusal := refuse_allocator(os.environ) or refuse_rows(config.max_num_seqs)):
         raise WorkerError(refusal)
     dtype = DTYPES[choose_dtype(config.dtype, checkpoint.dtype, flags, device)]
     num_parameters = sizes_of(spec).total
@@ -207,6 +208,14 @@ def choose_dtype(asked: str, kept_in: str, flags: frozenset[str], device: str = 
     if asked != "auto":
         return asked
     return "bfloat16" if kept_in == "bfloat16" and flags & FAST_BFLOAT16_FLAGS else "float32"
+
+
+def refuse_rows(max_num_seqs: int) -> str:
+    """Why a GPU's kernels cannot compute a step of so many sequences, or nothing."""
+    most = most_decode_rows()
+    if max_num_seqs <= most:
+        return ""
+    return f"--max-num-seqs {max_num_seqs}: on a GPU {most} sequences run at once at most"
 
 
 def free_on(device: str) -> int:

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from services.worker.load import PoolSize as Size
-from services.worker.load import WorkerError, build_runner, measure_room, size_pool
-from services.worker.memory.budget import GRAPH_BYTES, Memory, pool_bytes, refuse_expandable_segments
+from services.worker.load import WorkerError, build_runner, measure_room, refuse_rows, size_pool
+from services.worker.memory.budget import GRAPH_BYTES, Memory, pool_bytes, refuse_allocator
 from services.worker.memory.layout import layout_of
 from services.worker.models.decoder import load_decoder
 from services.worker.rehearsal import measure_steps
@@ -48,12 +48,20 @@ def test_the_pool_takes_its_share_less_what_is_held_and_what_steps_need():
         ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, False),
         ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128, expandable_segments:True"}, True),
         ({"PYTORCH_ALLOC_CONF": "expandable_segments:true"}, True),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}, True),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, False),
     ],
 )
-def test_expandable_segments_are_refused_with_the_variable_that_asks_for_them(environ, refused):
-    told = refuse_expandable_segments(environ)
+def test_memory_that_no_other_process_can_open_is_refused_with_the_variable_that_asks_for_it(environ, refused):
+    told = refuse_allocator(environ)
     assert bool(told) is refused
     assert not refused or next(iter(environ)) in told
+
+
+def test_more_rows_than_the_kernels_of_a_gpu_take_are_refused_at_the_start():
+    pytest.importorskip("triton")
+    assert refuse_rows(1024) == ""
+    assert refuse_rows(1025) == "--max-num-seqs 1025: on a GPU 1024 sequences run at once at most"
 
 
 @pytest.mark.parametrize(
