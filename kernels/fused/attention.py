@@ -42,7 +42,9 @@ PROMPT, LARGE_PROMPT = Tile(128, 128, 8, 3), Tile(256, 64, 8, 3)
 EXACT_PROMPT = Tile(64, 64, 4, 4)
 WIDE_PROMPT, WIDE_EXACT_PROMPT = Tile(128, 32, 8, 3), Tile(64, 32, 8, 3)
 OLD_PROMPT, OLD_EXACT_PROMPT, OLD_WIDE_PROMPT = Tile(128, 32, 8, 4), Tile(64, 32, 4, 3), Tile(64, 32, 8, 3)
-"""Wide: heads of more than 256 bytes. Old: before compute capability 9.0. One stage fetches block ids."""
+FLOAT32_EXACT_PROMPT = Tile(32, 16, 8, 2)
+"""Wide: heads of more than 256 bytes. Old: before compute capability 9.0. One stage fetches block ids. Products of
+float32 are made of single multiplications, whose operands a larger tile would not find room for in registers."""
 LARGE_PROMPT_PROGRAMS = 256
 """Large tiles are faster where there are enough of them: two for each multiprocessor of an H100."""
 DECODE = Tile(16, 32, 4, 6)
@@ -372,6 +374,8 @@ def _prompt_tile(counts: list[int], skipped: tuple[int, ...], pool: Tensor, num_
 
 def _small_tile(pool: Tensor, exact: bool = False) -> Tile:
     wide, old = pool.shape[5] * pool.element_size() > 256, _capability(pool.device) < 90
+    if exact and pool.dtype == torch.float32:
+        return FLOAT32_EXACT_PROMPT
     if exact:
         return WIDE_EXACT_PROMPT if wide else OLD_EXACT_PROMPT if old else EXACT_PROMPT
     if wide:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.counts import count
 
@@ -84,3 +85,10 @@ def test_what_counts_as_a_problem(report, problem):
     assert large.problem == ""
     assert "spills" in replace(large, spilled_bytes=200).problem
     assert "spills" in replace(large, constants={"rows": "128"}).problem
+    wide = Report("m", "k", 90, {}, 4, 1, spilled_bytes=64, float32=True)
+    assert wide.problem == ""
+    assert "spills" in replace(wide, spilled_bytes=72).problem
+
+
+def test_models_of_every_dtype_are_proven():
+    assert {shape.dtype for shape in SHAPES} == {torch.bfloat16, torch.float16, torch.float32}
