@@ -207,7 +207,9 @@ def _measure_shape(
         if "error" in figures and not _answers(bench):
             note(f"{shape} given up", {"error": f"nothing answers after {name}", "log": bench.cluster.log_tail()})
             return
-    note(f"{shape} end", _end(bench))
+    end = _end(bench)
+    note(f"{shape} end", end)
+    note(f"{shape} none_compiled_late", none_compiled_late(end))
     note(f"{shape} blocks_back", _blocks_back(bench))
 
 
@@ -298,6 +300,12 @@ def _end(bench: Bench) -> Figures:
         return {name: scrape(bench.cluster.http[name]) for name in names}
     except Exception as error:
         return {"error": str(error), "log": bench.cluster.log_tail()}
+
+
+def none_compiled_late(end: Figures) -> bool:
+    """Whether every worker says of itself that no kernel was compiled in live traffic; false where none says so."""
+    told = [service for name, service in end.items() if name.startswith("worker")]
+    return bool(told) and all(service.get("sluice:late_compilations_total") == 0 for service in told)
 
 
 def _blocks_back(bench: Bench) -> bool:
