@@ -65,6 +65,13 @@ class PoolSize(msgspec.Struct, frozen=True):
     max_model_len: int
 
 
+class Room(msgspec.Struct, frozen=True):
+    """Bytes that a GPU has for the pool beside the largest step: as much as this worker may take, and all there is."""
+
+    allowed: int
+    free: int
+
+
 def load(config: WorkerConfig, progress: Progress) -> Loaded:
     """Raises WorkerError, CheckpointError or PoolTooSmall, each with a message for a person."""
     device = choose_device(config.device)
@@ -107,7 +114,7 @@ def _prepare_on_gpu(config: WorkerConfig, decoder: Decoder, layout: BlockLayout)
     gauge, spec = CudaGauge(), decoder.spec
     compile_kernels(decoder, layout, config.max_model_len or spec.max_positions)
     room = measure_room(config, decoder, layout, gauge)
-    size = size_pool(config, layout, spec.max_positions, gauge.memory().free, room=room)
+    size = size_pool(config, layout, spec.max_positions, room.free, room=room.allowed)
     runner = build_runner(config, decoder, layout, size, "cuda")
     if uses_graphs(config, decoder.dtype, "cuda"):
         capture_graphs(runner, decoder, config.max_num_batched_tokens)
@@ -116,8 +123,8 @@ def _prepare_on_gpu(config: WorkerConfig, decoder: Decoder, layout: BlockLayout)
     return runner, size
 
 
-def measure_room(config: WorkerConfig, decoder: Decoder, layout: BlockLayout, gauge: Gauge) -> int:
-    """Bytes that a GPU has for the pool. Raises WorkerError where the weights and a worst step leave none."""
+def measure_room(config: WorkerConfig, decoder: Decoder, layout: BlockLayout, gauge: Gauge) -> Room:
+    """What the weights and a worst step leave. Raises WorkerError where that holds no block and no size was told."""
     longest = config.max_model_len or decoder.spec.max_positions
     device = decoder.device.type
     rehearsing = build_runner(config, decoder, layout, PoolSize(1, longest), device)
@@ -131,7 +138,8 @@ def measure_room(config: WorkerConfig, decoder: Decoder, layout: BlockLayout, ga
     log.info(
         "memory_measured", **gib, held_gib=round((memory.total - memory.free) / GIB, 2), room_gib=round(room / GIB, 2)
     )
-    if room < layout.bytes_per_block:
+    told = config.num_gpu_blocks_override or config.kv_cache_memory_bytes
+    if room < layout.bytes_per_block and not told:
         raise WorkerError(
             f"--gpu-memory-utilization {config.gpu_memory_utilization} allows "
             f"{memory.total * config.gpu_memory_utilization / GIB:.1f} GiB of this GPU; "
@@ -139,7 +147,7 @@ def measure_room(config: WorkerConfig, decoder: Decoder, layout: BlockLayout, ga
             f"{steps.total / GIB:.1f} GiB more, so no KV block fits: raise it, end other programs, or lower "
             "--max-num-batched-tokens or --max-num-seqs"
         )
-    return room
+    return Room(room, memory.free - steps.total)
 
 
 def _describe(
