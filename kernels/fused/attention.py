@@ -42,7 +42,9 @@ PROMPT, LARGE_PROMPT = Tile(128, 128, 8, 3), Tile(256, 64, 8, 3)
 EXACT_PROMPT = Tile(64, 64, 4, 4)
 WIDE_PROMPT, WIDE_EXACT_PROMPT = Tile(128, 32, 8, 3), Tile(64, 32, 8, 3)
 OLD_PROMPT, OLD_EXACT_PROMPT, OLD_WIDE_PROMPT = Tile(128, 32, 8, 4), Tile(64, 32, 4, 3), Tile(64, 32, 8, 3)
-"""Wide: heads of more than 256 bytes. Old: before compute capability 9.0. One stage fetches block ids."""
+FLOAT32_EXACT_PROMPT = Tile(32, 16, 8, 2)
+"""Wide: heads of more than 256 bytes. Old: before compute capability 9.0. One stage fetches block ids. Products of
+float32 are made of single multiplications, whose operands a larger tile would not find room for in registers."""
 LARGE_PROMPT_PROGRAMS = 256
 """Large tiles are faster where there are enough of them: two for each multiprocessor of an H100."""
 DECODE = Tile(16, 32, 4, 6)
@@ -372,6 +374,8 @@ def _prompt_tile(counts: list[int], skipped: tuple[int, ...], pool: Tensor, num_
 
 def _small_tile(pool: Tensor, exact: bool = False) -> Tile:
     wide, old = pool.shape[5] * pool.element_size() > 256, _capability(pool.device) < 90
+    if exact and pool.dtype == torch.float32:
+        return FLOAT32_EXACT_PROMPT
     if exact:
         return WIDE_EXACT_PROMPT if wide else OLD_EXACT_PROMPT if old else EXACT_PROMPT
     if wide:
@@ -453,15 +457,14 @@ def _attend_tile(
     else:
         keys = tl.load(pages + lines[:, None] + dims[None, :])
     scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-    factor = scale * LOG2_E  # what makes base-2 scores: applied beside the peak, in one rounding
+    factor = scale * LOG2_E  # what makes base-2 scores: applied beside the peak, in one rounding, masked or not
     if capped:
-        scores = (soft_cap * LOG2_E) * (1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 * LOG2_E * scale / soft_cap))))
-        factor = 1.0
-    elif slopes is not None:
-        scores = scores * factor
-        factor = 1.0
+        scores = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 * LOG2_E * scale / soft_cap)))
+        factor = soft_cap * LOG2_E
     if slopes is not None:
-        scores += (slopes * LOG2_E)[:, None] * (positions[None, :] - query_position[:, None]).to(tl.float32)
+        distances = (positions[None, :] - query_position[:, None]).to(tl.float32)
+        scores = scores * factor + (slopes * LOG2_E)[:, None] * distances
+        factor = 1.0
     if masked:
         seen = present[None, :] & (positions[None, :] <= query_position[:, None])
         if window > 0:

@@ -50,6 +50,11 @@ class ModelShape:
     qk_norm_form: str = "heads"
     unturned_layers: bool = False
 
+    @property
+    def exactness(self) -> tuple[bool, ...]:
+        """How a worker's steps may be: those of float32 are all exact."""
+        return (True,) if self.dtype == torch.float32 else (False, True)
+
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
 
@@ -88,6 +93,15 @@ SHAPES = (
     ),
     ModelShape(
         "Mixtral-8x7B", 4096, 32, 8, 128, 0, 32_000, num_experts=8, experts_per_token=2, expert_width=14336,
+    ),
+    ModelShape("Llama-2-7B-float16", 4096, 32, 32, 128, 11008, 32_000, dtype=torch.float16),
+    ModelShape(
+        "Gemma-2-2B-float32", 2304, 8, 4, 256, 9216, 256_000, windows=(4096,), soft_cap=50.0,
+        num_layers=26, norm_plus_one=True, activation="gelu_tanh", dtype=torch.float32,
+    ),
+    ModelShape(
+        "OLMoE-1B-7B-float32", 2048, 16, 16, 128, 0, 50_304, num_layers=16, dtype=torch.float32, qk_norm=True,
+        qk_norm_form="projection", num_experts=64, experts_per_token=8, expert_width=1024, renormalized_experts=False,
     ),
 )  # fmt: skip
 """What prove.py compiles."""
@@ -202,7 +216,7 @@ def _packed_products(shape: ModelShape, op: str, packed: PackedLinear | PackedGa
     for num_rows in BUCKETS:
         x = shape.empty(num_rows, packed.weight.shape[1])
         residual = (shape.empty(num_rows, packed.out_features),) if op == "linear_add" else ()
-        for exact in (False, True):
+        for exact in shape.exactness:
             getattr(linear, op)(x, packed, *residual, exact=exact)
 
 
@@ -234,7 +248,7 @@ def _attentions(shape: ModelShape) -> None:
     per_head = shape.empty(shape.num_heads, dtype=torch.float32)
     tables, slots = shape.empty(2, 8, dtype=torch.int32), shape.empty(4, dtype=torch.int64)
     for window in (None, *shape.windows):
-        for exact in (False, True):
+        for exact in shape.exactness:
             plan = attention.plan_attention(
                 pool, [0, 3, 4], [3, 9], tables, slots, num_heads=shape.num_heads, window=window, exact=exact
             )
@@ -282,7 +296,7 @@ def _experts(shape: ModelShape) -> None:
     for num_tokens in (2, 1024 * shape.num_experts):  # with the exact one, each of the tiles that it may take
         logits, x = shape.empty(num_tokens, count + behind)[:, :count], shape.empty(num_tokens, shape.hidden)
         weights, expert_ids = experts.route(logits, shape.experts_per_token, renormalize=shape.renormalized_experts)
-        for exact in (False, True):
+        for exact in shape.exactness:
             experts.experts(x, packed, weights, expert_ids, exact=exact)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -33,15 +34,16 @@ WARP_SIZE = 32
 TARGETS = (80, 90, 100)
 MAX_SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """What a block may ask for on A100, H100 and B200 (CUDA programming guide, compute capabilities)."""
-SPILL, LARGE_PROMPT_SPILL = 8, 192
-"""Bytes a thread that are tolerated: two registers, which a compiler parks where it could have had more; and those of
-the large tile of prompts."""
+SPILL, LARGE_PROMPT_SPILL, FLOAT32_SPILL = 8, 192, 64
+"""Bytes a thread that are tolerated: two registers, which a compiler parks where it could have had more; those of the
+large tile of prompts; and those of kernels of float32, which is taken for its exactness and never fast."""
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One form on one target. `spilled_bytes` is the stack that a thread needs, 0 where nothing spills."""
+    """One form on one target. `spilled_bytes` is the stack that a thread needs, 0 where nothing spills; `float32`: the
+    model's dtype."""
 
     model: str
     kernel: str
@@ -53,13 +55,14 @@ class Report:
     shared_bytes: int = 0
     spilled_bytes: int = 0
     error: str = ""
+    float32: bool = False
 
     @property
     def tolerated_spill(self) -> int:
         """The large tile of prompts spills a little and is the fastest all the same: 446 TFLOP/s on an H200, where the
         next best without a spill reaches 420."""
         large = self.kernel == "_prefill_kernel" and self.constants.get("rows") == str(attention.LARGE_PROMPT.rows)
-        return LARGE_PROMPT_SPILL if large else SPILL
+        return LARGE_PROMPT_SPILL if large else FLOAT32_SPILL if self.float32 else SPILL
 
     @property
     def problem(self) -> str:
@@ -71,7 +74,7 @@ class Report:
         return f"{self.shared_bytes} bytes of shared memory, at most {limit}" if self.shared_bytes > limit else ""
 
 
-def prove(model: str, form: Form, target: int) -> Report:
+def prove(model: str, form: Form, target: int, *, float32: bool = False) -> Report:
     """Compile one form; a failure is told in the report."""
     constants = {name: str(value) for name, value in form.constants}
     about = (model, form.name, target, constants, form.num_warps, form.num_stages)
@@ -80,7 +83,7 @@ def prove(model: str, form: Form, target: int) -> Report:
     except Exception as error:
         return Report(*about, error=f"{type(error).__name__}: {error}"[:600])
     registers, stack, local = _usage(compiled.asm["cubin"])
-    return Report(*about, registers, compiled.metadata.shared, stack + local)
+    return Report(*about, registers, compiled.metadata.shared, stack + local, float32=float32)
 
 
 def _compile(form: Form, target: int) -> triton.compiler.CompiledKernel:
@@ -115,7 +118,8 @@ def _cuobjdump() -> str:
 
 def _prove_task(task: tuple[ModelShape, str, int]) -> list[Report]:
     shape, kernel, target = task
-    return [prove(shape.name, form, target) for form in forms_on(shape, target) if form.name == kernel]
+    float32 = shape.dtype == torch.float32
+    return [prove(shape.name, form, target, float32=float32) for form in forms_on(shape, target) if form.name == kernel]
 
 
 def forms_on(shape: ModelShape, target: int) -> list[Form]:

@@ -128,6 +128,13 @@ def most_decode_splits(max_context: int, window: int | None) -> int:
     return fused.most_decode_splits(max_context, window)
 
 
+def most_decode_rows() -> int:
+    """The most rows of one token that a step may have, unless it is exact. Of kernels of a GPU."""
+    from kernels.fused import attention as fused
+
+    return fused.MAX_DECODE_ROWS
+
+
 def rotate_and_write(
     heads: Tensor,
     pool: Tensor,

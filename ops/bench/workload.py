@@ -14,6 +14,7 @@ class Job(msgspec.Struct, frozen=True):
 
     token_ids: tuple[int, ...]
     max_tokens: int
+    deterministic: bool = False
 
 
 def stream(seed: int) -> list[Job]:

@@ -1,6 +1,7 @@
 """From a configuration to a runner: device, dtype, weights, pool. Runs on a thread, before the worker registers."""
 
 import functools
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -13,10 +14,11 @@ import torch
 from llguidance import LLTokenizer
 
 from kernels.ops import choice, forms
+from kernels.ops.attention import most_decode_rows
 from services.worker.execute.runner import Runner
 from services.worker.execute.slots import Slots
 from services.worker.host import Loaded, Progress
-from services.worker.memory.budget import CudaGauge, Gauge, pool_bytes, refuse_expandable_segments
+from services.worker.memory.budget import CudaGauge, Gauge, pool_bytes, refuse_allocator
 from services.worker.memory.copies import CudaCopies
 from services.worker.memory.layout import BlockLayout, layout_of
 from services.worker.memory.pool import PoolTooSmall, allocate_pool, count_blocks
@@ -63,6 +65,13 @@ class PoolSize(msgspec.Struct, frozen=True):
     max_model_len: int
 
 
+class Room(msgspec.Struct, frozen=True):
+    """Bytes that a GPU has for the pool beside the largest step: as much as this worker may take, and all there is."""
+
+    allowed: int
+    free: int
+
+
 def load(config: WorkerConfig, progress: Progress) -> Loaded:
     """Raises WorkerError, CheckpointError or PoolTooSmall, each with a message for a person."""
     device = choose_device(config.device)
@@ -71,7 +80,7 @@ def load(config: WorkerConfig, progress: Progress) -> Loaded:
     checkpoint = open_checkpoint(config.model, revision=config.revision or None, progress=progress, weights=not drawn)
     spec = translate(checkpoint.config).spec
     flags = cpu_flags() if device == "cpu" else frozenset[str]()
-    if device == "cuda" and (refusal := refuse_expandable_segments(os.environ)):
+    if device == "cuda" and (refusal := refuse_allocator(os.environ) or refuse_rows(config.max_num_seqs)):
         raise WorkerError(refusal)
     dtype = DTYPES[choose_dtype(config.dtype, checkpoint.dtype, flags, device)]
     num_parameters = sizes_of(spec).total
@@ -105,7 +114,7 @@ def _prepare_on_gpu(config: WorkerConfig, decoder: Decoder, layout: BlockLayout)
     gauge, spec = CudaGauge(), decoder.spec
     compile_kernels(decoder, layout, config.max_model_len or spec.max_positions)
     room = measure_room(config, decoder, layout, gauge)
-    size = size_pool(config, layout, spec.max_positions, gauge.memory().free, room=room)
+    size = size_pool(config, layout, spec.max_positions, room.free, room=room.allowed)
     runner = build_runner(config, decoder, layout, size, "cuda")
     if uses_graphs(config, decoder.dtype, "cuda"):
         capture_graphs(runner, decoder, config.max_num_batched_tokens)
@@ -114,21 +123,23 @@ def _prepare_on_gpu(config: WorkerConfig, decoder: Decoder, layout: BlockLayout)
     return runner, size
 
 
-def measure_room(config: WorkerConfig, decoder: Decoder, layout: BlockLayout, gauge: Gauge) -> int:
-    """Bytes that a GPU has for the pool. Raises WorkerError where the weights and a worst step leave none."""
+def measure_room(config: WorkerConfig, decoder: Decoder, layout: BlockLayout, gauge: Gauge) -> Room:
+    """What the weights and a worst step leave. Raises WorkerError where that holds no block and no size was told."""
     longest = config.max_model_len or decoder.spec.max_positions
     device = decoder.device.type
     rehearsing = build_runner(config, decoder, layout, PoolSize(1, longest), device)
     with_graphs = uses_graphs(config, decoder.dtype, device)
     steps = measure_steps(config, decoder, rehearsing, gauge, max_model_len=longest, with_graphs=with_graphs)
     del rehearsing
+    gc.collect()  # graphs and the functions that they call hold one another, and their buffers
     memory = gauge.memory()
     room = pool_bytes(memory, config.gpu_memory_utilization, steps.total)
     gib = {name: round(getattr(steps, name) / GIB, 2) for name in ("eager", "graphs")}
     log.info(
         "memory_measured", **gib, held_gib=round((memory.total - memory.free) / GIB, 2), room_gib=round(room / GIB, 2)
     )
-    if room < layout.bytes_per_block:
+    told = config.num_gpu_blocks_override or config.kv_cache_memory_bytes
+    if room < layout.bytes_per_block and not told:
         raise WorkerError(
             f"--gpu-memory-utilization {config.gpu_memory_utilization} allows "
             f"{memory.total * config.gpu_memory_utilization / GIB:.1f} GiB of this GPU; "
@@ -136,7 +147,7 @@ def measure_room(config: WorkerConfig, decoder: Decoder, layout: BlockLayout, ga
             f"{steps.total / GIB:.1f} GiB more, so no KV block fits: raise it, end other programs, or lower "
             "--max-num-batched-tokens or --max-num-seqs"
         )
-    return room
+    return Room(room, memory.free - steps.total)
 
 
 def _describe(
@@ -205,6 +216,14 @@ def choose_dtype(asked: str, kept_in: str, flags: frozenset[str], device: str = 
     if asked != "auto":
         return asked
     return "bfloat16" if kept_in == "bfloat16" and flags & FAST_BFLOAT16_FLAGS else "float32"
+
+
+def refuse_rows(max_num_seqs: int) -> str:
+    """Why a GPU's kernels cannot compute a step of so many sequences, or nothing."""
+    most = most_decode_rows()
+    if max_num_seqs <= most:
+        return ""
+    return f"--max-num-seqs {max_num_seqs}: on a GPU {most} sequences run at once at most"
 
 
 def free_on(device: str) -> int:

@@ -23,9 +23,11 @@ WORST_SAMPLING = Sampling(seed=1, temperature=0.7, top_k=50, top_p=0.9, min_p=0.
 
 
 class Called:
-    """Instead of a graph: the largest is the one that counts, and a step calls it."""
+    """Instead of a graph: every one is called once, for a step of prompts may take more than one of more rows that
+    decode; a step then calls the largest again."""
 
     def capture(self, function: Callable[[], None]) -> Replay:
+        function()
         return function
 
 

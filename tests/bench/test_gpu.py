@@ -29,9 +29,33 @@ def test_every_section_runs_dry(tmp_path):
     cases = {name: case for name, case in result["kernels"].items() if name != "section_s"}
     assert result["decode"].keys() >= {"decode 2 x 20", "prefill 24"}
     assert len(cases) >= 8 and all(case["ours_us"] > 0 for case in cases.values())
+    assert cases["paged prefill, 16"]["flex_unpaged_us"] > 0
+    assert "varlen_unpaged_error" in cases["paged prefill, 16"], "it needs a GPU, and says so"
+    assert cases["paged decode, 2 x 24, pages of 8 layers"]["per_layer_us"] > 0
     assert result["engine"]["llama-3.1-8b tail"]["output_tokens_per_s"] > 0
+    assert all(result["engine"]["llama-3.1-8b exact"][f"exact_{share}_tokens_per_s"] > 0 for share in (0, 10, 100))
     assert result["engine"]["llama-3.1-8b blocks_back"] is True
+    assert result["engine"]["llama-3.1-8b none_compiled_late"] is True
     assert result["peers"].keys() >= {"eager batch 1", "compiled equal", "compiled tail", "continuous tail"}
+
+
+@pytest.mark.parametrize(
+    ("end", "none"),
+    [
+        ({"scheduler": {}, "worker-0": {"sluice:late_compilations_total": 0.0}}, True),
+        (
+            {"worker-0": {"sluice:late_compilations_total": 0.0}, "worker-1": {"sluice:late_compilations_total": 2.0}},
+            False,
+        ),
+        ({"scheduler": {}, "worker-0": {}}, False),
+        ({"error": "refused", "log": ""}, False),
+    ],
+    ids=["none", "some", "silent", "gone"],
+)
+def test_a_kernel_compiled_in_live_traffic_fails_the_engines_section(end, none):
+    from ops.bench.gpu.engine import none_compiled_late
+
+    assert none_compiled_late(end) is none
 
 
 def test_without_a_gpu_it_says_what_to_do():

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from services.worker.load import PoolSize as Size
-from services.worker.load import WorkerError, build_runner, measure_room, size_pool
-from services.worker.memory.budget import GRAPH_BYTES, Memory, pool_bytes, refuse_expandable_segments
+from services.worker.load import WorkerError, build_runner, measure_room, refuse_rows, size_pool
+from services.worker.memory.budget import GRAPH_BYTES, Memory, pool_bytes, refuse_allocator
 from services.worker.memory.layout import layout_of
 from services.worker.models.decoder import load_decoder
 from services.worker.rehearsal import measure_steps
@@ -48,12 +48,20 @@ def test_the_pool_takes_its_share_less_what_is_held_and_what_steps_need():
         ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, False),
         ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128, expandable_segments:True"}, True),
         ({"PYTORCH_ALLOC_CONF": "expandable_segments:true"}, True),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}, True),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, False),
     ],
 )
-def test_expandable_segments_are_refused_with_the_variable_that_asks_for_them(environ, refused):
-    told = refuse_expandable_segments(environ)
+def test_memory_that_no_other_process_can_open_is_refused_with_the_variable_that_asks_for_it(environ, refused):
+    told = refuse_allocator(environ)
     assert bool(told) is refused
     assert not refused or next(iter(environ)) in told
+
+
+def test_more_rows_than_the_kernels_of_a_gpu_take_are_refused_at_the_start():
+    pytest.importorskip("triton")
+    assert refuse_rows(1024) == ""
+    assert refuse_rows(1025) == "--max-num-seqs 1025: on a GPU 1024 sequences run at once at most"
 
 
 @pytest.mark.parametrize(
@@ -99,9 +107,9 @@ def test_a_gpus_pool_takes_all_the_room_that_was_measured(decoder):
     config = WorkerConfig(max_num_seqs=2, max_num_batched_tokens=16, max_model_len=64)
     layout = layout_of(decoder.spec, decoder.dtype, config.block_size)
     room = measure_room(config, decoder, layout, FakeGauge(peak=GIB))
-    assert room == 72 * GIB - 20 * GIB - GIB
-    size = size_pool(config, layout, 512, 60 * GIB, room=room)
-    assert size.num_blocks == room // layout.bytes_per_block
+    assert (room.allowed, room.free) == (72 * GIB - 20 * GIB - GIB, 60 * GIB - GIB)
+    size = size_pool(config, layout, 512, room.free, room=room.allowed)
+    assert size.num_blocks == room.allowed // layout.bytes_per_block
     assert size_pool(config, layout, 512, 60 * GIB, room=5 * layout.bytes_per_block).num_blocks == 5
 
 
@@ -110,3 +118,17 @@ def test_a_gpu_too_full_for_one_block_is_told_with_the_numbers_and_what_to_do(de
     layout = layout_of(decoder.spec, decoder.dtype, config.block_size)
     with pytest.raises(WorkerError, match=r"0.25 allows 20.0 GiB .* 20.0 GiB are held .* 2.0 GiB more.*--max-num-seqs"):
         measure_room(config, decoder, layout, FakeGauge())
+
+
+def test_a_pool_of_a_size_that_was_told_may_take_more_than_the_share_but_not_what_steps_need(decoder):
+    sizes = {"max_num_seqs": 2, "max_num_batched_tokens": 16, "max_model_len": 64, "gpu_memory_utilization": 0.25}
+    layout = layout_of(decoder.spec, decoder.dtype, 16)
+
+    def size_of(gib):
+        config = WorkerConfig(kv_cache_memory_bytes=gib * GIB, **sizes)
+        room = measure_room(config, decoder, layout, FakeGauge())
+        return size_pool(config, layout, 512, room.free, room=room.allowed)
+
+    assert size_of(58).num_blocks == 58 * GIB // layout.bytes_per_block
+    with pytest.raises(WorkerError, match=r"need 59.0 GiB, 58.0 GiB are free"):
+        size_of(59)

@@ -128,7 +128,13 @@ async def _drive(address: str, jobs: list[Job], begin_s: float, limit_s: float) 
 
 
 async def _follow(client: Client, job: Job, stream: Stream) -> None:
-    request = Request(token_ids=job.token_ids, max_tokens=job.max_tokens, temperature=0.0, ignore_eos=True)
+    request = Request(
+        token_ids=job.token_ids,
+        max_tokens=job.max_tokens,
+        temperature=0.0,
+        ignore_eos=True,
+        deterministic=job.deterministic,
+    )
     arrivals: list[tuple[float, int]] = []
     stream.arrivals, stream.sent_s = arrivals, time.perf_counter()
     try:

@@ -37,6 +37,8 @@ WARM_UP_JOBS = 12
 PROBE_LIMIT_S = 10.0
 RECOVERY_S = 60
 """How long a cluster may stay silent after a case that failed."""
+EXACT_SHARES = {0: 0, 10: 10, 100: 1}
+"""Percent of requests → every so many-th one is exact."""
 FULL_FROM_BYTES = 100 * 10**9
 """Below so much memory a run that cannot hold all its KV at once is left to whoever asks for it."""
 
@@ -119,6 +121,20 @@ def equal(bench: Bench) -> Figures:
     return {"output_tokens_per_s": _rounded(answers.tokens / answers.wall_s), **_summary(answers)}
 
 
+def exact(bench: Bench) -> Figures:
+    """What exactness costs: 64 requests of 512 in and 64–256 out at once, of which none, every tenth and all are exact.
+    A step that holds an exact request is exact for all."""
+    rng, (low, high) = random.Random("exact"), (4, 8) if bench.device.dry else (64, 256)
+    lengths = [rng.randint(low, high) for _ in range(bench.device.size(64, 4))]
+    figures: Figures = {}
+    for percent, each in EXACT_SHARES.items():
+        jobs = [bench.job(f"exact {percent} {n}", bench.device.size(512, 24), out) for n, out in enumerate(lengths)]
+        jobs = [Job(job.token_ids, job.max_tokens, each > 0 and n % each == 0) for n, job in enumerate(jobs)]
+        answers = bench.run(jobs)
+        figures[f"exact_{percent}_tokens_per_s"] = _rounded(answers.tokens / answers.wall_s)
+    return {**figures, **_summary(answers)}
+
+
 def bulk(bench: Bench, count: int, outputs: int) -> Figures:
     """`count` requests of 1,024 in and `outputs` out, at once."""
     count, prompt = bench.device.size(count, 4), bench.device.size(1024, 24)
@@ -149,6 +165,7 @@ CASES: dict[str, Callable[[Bench], Figures]] = {
     "prefill": prefill,
     "equal": equal,
     "tail": tail,
+    "exact": exact,
     "bulk": lambda bench: bulk(bench, 128, 256),
     "ragged": ragged,
     "full": lambda bench: bulk(bench, 256, 1024),
@@ -207,7 +224,9 @@ def _measure_shape(
         if "error" in figures and not _answers(bench):
             note(f"{shape} given up", {"error": f"nothing answers after {name}", "log": bench.cluster.log_tail()})
             return
-    note(f"{shape} end", _end(bench))
+    end = _end(bench)
+    note(f"{shape} end", end)
+    note(f"{shape} none_compiled_late", none_compiled_late(end))
     note(f"{shape} blocks_back", _blocks_back(bench))
 
 
@@ -298,6 +317,12 @@ def _end(bench: Bench) -> Figures:
         return {name: scrape(bench.cluster.http[name]) for name in names}
     except Exception as error:
         return {"error": str(error), "log": bench.cluster.log_tail()}
+
+
+def none_compiled_late(end: Figures) -> bool:
+    """Whether every worker says of itself that no kernel was compiled in live traffic; false where none says so."""
+    told = [service for name, service in end.items() if name.startswith("worker")]
+    return bool(told) and all(service.get("sluice:late_compilations_total") == 0 for service in told)
 
 
 def _blocks_back(bench: Bench) -> bool:

@@ -4,6 +4,8 @@ A floor is the larger of bytes over the measured memory bandwidth and operations
 that this machine lacks, or that cannot do a case, is left out by name.
 """
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +19,8 @@ from kernels.fused import activation, attention, experts, linear, noise, norm, r
 from ops.bench.gpu.device import Device
 
 HEADS, KV_HEADS, DIM, BLOCK, HIDDEN, INTERMEDIATE, VOCAB = 32, 8, 128, 16, 4096, 14336, 128_256
+LAYERS = 8
+"""Of a pool whose pages hold several."""
 WEIGHTS = {
     "QKV": ((HEADS + 2 * KV_HEADS) * DIM, HIDDEN),
     "O": (HIDDEN, HEADS * DIM),
@@ -86,6 +90,7 @@ def cases(device: Device) -> Iterator[Case]:
         yield _decode([context // device.size(1, 64)] * device.size(batch, 2))
         if device.dry:
             break
+    yield _layouts(device.size(64, 2), device.size(1024, 24))
     yield _decode([64, 256, 1024, 2048, 4096, 8192, 16384] * 4 if not device.dry else [3, 40], "ragged")
     for new, cached in [(4096, 0), (8192, 0), (512, 8192)]:
         yield _prefill(new // device.size(1, 256), cached // device.size(1, 256))
@@ -206,10 +211,10 @@ def _experts(tokens: int, num_experts: int, hidden: int, intermediate: int) -> C
     return Case(f"experts, {tokens} tokens", num_bytes, 6.0 * tokens * chosen * hidden * intermediate, make)
 
 
-def _pages(device: Device, contexts: list[int]) -> tuple[Tensor, Tensor]:
-    """A pool of one layer and block tables [rows, most] whose blocks lie scattered."""
+def _pages(device: Device, contexts: list[int], layers: int = 1) -> tuple[Tensor, Tensor]:
+    """A pool of some layers and block tables [rows, most] whose blocks lie scattered."""
     counts = [-(-context // BLOCK) for context in contexts]
-    pool = device.randn(sum(counts), 1, 2, KV_HEADS, BLOCK, DIM)
+    pool = device.randn(sum(counts), layers, 2, KV_HEADS, BLOCK, DIM)
     tables = torch.zeros(len(contexts), max(counts), dtype=torch.int32)
     for row, blocks in enumerate(torch.randperm(sum(counts)).int().split(counts)):
         tables[row, : counts[row]] = blocks
@@ -236,6 +241,25 @@ def _decode(contexts: list[int], name: str = "") -> Case:
 
     label = name or f"{rows} x {contexts[0]}"
     return Case(f"paged decode, {label}", total * KV_HEADS * DIM * 4, 4.0 * total * HEADS * DIM, make)
+
+
+def _layouts(rows: int, context: int) -> Case:
+    """A page holds all layers of a block (a worker's pool), against a pool of one layer."""
+    contexts = [context] * rows
+
+    def make(device: Device) -> dict[str, Callable[[], object]]:
+        pool, tables = _pages(device, contexts, LAYERS)
+        q, slots = device.randn(rows, HEADS, DIM), torch.zeros(rows, dtype=torch.int64)
+
+        def attend(pages: Tensor, layer_id: int) -> Callable[[], object]:
+            plan = attention.plan_attention(pages, [*range(rows + 1)], contexts, tables, slots, num_heads=HEADS)
+            return lambda: attention.paged_attention(q, pages, layer_id, plan, DIM**-0.5)
+
+        return {"ours": attend(pool, 1), "per_layer": attend(pool[:, 1:2].contiguous(), 0)}
+
+    total = rows * context
+    name = f"paged decode, {rows} x {context}, pages of {LAYERS} layers"
+    return Case(name, total * KV_HEADS * DIM * 4, 4.0 * total * HEADS * DIM, make)
 
 
 def _flashinfer_decode(
@@ -266,6 +290,41 @@ def _sdpa(backend: SDPBackend, query: Tensor, keys: Tensor, values: Tensor, **ho
     return call
 
 
+def _is_causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= key
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., object]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _flex(device: Device, query: Tensor, keys: Tensor, values: Tensor) -> Callable[[], object]:
+    """FlexAttention under a causal mask, compiled; in a dry run as it is, for a compiler takes minutes."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    length = query.shape[2]
+    mask = create_block_mask(_is_causal, None, None, length, length, device=device.name)
+    attend: Callable[..., object] = flex_attention if device.dry else _compiled_flex()
+    return lambda: attend(query, keys, values, block_mask=mask, enable_gqa=True)
+
+
+def _varlen(query: Tensor, keys: Tensor, values: Tensor) -> Callable[[], object] | None:
+    """torch's own attention over sequences one behind the other, where this torch has it: here over one. GPUs only."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    length = query.shape[2]
+    q, k, v = (each[0].transpose(0, 1).contiguous() for each in (query, keys, values))
+    ends = torch.tensor([0, length], dtype=torch.int32, device=query.device)
+    is_newer = "window_size" in inspect.signature(varlen_attn).parameters
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if is_newer else {"is_causal": True}
+    return lambda: varlen_attn(q, k, v, ends, ends, length, length, **causal)
+
+
 def _prefill(new: int, cached: int) -> Case:
     context = new + cached
 
@@ -283,6 +342,9 @@ def _prefill(new: int, cached: int) -> Case:
             calls["flash_unpaged"] = _sdpa(SDPBackend.FLASH_ATTENTION, query, keys, values, enable_gqa=True)
             wide = [each.repeat_interleave(HEADS // KV_HEADS, dim=1) for each in (keys, values)]
             calls["cudnn_unpaged"] = _sdpa(SDPBackend.CUDNN_ATTENTION, query, *wide)
+            calls["flex_unpaged"] = _flex(device, query, keys, values)
+            if varlen := _varlen(query, *wide):
+                calls["varlen_unpaged"] = varlen
         return calls
 
     pairs = new * cached + new * (new + 1) / 2

@@ -10,6 +10,7 @@ import msgspec
 import torch
 
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+UNSHARED = {"expandable_segments:true": "expandable segments", "backend:cudamallocasync": "memory of cudaMallocAsync"}
 GRAPH_BYTES = 8 * 2**20
 """What the driver keeps for one captured graph, beside its buffers: some 300 nodes. To be measured on a GPU."""
 
@@ -61,16 +62,17 @@ def pool_bytes(memory: Memory, utilization: float, needed: int) -> int:
     return int(memory.total * utilization) - held - needed
 
 
-def refuse_expandable_segments(environ: Mapping[str, str]) -> str:
+def refuse_allocator(environ: Mapping[str, str]) -> str:
     """Why this process's allocator cannot hold the pool, or nothing.
 
     A pool must be one allocation of cudaMalloc: another process can open such memory (cudaIpcGetMemHandle), no other.
     """
     for name in ALLOCATOR_VARIABLES:
         settings = {part.strip().lower() for part in environ.get(name, "").split(",")}
-        if "expandable_segments:true" in settings:
-            return (
-                f"{name}={environ[name]}: expandable segments cannot be shared between processes, and the KV pool must "
-                "be: take expandable_segments out of it"
-            )
+        for setting, what in UNSHARED.items():
+            if setting in settings:
+                return (
+                    f"{name}={environ[name]}: {what} cannot be shared between processes, and the KV pool must be: take "
+                    f"{setting.partition(':')[0]} out of it"
+                )
     return ""

@@ -293,7 +293,7 @@ def load_decoder(
     Raises CheckpointError naming file and tensor or setting.
     """
     family = translate(checkpoint.config).serving(max_model_len)
-    with CheckpointWeights(checkpoint, family, dtype, progress) as weights:
+    with CheckpointWeights(checkpoint, family, dtype, progress, device) as weights:
         return Decoder(family, weights, dtype, device, by_rows=by_rows)
 
 

@@ -46,13 +46,18 @@ class WeightSource(Protocol):
 
 
 class CheckpointWeights:
-    """Reads tensors from memory-mapped safetensors files. A context manager: the files stay open within."""
+    """Reads tensors from memory-mapped safetensors files to a device. A context manager: the files stay open within."""
 
     def __init__(
-        self, checkpoint: Checkpoint, family: Family, dtype: torch.dtype, progress: Progress | None = None
+        self,
+        checkpoint: Checkpoint,
+        family: Family,
+        dtype: torch.dtype,
+        progress: Progress | None = None,
+        device: str = "cpu",
     ) -> None:
         check_tensors(checkpoint, Family(family.spec, names_in(family, lambda name: name in checkpoint.tensors)))
-        self._tensors, self._dtype, self._progress = checkpoint.tensors, dtype, progress
+        self._tensors, self._dtype, self._progress, self._device = checkpoint.tensors, dtype, progress, device
         self._files: dict[Path, Any] = {}
         self._stack = ExitStack()
         self._bytes_read = 0
@@ -72,7 +77,8 @@ class CheckpointWeights:
         if len(names) == 1:
             return self._read(names[0])
         shapes = [self._tensors[name].shape for name in names]
-        merged = torch.empty(sum(shape[0] for shape in shapes), *shapes[0][1:], dtype=self._dtype)
+        rows = sum(shape[0] for shape in shapes)
+        merged = torch.empty(rows, *shapes[0][1:], dtype=self._dtype, device=self._device)
         for name, part in zip(names, merged.split([shape[0] for shape in shapes]), strict=True):
             part.copy_(self._read(name))
         return merged
@@ -83,7 +89,7 @@ class CheckpointWeights:
             tensor = self._open(header.file).get_tensor(name)
         except (safetensors.SafetensorError, OSError) as error:
             raise CheckpointError(f"{header.file}: {name} cannot be read ({error}): download it again") from error
-        converted = tensor.to(self._dtype, copy=True)  # a copy: the file's pages need not stay in memory
+        converted = tensor.to(self._device, self._dtype, copy=True)  # a copy: the file's pages need not stay in memory
         _check_finite(converted, header)
         self._bytes_read += tensor.nbytes
         if self._progress is not None:

@@ -77,6 +77,17 @@ def test_a_soak_of_mixed_steps_asks_for_declared_forms_only(name, tmp_path, devi
     assert len({form.name for form in asked}) > 15, "the soak is to need most kernels"
 
 
+def test_a_soak_in_float32_asks_for_exact_forms_only(tmp_path, device):
+    decoder = load_decoder(open_checkpoint(make_twin("qwen2-window", tmp_path)), torch.float32, device)
+    runner = make_runner(decoder, max_num_seqs=6, copies=LateCopies(), device=device)
+    declared = forms.forms(decoder.products(), **shape_of(decoder.spec, layout_of(decoder.spec, decoder.dtype, 8), 256))
+    with observed() as asked:
+        soak(runner, random.Random(0), decoder.num_groups)
+    strangers = set(asked) - set(declared)
+    assert not strangers, [(form.name, nearest(form, declared)) for form in strangers]
+    assert not {form.name for form in declared} & {"_decode_kernel", "_merge_kernel"}, "compiled, and never launched"
+
+
 def nearest(form, declared):
     """How a form differs from the declared one that is most like it, for the message."""
     fields = ("types", "aligned", "constants", "num_warps", "num_stages")

@@ -1,5 +1,6 @@
 """Decode steps on fixed buffers, as CUDA graphs hold them: the same function is called again on the same buffers."""
 
+import gc
 import random
 
 import pytest
@@ -7,9 +8,12 @@ import torch
 
 from kernels.fused import attention
 from kernels.ops import choice
+from services.worker import load
 from services.worker.execute import graphs, mixed_graphs
 from services.worker.execute.graphs import buckets_upto
 from services.worker.execute.inputs import DecodeInputs
+from services.worker.memory.budget import Memory
+from services.worker.memory.layout import layout_of
 from services.worker.models.decoder import load_decoder
 from services.worker.plan import StepPlan
 from services.worker.rehearsal import measure_steps
@@ -220,6 +224,42 @@ def test_the_rehearsal_before_the_pool_is_made_goes_through_the_largest_graph(de
     assert len(peaks) == 2
     assert steps.graphs > steps.eager == 1
     assert runner._graphs._numbers[3, :3].tolist() == [4, 4, 4]
+
+
+def living_graphs():
+    return [each for each in gc.get_objects() if type(each) in (graphs.Graphs, mixed_graphs.MixedGraphs)]
+
+
+def test_the_rehearsal_goes_through_every_graph_and_leaves_none_when_the_rest_is_measured(decoders, monkeypatch):
+    decoder, tokens, alive = decoders("llama"), [], []
+    compute_mixed = decoder.compute_mixed
+
+    def noted(rows, *rest):
+        tokens.append(len(rows.token_ids))
+        compute_mixed(rows, *rest)
+
+    class Gauge:
+        def peak_of(self, function):
+            function()
+            return 1
+
+        def memory(self):
+            alive.append(len(living_graphs()))
+            return Memory(free=2**30, total=2**30)
+
+    monkeypatch.setattr(decoder, "compute_mixed", noted)
+    monkeypatch.setattr(load, "uses_graphs", lambda *_: True)
+    config = WorkerConfig(max_num_seqs=3, max_num_batched_tokens=40, max_model_len=64, block_size=8)
+    layout = layout_of(decoder.spec, decoder.dtype, 8)
+    gc.collect()
+    before = len(living_graphs())
+    gc.disable()
+    try:
+        load.measure_room(config, decoder, layout, Gauge())
+    finally:
+        gc.enable()
+    assert tokens == [32, 16]
+    assert alive == [before]
 
 
 def test_buckets_are_fine_where_batches_are_small_and_end_with_the_largest():
