@@ -6,7 +6,8 @@ of them per query are folded into the rows of a tile. Scores are kept in base 2;
 Prompt chunks: one program per tile of queries and KV head walks over all it may see. Decode rows: the context is cut at
 multiples of SPLIT positions (of twice as many where it is long), whatever the batch; a fixed number of programs takes
 (row, split, KV head) in turn from a list that the device itself counts (`_count_splits_kernel`), so a CUDA graph can
-hold the launch; `_merge_kernel` adds the splits of a row in order. With `exact` decode rows are prompt chunks of one
+hold the launch; `_merge_kernel` adds the splits of a row, MERGED at a time. A program reads little before its first K,
+for each that depends on another costs the latency of memory anew. With `exact` decode rows are prompt chunks of one
 query: one kernel, one shape of tile, K and V in tiles at absolute positions; a query's bits then depend on nothing else
 in the step.
 """
@@ -49,6 +50,10 @@ LARGE_PROMPT_PROGRAMS = 256
 """Large tiles are faster where there are enough of them: two for each multiprocessor of an H100."""
 DECODE = Tile(16, 32, 4, 6)
 """At least so many rows: the fewest that a tensor core multiplies."""
+WIDE_DECODE_REGISTERS = 168
+"""Of a thread where heads are wider than 128, so that three programs of four warps share a multiprocessor."""
+MERGED = 16
+"""Splits of a row that are read side by side: one after another, each would cost the latency of memory."""
 MAX_DECODE_ROWS = 1024
 PROGRAMS = 2112
 """Programs of a decode launch: sixteen for each of an H200's 132 multiprocessors."""
@@ -64,8 +69,8 @@ class AttentionPlan:
     query_starts [rows + 1], context_lens [rows], block_tables [rows, max_blocks], slots [tokens] int64, token_rows
     [tokens]: 0, 1, …, where what was gathered for each token lies.
     tiles [n, 2]: row and first query (within the row) of each tile of a prompt chunk.
-    decode_rows [m]: the rows of one query; split_starts [m + 1]: the splits before each of them; split_owners [splits]:
-    which of them a split belongs to.
+    decode_rows [m]: the rows of one query; split_starts [m + 1]: the splits before each of them; splits [splits, 3]: a
+    split's row, and the positions that it begins and ends with.
     partials [splits, heads, head_dim] and peaks [splits, heads, 2]: unfinished sums, maxima and weights, float32.
     """
 
@@ -77,7 +82,7 @@ class AttentionPlan:
     tiles: Tensor
     decode_rows: Tensor
     split_starts: Tensor
-    split_owners: Tensor
+    splits: Tensor
     partials: Tensor
     peaks: Tensor
     window: int | None
@@ -123,7 +128,7 @@ def plan_attention(
         tiles=put(tiles, -1, 2),
         decode_rows=put(decodes, -1),
         split_starts=torch.empty(len(decodes) + 1, dtype=torch.int32, device=device),
-        split_owners=torch.empty(num_splits, dtype=torch.int32, device=device),
+        splits=torch.empty(num_splits, 3, dtype=torch.int32, device=device),
         partials=torch.empty(num_splits, num_heads, head_dim, dtype=torch.float32, device=device),
         peaks=torch.empty(num_splits, num_heads, 2, dtype=torch.float32, device=device),
         window=window,
@@ -187,7 +192,7 @@ def plan_mixed(
         tiles=tiles,
         decode_rows=decode_rows,
         split_starts=torch.empty(num_decodes + 1, dtype=torch.int32, device=device),
-        split_owners=torch.empty(max_splits, dtype=torch.int32, device=device),
+        splits=torch.empty(max_splits, 3, dtype=torch.int32, device=device),
         partials=torch.empty(max_splits, num_heads, pool.shape[5], dtype=torch.float32, device=device),
         peaks=torch.empty(max_splits, num_heads, 2, dtype=torch.float32, device=device),
         window=window,
@@ -217,7 +222,7 @@ def most_decode_splits(max_context: int, window: int | None) -> int:
 
 
 def count_splits(plan: AttentionPlan) -> None:
-    """Fill `split_starts` and `split_owners` from the context lengths on the device; once a step, before any layer."""
+    """Fill `split_starts` and `splits` from the context lengths on the device; once a step, before any layer."""
     launch(
         _count_splits_kernel,
         (1,),
@@ -225,7 +230,7 @@ def count_splits(plan: AttentionPlan) -> None:
             "context_lens": plan.context_lens,
             "decode_rows": plan.decode_rows,
             "split_starts": plan.split_starts,
-            "split_owners": plan.split_owners,
+            "splits": plan.splits,
             "num_rows": plan.decode_rows.shape[0],
         },
         {"window": plan.window or 0, "split": SPLIT, "long_context": LONG_CONTEXT, "block": MAX_DECODE_ROWS},
@@ -292,8 +297,7 @@ def _decode(arguments: dict[str, Any], constants: dict[str, Any], plan: Attentio
     decoded = {
         **arguments,
         **partial,
-        "split_owners": plan.split_owners,
-        "decode_rows": plan.decode_rows,
+        "splits": plan.splits,
         "num_rows": plan.decode_rows.shape[0],
     }
     work = plan.partials.shape[0] * constants["kv_heads"]
@@ -301,10 +305,11 @@ def _decode(arguments: dict[str, Any], constants: dict[str, Any], plan: Attentio
         _decode_kernel,
         (min(work, PROGRAMS),),
         decoded,
-        {**constants, "rows": rows, "columns": DECODE.columns, "split": SPLIT, "long_context": LONG_CONTEXT},
+        {**constants, "rows": rows, "columns": DECODE.columns},
         num_warps=DECODE.warps,
         num_stages=DECODE.stages,
         fp_fusion=True,
+        max_registers=WIDE_DECODE_REGISTERS if constants["dim_block"] > 128 else None,
     )
     launch(
         _merge_kernel,
@@ -320,8 +325,9 @@ def _decode(arguments: dict[str, Any], constants: dict[str, Any], plan: Attentio
             "heads": arguments["q"].shape[1],
             "head_dim": constants["head_dim"],
             "dim_block": constants["dim_block"],
+            "merged": MERGED,
         },
-        num_warps=1,
+        num_warps=2,
     )
 
 
@@ -409,7 +415,7 @@ def _num_splits(context_len: int, window: int | None) -> int:
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _count_splits_kernel(
-    context_lens, decode_rows, split_starts, split_owners, num_rows,
+    context_lens, decode_rows, split_starts, splits, num_rows,
     window: tl.constexpr, split: tl.constexpr, long_context: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     index = tl.arange(0, block)
@@ -417,14 +423,19 @@ def _count_splits_kernel(
     rows = tl.load(decode_rows + index, mask=inside, other=0)
     context = tl.load(context_lens + rows, mask=inside, other=0)
     size = tl.where(context <= long_context, split, 2 * split)
-    splits = (context + size - 1) // size
+    first = tl.zeros([block], tl.int32)
     if window > 0:
-        splits -= tl.maximum(context - window, 0) // size
+        first = tl.maximum(context - window, 0) // size
+    counts = (context + size - 1) // size - first
     tl.store(split_starts, 0)
-    ends = tl.cumsum(splits, axis=0)
+    ends = tl.cumsum(counts, axis=0)
     tl.store(split_starts + 1 + index, ends, mask=inside)
-    for i in range(tl.max(splits, axis=0)):
-        tl.store(split_owners + ends - splits + i, index, mask=i < splits)
+    for i in range(tl.max(counts, axis=0)):
+        place = 3 * (ends - counts + i)
+        begin = (first + i) * size
+        tl.store(splits + place, rows, mask=i < counts)
+        tl.store(splits + place + 1, begin, mask=i < counts)
+        tl.store(splits + place + 2, tl.minimum(begin + size, context), mask=i < counts)
 
 
 @triton.jit
@@ -553,11 +564,10 @@ def _prefill_kernel(
 @triton.jit(do_not_specialize=["table_stride", "num_rows"])
 def _decode_kernel(
     q, pages, out, query_starts, context_lens, block_tables, alibi_slopes, sinks, split_starts,
-    split_owners, partials, peaks, decode_rows, table_stride, num_rows, scale, soft_cap,
+    splits, partials, peaks, table_stride, num_rows, scale, soft_cap,
     kv_heads: tl.constexpr, group: tl.constexpr, head_dim: tl.constexpr, dim_block: tl.constexpr,
     block_size: tl.constexpr, page_stride: tl.constexpr, kv_stride: tl.constexpr, q_stride: tl.constexpr,
-    window: tl.constexpr, capped: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, split: tl.constexpr,
-    long_context: tl.constexpr,
+    window: tl.constexpr, capped: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
     folded = tl.arange(0, rows)
     dims = tl.arange(0, dim_block)
@@ -565,8 +575,9 @@ def _decode_kernel(
     for work in range(tl.program_id(0), tl.load(split_starts + num_rows) * kv_heads, tl.num_programs(0)):
         kv_head = work % kv_heads
         split_id = work // kv_heads
-        index = tl.load(split_owners + split_id)
-        row = tl.load(decode_rows + index)
+        row = tl.load(splits + 3 * split_id)
+        begin = tl.multiple_of(tl.load(splits + 3 * split_id + 1), columns)
+        limit = tl.load(splits + 3 * split_id + 2)
         context = tl.load(context_lens + row)
         head = kv_head * group + folded
         token = tl.load(query_starts + row) + tl.zeros([rows], tl.int32)
@@ -576,13 +587,9 @@ def _decode_kernel(
             slopes = tl.load(alibi_slopes + head, mask=valid, other=0.0)
         position = context - 1 + tl.zeros([rows], tl.int32)
         table = block_tables + row.to(tl.int64) * table_stride
-        size = tl.where(context <= long_context, split, 2 * split)
-        begin = (split_id - tl.load(split_starts + index)) * size
         floor = 0
         if window > 0:
             floor = tl.maximum(context - window, 0)
-            begin += floor // size * size
-        limit = tl.minimum(begin + size, context)
         total = tl.zeros([rows, dim_block], tl.float32)
         peak = tl.full([rows], float("-inf"), tl.float32)
         weight = tl.zeros([rows], tl.float32)
@@ -602,27 +609,31 @@ def _decode_kernel(
 @triton.jit
 def _merge_kernel(
     split_starts, partials, peaks, out, query_starts, decode_rows, sinks,
-    heads: tl.constexpr, head_dim: tl.constexpr, dim_block: tl.constexpr,
+    heads: tl.constexpr, head_dim: tl.constexpr, dim_block: tl.constexpr, merged: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0)
     head = tl.program_id(1)
+    token = tl.load(query_starts + tl.load(decode_rows + index)).to(tl.int64)
     dims = tl.arange(0, dim_block)
     inside = dims < head_dim
     total = tl.zeros([dim_block], tl.float32)
     peak = tl.full([1], float("-inf"), tl.float32)
     weight = tl.zeros([1], tl.float32)
-    for split_id in range(tl.load(split_starts + index), tl.load(split_starts + index + 1)):
-        place = (tl.zeros([1], tl.int64) + split_id) * heads + head
-        other_peak = tl.load(peaks + 2 * place)
-        higher = tl.maximum(peak, other_peak)
+    end = tl.load(split_starts + index + 1)
+    for first in range(tl.load(split_starts + index), end, merged):
+        split_id = first + tl.arange(0, merged)
+        place = split_id.to(tl.int64) * heads + head
+        other_peaks = tl.load(peaks + 2 * place, mask=split_id < end, other=float("-inf"))
+        other_weights = tl.load(peaks + 2 * place + 1, mask=split_id < end, other=0.0)
+        kept = (split_id < end)[:, None] & inside[None, :]
+        others = tl.load(partials + place[:, None] * head_dim + dims[None, :], mask=kept, other=0.0)
+        higher = tl.maximum(peak, tl.max(other_peaks, axis=0))
         safe = tl.where(higher == float("-inf"), 0.0, higher)
         shrink = tl.exp2(peak - safe)
-        other_shrink = tl.exp2(other_peak - safe)
-        other = tl.load(partials + place * head_dim + dims, mask=inside, other=0.0)
-        total = total * shrink + other * other_shrink
-        weight = weight * shrink + tl.load(peaks + 2 * place + 1) * other_shrink
+        factors = tl.exp2(other_peaks - safe)
+        total = total * shrink + tl.sum(others * factors[:, None], axis=0)
+        weight = weight * shrink + tl.sum(other_weights * factors, axis=0)
         peak = higher
     shrink, weight = _with_sink(peak, weight, sinks, head + tl.zeros([1], tl.int32), peak == peak)
-    token = tl.load(query_starts + tl.load(decode_rows + index)).to(tl.int64)
     answer = total * (shrink / tl.where(weight > 0, weight, 1.0))  # a padding row has seen nothing: zeros
     tl.store(out + (token * heads + head) * head_dim + dims, answer.to(out.dtype.element_ty), mask=inside)

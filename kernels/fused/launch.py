@@ -63,11 +63,12 @@ class Form:
     num_warps: int
     num_stages: int
     fp_fusion: bool = False
+    max_registers: int | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         """What Triton is told beside the arguments."""
-        return _options(self.num_warps, self.num_stages, self.fp_fusion)
+        return _options(self.num_warps, self.num_stages, self.fp_fusion, self.max_registers)
 
     @property
     def name(self) -> str:
@@ -87,21 +88,22 @@ def launch(
     num_warps: int = 4,
     num_stages: int = 1,
     fp_fusion: bool = False,
+    max_registers: int | None = None,
 ) -> None:
     """Start `kernel` on `grid`, or only note its form inside `recorded`. An empty grid starts nothing.
 
     `arguments` are tensors, None, ints and floats by parameter; `constants` the `tl.constexpr` ones. `fp_fusion` lets
     the compiler make one rounding of a product and a sum, where it likes to: not for kernels of which two forms must
-    make the same bits.
+    make the same bits. `max_registers` of a thread: how many programs share a multiprocessor follows from them.
     """
-    options = _options(num_warps, num_stages, fp_fusion)
+    options = _options(num_warps, num_stages, fp_fusion, max_registers)
     record = _record.get()
     if record is not None:
-        record(_form(kernel, arguments, constants, num_warps, num_stages, fp_fusion))
+        record(_form(kernel, arguments, constants, num_warps, num_stages, fp_fusion, max_registers))
         return
     observe = _observe.get()
     if observe is not None:
-        observe(_form(kernel, arguments, constants, num_warps, num_stages, fp_fusion))
+        observe(_form(kernel, arguments, constants, num_warps, num_stages, fp_fusion, max_registers))
     if all(grid):
         _start(kernel, grid, arguments, constants, options)
 
@@ -251,8 +253,9 @@ late = LateCompilations()
 """This process's."""
 
 
-def _options(num_warps: int, num_stages: int, fp_fusion: bool) -> dict[str, Any]:
-    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
+def _options(num_warps: int, num_stages: int, fp_fusion: bool, max_registers: int | None) -> dict[str, Any]:
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
+    return options if max_registers is None else {**options, "maxnreg": max_registers}
 
 
 def _form(
@@ -262,6 +265,7 @@ def _form(
     num_warps: int,
     num_stages: int,
     fp_fusion: bool,
+    max_registers: int | None,
 ) -> Form:
     absent = {name: None for name, value in arguments.items() if value is None}
     present = {name: value for name, value in arguments.items() if value is not None}
@@ -274,6 +278,7 @@ def _form(
         num_warps,
         num_stages,
         fp_fusion,
+        max_registers,
     )
 
 

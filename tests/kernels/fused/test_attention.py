@@ -103,9 +103,11 @@ def test_each_way_of_scoring_alone(scoring, device):
     compare(Heads(), torch.float32, device, **scoring)
 
 
+@pytest.mark.parametrize("merged", [2, 16])
 @pytest.mark.parametrize("window", [None, 90])
-def test_long_contexts_are_cut_into_longer_parts(window, device, monkeypatch):
+def test_long_contexts_are_cut_into_longer_parts(window, merged, device, monkeypatch):
     monkeypatch.setattr(attention, "SPLIT", 64)
+    monkeypatch.setattr(attention, "MERGED", merged)
     monkeypatch.setattr(attention, "LONG_CONTEXT", 200)
     assert [attention.decode_splits([context], window) for context in (200, 530)] == (
         [4, 5] if window is None else [3, 2]
