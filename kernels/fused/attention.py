@@ -6,10 +6,10 @@ of them per query are folded into the rows of a tile. Scores are kept in base 2;
 Prompt chunks: one program per tile of queries and KV head walks over all it may see. Decode rows: the context is cut at
 multiples of SPLIT positions (of twice as many where it is long), whatever the batch; a fixed number of programs takes
 (row, split, KV head) in turn from a list that the device itself counts (`_count_splits_kernel`), so a CUDA graph can
-hold the launch; `_merge_kernel` adds the splits of a row, MERGED at a time. A program reads little before its first K,
-for each that depends on another costs the latency of memory anew. With `exact` decode rows are prompt chunks of one
-query: one kernel, one shape of tile, K and V in tiles at absolute positions; a query's bits then depend on nothing else
-in the step.
+hold the launch. A program reads little before its first K, for each read that depends on another costs the latency of
+memory anew. Of a row in several splits the program that draws the last ticket adds them, in their order, as linear.py
+does with parts of a product. With `exact` decode rows are prompt chunks of one query: one kernel, one shape of tile, K
+and V in tiles at absolute positions; a query's bits then depend on nothing else in the step.
 """
 
 import functools
@@ -50,10 +50,11 @@ LARGE_PROMPT_PROGRAMS = 256
 """Large tiles are faster where there are enough of them: two for each multiprocessor of an H100."""
 DECODE = Tile(16, 32, 4, 6)
 """At least so many rows: the fewest that a tensor core multiplies."""
-WIDE_DECODE_REGISTERS = 168
-"""Of a thread where heads are wider than 128, so that three programs of four warps share a multiprocessor."""
-MERGED = 16
-"""Splits of a row that are read side by side: one after another, each would cost the latency of memory."""
+DECODE_REGISTERS, WIDE_DECODE_REGISTERS = 128, 168
+"""Of a thread, so that four programs share a multiprocessor, or three where heads are wider than 128. Where many heads
+share a KV head there is no limit, for their tile needs more."""
+MERGED, MOST_MERGED = 4096, 16
+"""Floats, and splits, of a row that are read side by side: one after another, each would cost the latency of memory."""
 MAX_DECODE_ROWS = 1024
 PROGRAMS = 2112
 """Programs of a decode launch: sixteen for each of an H200's 132 multiprocessors."""
@@ -69,9 +70,10 @@ class AttentionPlan:
     query_starts [rows + 1], context_lens [rows], block_tables [rows, max_blocks], slots [tokens] int64, token_rows
     [tokens]: 0, 1, …, where what was gathered for each token lies.
     tiles [n, 2]: row and first query (within the row) of each tile of a prompt chunk.
-    decode_rows [m]: the rows of one query; split_starts [m + 1]: the splits before each of them; splits [splits, 3]: a
-    split's row, and the positions that it begins and ends with.
+    decode_rows [m]: the rows of one query; split_starts [m + 1]: the splits before each of them; splits [splits, 4]: a
+    split's row, the positions that it begins and ends with, and the row's place in decode_rows.
     partials [splits, heads, head_dim] and peaks [splits, heads, 2]: unfinished sums, maxima and weights, float32.
+    tickets [m, kv_heads]: how many splits of a row have been stored in this layer.
     """
 
     query_starts: Tensor
@@ -83,6 +85,7 @@ class AttentionPlan:
     decode_rows: Tensor
     split_starts: Tensor
     splits: Tensor
+    tickets: Tensor
     partials: Tensor
     peaks: Tensor
     window: int | None
@@ -128,7 +131,8 @@ def plan_attention(
         tiles=put(tiles, -1, 2),
         decode_rows=put(decodes, -1),
         split_starts=torch.empty(len(decodes) + 1, dtype=torch.int32, device=device),
-        splits=torch.empty(num_splits, 3, dtype=torch.int32, device=device),
+        splits=torch.empty(num_splits, 4, dtype=torch.int32, device=device),
+        tickets=torch.empty(len(decodes), pool.shape[3], dtype=torch.int32, device=device),
         partials=torch.empty(num_splits, num_heads, head_dim, dtype=torch.float32, device=device),
         peaks=torch.empty(num_splits, num_heads, 2, dtype=torch.float32, device=device),
         window=window,
@@ -192,7 +196,8 @@ def plan_mixed(
         tiles=tiles,
         decode_rows=decode_rows,
         split_starts=torch.empty(num_decodes + 1, dtype=torch.int32, device=device),
-        splits=torch.empty(max_splits, 3, dtype=torch.int32, device=device),
+        splits=torch.empty(max_splits, 4, dtype=torch.int32, device=device),
+        tickets=torch.empty(num_decodes, pool.shape[3], dtype=torch.int32, device=device),
         partials=torch.empty(max_splits, num_heads, pool.shape[5], dtype=torch.float32, device=device),
         peaks=torch.empty(max_splits, num_heads, 2, dtype=torch.float32, device=device),
         window=window,
@@ -222,7 +227,8 @@ def most_decode_splits(max_context: int, window: int | None) -> int:
 
 
 def count_splits(plan: AttentionPlan) -> None:
-    """Fill `split_starts` and `splits` from the context lengths on the device; once a step, before any layer."""
+    """Fill `split_starts` and `splits` from the context lengths on the device, and take all tickets back; once a step,
+    before any layer."""
     launch(
         _count_splits_kernel,
         (1,),
@@ -231,9 +237,16 @@ def count_splits(plan: AttentionPlan) -> None:
             "decode_rows": plan.decode_rows,
             "split_starts": plan.split_starts,
             "splits": plan.splits,
+            "tickets": plan.tickets,
             "num_rows": plan.decode_rows.shape[0],
         },
-        {"window": plan.window or 0, "split": SPLIT, "long_context": LONG_CONTEXT, "block": MAX_DECODE_ROWS},
+        {
+            "window": plan.window or 0,
+            "split": SPLIT,
+            "long_context": LONG_CONTEXT,
+            "kv_heads": plan.tickets.shape[1],
+            "block": MAX_DECODE_ROWS,
+        },
     )
 
 
@@ -292,42 +305,31 @@ def _prefill(arguments: dict[str, Any], constants: dict[str, Any], plan: Attenti
 
 
 def _decode(arguments: dict[str, Any], constants: dict[str, Any], plan: AttentionPlan) -> None:
-    partial = {"split_starts": plan.split_starts, "partials": plan.partials, "peaks": plan.peaks}
-    rows = max(DECODE.rows, next_power_of_2(constants["group"]))
-    decoded = {
-        **arguments,
-        **partial,
-        "splits": plan.splits,
-        "num_rows": plan.decode_rows.shape[0],
-    }
-    work = plan.partials.shape[0] * constants["kv_heads"]
+    group = next_power_of_2(constants["group"])
+    registers = DECODE_REGISTERS if constants["dim_block"] <= 128 else WIDE_DECODE_REGISTERS
     launch(
         _decode_kernel,
-        (min(work, PROGRAMS),),
-        decoded,
-        {**constants, "rows": rows, "columns": DECODE.columns},
+        (min(plan.splits.shape[0] * constants["kv_heads"], PROGRAMS),),
+        {
+            **arguments,
+            "split_starts": plan.split_starts,
+            "splits": plan.splits,
+            "tickets": plan.tickets,
+            "partials": plan.partials,
+            "peaks": plan.peaks,
+            "num_rows": plan.decode_rows.shape[0],
+        },
+        {
+            **constants,
+            "rows": max(DECODE.rows, group),
+            "columns": DECODE.columns,
+            "merged_heads": group,
+            "merged": max(1, min(MOST_MERGED, MERGED // (group * constants["dim_block"]))),
+        },
         num_warps=DECODE.warps,
         num_stages=DECODE.stages,
         fp_fusion=True,
-        max_registers=WIDE_DECODE_REGISTERS if constants["dim_block"] > 128 else None,
-    )
-    launch(
-        _merge_kernel,
-        (plan.decode_rows.shape[0], arguments["q"].shape[1]),
-        {
-            **partial,
-            "out": arguments["out"],
-            "query_starts": plan.query_starts,
-            "decode_rows": plan.decode_rows,
-            "sinks": arguments["sinks"],
-        },
-        {
-            "heads": arguments["q"].shape[1],
-            "head_dim": constants["head_dim"],
-            "dim_block": constants["dim_block"],
-            "merged": MERGED,
-        },
-        num_warps=2,
+        max_registers=registers if group <= DECODE.rows else None,
     )
 
 
@@ -410,13 +412,14 @@ def _tiles(counts: list[int], context_lens: list[int], queries: int, skipped: tu
 def _num_splits(context_len: int, window: int | None) -> int:
     first = 0 if window is None else max(0, context_len - window)
     split = SPLIT if context_len <= LONG_CONTEXT else 2 * SPLIT
-    return -(-context_len // split) - first // split
+    return max(1, -(-context_len // split) - first // split)  # a padding row has one, of nothing
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _count_splits_kernel(
-    context_lens, decode_rows, split_starts, splits, num_rows,
-    window: tl.constexpr, split: tl.constexpr, long_context: tl.constexpr, block: tl.constexpr,
+    context_lens, decode_rows, split_starts, splits, tickets, num_rows,
+    window: tl.constexpr, split: tl.constexpr, long_context: tl.constexpr, kv_heads: tl.constexpr,
+    block: tl.constexpr,
 ):  # fmt: skip
     index = tl.arange(0, block)
     inside = index < num_rows
@@ -426,16 +429,19 @@ def _count_splits_kernel(
     first = tl.zeros([block], tl.int32)
     if window > 0:
         first = tl.maximum(context - window, 0) // size
-    counts = (context + size - 1) // size - first
+    counts = tl.where(inside, tl.maximum((context + size - 1) // size - first, 1), 0)
     tl.store(split_starts, 0)
     ends = tl.cumsum(counts, axis=0)
     tl.store(split_starts + 1 + index, ends, mask=inside)
     for i in range(tl.max(counts, axis=0)):
-        place = 3 * (ends - counts + i)
+        place = 4 * (ends - counts + i)
         begin = (first + i) * size
         tl.store(splits + place, rows, mask=i < counts)
         tl.store(splits + place + 1, begin, mask=i < counts)
         tl.store(splits + place + 2, tl.minimum(begin + size, context), mask=i < counts)
+        tl.store(splits + place + 3, index, mask=i < counts)
+    for kv_head in range(kv_heads):
+        tl.store(tickets + index * kv_heads + kv_head, 0, mask=inside)
 
 
 @triton.jit
@@ -564,10 +570,11 @@ def _prefill_kernel(
 @triton.jit(do_not_specialize=["table_stride", "num_rows"])
 def _decode_kernel(
     q, pages, out, query_starts, context_lens, block_tables, alibi_slopes, sinks, split_starts,
-    splits, partials, peaks, table_stride, num_rows, scale, soft_cap,
+    splits, tickets, partials, peaks, table_stride, num_rows, scale, soft_cap,
     kv_heads: tl.constexpr, group: tl.constexpr, head_dim: tl.constexpr, dim_block: tl.constexpr,
     block_size: tl.constexpr, page_stride: tl.constexpr, kv_stride: tl.constexpr, q_stride: tl.constexpr,
     window: tl.constexpr, capped: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+    merged_heads: tl.constexpr, merged: tl.constexpr,
 ):  # fmt: skip
     folded = tl.arange(0, rows)
     dims = tl.arange(0, dim_block)
@@ -575,13 +582,15 @@ def _decode_kernel(
     for work in range(tl.program_id(0), tl.load(split_starts + num_rows) * kv_heads, tl.num_programs(0)):
         kv_head = work % kv_heads
         split_id = work // kv_heads
-        row = tl.load(splits + 3 * split_id)
-        begin = tl.multiple_of(tl.load(splits + 3 * split_id + 1), columns)
-        limit = tl.load(splits + 3 * split_id + 2)
+        row = tl.load(splits + 4 * split_id)
+        begin = tl.multiple_of(tl.load(splits + 4 * split_id + 1), columns)
+        limit = tl.load(splits + 4 * split_id + 2)
+        index = tl.load(splits + 4 * split_id + 3)
+        first_split, end_split = tl.load(split_starts + index), tl.load(split_starts + index + 1)
         context = tl.load(context_lens + row)
         head = kv_head * group + folded
-        token = tl.load(query_starts + row) + tl.zeros([rows], tl.int32)
-        queries = _load_queries(q, token, head, valid, q_stride, head_dim, dim_block)
+        token = tl.load(query_starts + row)
+        queries = _load_queries(q, token + tl.zeros([rows], tl.int32), head, valid, q_stride, head_dim, dim_block)
         slopes = None
         if alibi_slopes is not None:
             slopes = tl.load(alibi_slopes + head, mask=valid, other=0.0)
@@ -599,41 +608,66 @@ def _decode_kernel(
             soft_cap,
                 head_dim, dim_block, block_size, page_stride, kv_stride, window, capped, columns, True,
             )  # fmt: skip
-        place = (tl.zeros([rows], tl.int64) + split_id) * (kv_heads * group) + head
-        kept = valid[:, None] & (dims < head_dim)[None, :]
-        tl.store(partials + place[:, None] * head_dim + dims[None, :], total, mask=kept)
-        tl.store(peaks + 2 * place, peak, mask=valid)
-        tl.store(peaks + 2 * place + 1, weight, mask=valid)
+        if end_split - first_split == 1:
+            _finish(total, peak, weight, out, sinks, token, head, valid, kv_heads * group, head_dim, dim_block)
+        else:
+            place = split_id.to(tl.int64) * (kv_heads * group) + head
+            kept = valid[:, None] & (dims < head_dim)[None, :]
+            tl.store(partials + place[:, None] * head_dim + dims[None, :], total, mask=kept)
+            tl.store(peaks + 2 * place, peak, mask=valid)
+            tl.store(peaks + 2 * place + 1, weight, mask=valid)
+            ticket = tickets + index * kv_heads + kv_head
+            tl.debug_barrier()  # all threads have stored before one draws the ticket
+            if tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == end_split - first_split - 1:
+                _merge(
+                    partials, peaks, out, sinks, token, first_split, end_split, kv_head * group,
+                    kv_heads * group, group, head_dim, dim_block, merged_heads, merged,
+                )  # fmt: skip
+                tl.store(ticket, 0)
 
 
 @triton.jit
-def _merge_kernel(
-    split_starts, partials, peaks, out, query_starts, decode_rows, sinks,
-    heads: tl.constexpr, head_dim: tl.constexpr, dim_block: tl.constexpr, merged: tl.constexpr,
+def _merge(
+    partials, peaks, out, sinks, token, first_split, end_split, first_head,
+    heads: tl.constexpr, group: tl.constexpr, head_dim: tl.constexpr, dim_block: tl.constexpr,
+    merged_heads: tl.constexpr, merged: tl.constexpr,
 ):  # fmt: skip
-    index = tl.program_id(0)
-    head = tl.program_id(1)
-    token = tl.load(query_starts + tl.load(decode_rows + index)).to(tl.int64)
+    """Adds the splits of a row in their order, `merged` at a time, for the heads of one KV head."""
+    lane = tl.arange(0, merged_heads)
     dims = tl.arange(0, dim_block)
-    inside = dims < head_dim
-    total = tl.zeros([dim_block], tl.float32)
-    peak = tl.full([1], float("-inf"), tl.float32)
-    weight = tl.zeros([1], tl.float32)
-    end = tl.load(split_starts + index + 1)
-    for first in range(tl.load(split_starts + index), end, merged):
+    valid, head = lane < group, first_head + lane
+    total = tl.zeros([merged_heads, dim_block], tl.float32)
+    peak = tl.full([merged_heads], float("-inf"), tl.float32)
+    weight = tl.zeros([merged_heads], tl.float32)
+    for first in tl.range(first_split, end_split, merged, num_stages=1):
         split_id = first + tl.arange(0, merged)
-        place = split_id.to(tl.int64) * heads + head
-        other_peaks = tl.load(peaks + 2 * place, mask=split_id < end, other=float("-inf"))
-        other_weights = tl.load(peaks + 2 * place + 1, mask=split_id < end, other=0.0)
-        kept = (split_id < end)[:, None] & inside[None, :]
-        others = tl.load(partials + place[:, None] * head_dim + dims[None, :], mask=kept, other=0.0)
+        place = split_id.to(tl.int64)[:, None] * heads + head[None, :]
+        there = (split_id < end_split)[:, None] & valid[None, :]
+        kept = there[:, :, None] & (dims < head_dim)[None, None, :]
+        others = tl.load(
+            partials + place[:, :, None] * head_dim + dims[None, None, :], mask=kept, other=0.0, cache_modifier=".cg"
+        )
+        other_peaks = tl.load(peaks + 2 * place, mask=there, other=float("-inf"), cache_modifier=".cg")
+        other_weights = tl.load(peaks + 2 * place + 1, mask=there, other=0.0, cache_modifier=".cg")
         higher = tl.maximum(peak, tl.max(other_peaks, axis=0))
         safe = tl.where(higher == float("-inf"), 0.0, higher)
         shrink = tl.exp2(peak - safe)
-        factors = tl.exp2(other_peaks - safe)
-        total = total * shrink + tl.sum(others * factors[:, None], axis=0)
+        factors = tl.exp2(other_peaks - safe[None, :])
+        total = total * shrink[:, None] + tl.sum(others * factors[:, :, None], axis=0)
         weight = weight * shrink + tl.sum(other_weights * factors, axis=0)
         peak = higher
-    shrink, weight = _with_sink(peak, weight, sinks, head + tl.zeros([1], tl.int32), peak == peak)
-    answer = total * (shrink / tl.where(weight > 0, weight, 1.0))  # a padding row has seen nothing: zeros
-    tl.store(out + (token * heads + head) * head_dim + dims, answer.to(out.dtype.element_ty), mask=inside)
+    _finish(total, peak, weight, out, sinks, token, head, valid, heads, head_dim, dim_block)
+
+
+@triton.jit
+def _finish(
+    total, peak, weight, out, sinks, token, head, valid,
+    heads: tl.constexpr, head_dim: tl.constexpr, dim_block: tl.constexpr,
+):  # fmt: skip
+    """Stores the answers of a token's heads."""
+    dims = tl.arange(0, dim_block)
+    shrink, weight = _with_sink(peak, weight, sinks, head, valid)
+    answer = total * (shrink / tl.where(weight > 0, weight, 1.0))[:, None]  # a padding row has seen nothing: zeros
+    place = token.to(tl.int64) * heads + head
+    kept = valid[:, None] & (dims < head_dim)[None, :]
+    tl.store(out + place[:, None] * head_dim + dims[None, :], answer.to(out.dtype.element_ty), mask=kept)

@@ -92,10 +92,11 @@ class SplitRoom:
         return most_decode_splits(self._max_model_len, window)
 
     def has_room(self, rows: int, contexts: np.ndarray) -> bool:
-        """Whether decode rows of such contexts fit into a graph of `rows`."""
+        """Whether decode rows of such contexts fit into a graph of `rows`, the others of which are padding."""
+        padded = [*contexts.tolist(), *[0] * (rows - len(contexts))]
         for window in self._windows:
             room = self._splits(rows, window)
-            if room < rows * self._longest(window) and decode_splits(contexts.tolist(), window) > room:
+            if room < rows * self._longest(window) and decode_splits(padded, window) > room:
                 return False
         return True
 
