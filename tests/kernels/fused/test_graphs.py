@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from kernels.fused import attention
+from kernels.fused import attention, launch
 from kernels.ops import choice
 from services.worker import load
 from services.worker.execute import graphs, mixed_graphs
@@ -224,6 +224,18 @@ def test_the_rehearsal_before_the_pool_is_made_goes_through_the_largest_graph(de
     assert len(peaks) == 2
     assert steps.graphs > steps.eager == 1
     assert runner._graphs._numbers[3, :3].tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_decode_step_takes_eight_kernels_a_layer(decoders, name, monkeypatch):
+    """Norm, QKV, rope with the write of K and V, attention, O with its sum, norm, gate and up with SiLU, down with its
+    sum; and once a step the count of splits, the last norm and the head."""
+    decoder, started, start = decoders(name), [], launch._start
+    held, _ = graphed(decoder)
+    monkeypatch.setattr(launch, "_start", lambda kernel, *rest: started.append(kernel.__name__) or start(kernel, *rest))
+    numbers = torch.tensor([[3, 3], [9, 9], [1, 9], [64, 120]]).numpy()
+    held._graphs.take(DecodeInputs(numbers, torch.zeros(1, 2, 16, dtype=torch.int32).numpy()))
+    assert len(started) == 8 * decoder.spec.num_layers + 3, started
 
 
 def living_graphs():
