@@ -18,7 +18,7 @@ from shared.config import WorkerConfig
 from shared.sampling import Sampling
 
 LOGPROBS = 20
-"""Alternatives that every row asks for: the raw logits are then kept beside the changed ones."""
+"""Alternatives that every row asks for, of prompt and answer: the raw logits are then kept beside the changed ones."""
 WORST_SAMPLING = Sampling(seed=1, temperature=0.7, top_k=50, top_p=0.9, min_p=0.01, logit_bias=((0, 1.0),))
 
 
@@ -83,6 +83,7 @@ def _prompts(lengths: list[int], block_size: int, num_groups: int) -> StepPlan:
             prompt_len=length,
             sampling=WORST_SAMPLING,
             logprobs=LOGPROBS,
+            prompt_logprobs=LOGPROBS,
         )
         for slot, length in enumerate(lengths)
     )

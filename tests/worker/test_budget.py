@@ -76,19 +76,23 @@ def test_the_worst_step_fills_the_budget_in_as_many_rows_as_there_may_be(
     layout = layout_of(decoder.spec, decoder.dtype, config.block_size)
     runner = build_runner(config, decoder, layout, Size(1, max_model_len))
     seen = []
-    forward = decoder.forward
 
     class Seeing:
         layers_done = 0
+        logits = staticmethod(decoder.logits)
 
         def forward(self, batch, pool):
+            return self.logits(self.hidden(batch, pool), exact=batch.exact)
+
+        def hidden(self, batch, pool):
             seen.append((len(batch.token_ids), len(batch.context_lens), len(batch.logit_rows)))
-            return forward(batch, pool)
+            return decoder.hidden(batch, pool)
 
     runner._decoder = Seeing()
     steps = measure_steps(config, decoder, runner, FakeGauge(), max_model_len=max_model_len, with_graphs=False)
     rows = min(max_num_seqs, max_num_batched_tokens)
-    assert seen == [(min(max_num_batched_tokens, rows * (max_model_len - 1)), rows, rows)]
+    num_tokens = min(max_num_batched_tokens, rows * (max_model_len - 1))
+    assert seen == [(num_tokens, rows, num_tokens)]
     assert (steps.eager, steps.graphs) == (2 * GIB, 0)
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from services.worker.execute import runner as runner_module
 from services.worker.models.decoder import load_decoder
 from services.worker.plan import PlanError, StepError
 from shared.checkpoint import open_checkpoint
@@ -167,7 +168,9 @@ def test_logprobs_are_raw_and_ranked(decoder, oracle):
     assert any(entry.rank > 1 for entry in asked.logprobs)
 
 
-def test_prompt_logprobs_describe_every_prompt_token_after_the_first(decoder, oracle):
+@pytest.mark.parametrize("described_rows", [256, 4])
+def test_prompt_logprobs_describe_every_prompt_token_after_the_first(decoder, oracle, described_rows, monkeypatch):
+    monkeypatch.setattr(runner_module, "DESCRIBED_ROWS", described_rows)
     prompt = prompt_of(random.Random(4), 30, 30)
     asked = make_asked(prompt, 2, prompt_logprobs=3)
     answer_all(make_runner(decoder), [asked], random.Random(0), chunk=7, preempt=0)
@@ -179,6 +182,15 @@ def test_prompt_logprobs_describe_every_prompt_token_after_the_first(decoder, or
         order = logprobs[position - 1].argsort(descending=True).tolist()
         assert logprob == pytest.approx(logprobs[position - 1, prompt[position]].item(), abs=1e-4)
         assert (rank, best) == (order.index(prompt[position]) + 1, order[:3])
+
+
+def test_the_logits_of_a_prompt_are_never_held_all_at_once(decoder, monkeypatch):
+    """A prompt of 8,192 tokens with a vocabulary of 128k would take 4 GB, which nobody has set aside."""
+    monkeypatch.setattr(runner_module, "DESCRIBED_ROWS", 4)
+    made, head_of = [], decoder._head_of
+    monkeypatch.setattr(decoder, "_head_of", lambda hidden, exact: made.append(len(hidden)) or head_of(hidden, exact))
+    answer_alone(make_runner(decoder), make_asked(prompt_of(random.Random(4), 30, 30), 1, prompt_logprobs=3))
+    assert sum(made) == 29 + 1 and max(made) <= 4
 
 
 def test_a_chunk_whose_logits_nobody_wants_still_writes_its_pages(decoder):

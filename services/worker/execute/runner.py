@@ -23,6 +23,9 @@ from services.worker.models.decoder import StepBatch
 from services.worker.plan import NO_OUTPUT, ComputedStep, PendingStep, StepOutput, StepPlan
 from services.worker.sampling.sampler import DescribedPrompt, Sampled, Sampler
 
+DESCRIBED_ROWS = 256
+"""Prompt tokens whose logits are made together: of a whole step's they would fill gigabytes."""
+
 
 class Forward(Protocol):
     """The part of a decoder that a runner needs."""
@@ -30,6 +33,10 @@ class Forward(Protocol):
     layers_done: int
 
     def forward(self, batch: StepBatch, pool: Tensor) -> Tensor: ...
+
+    def hidden(self, batch: StepBatch, pool: Tensor) -> Tensor: ...
+
+    def logits(self, hidden: Tensor, *, exact: bool) -> Tensor: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -198,11 +205,12 @@ class Runner:
         batch = inputs.batch
         if inputs.feeds:
             batch = replace(batch, token_ids=fed(batch.token_ids, self._last_tokens))
-        logits = self._decoder.forward(batch, self._pages)
-        described = self._describe_prompts(plan, inputs, logits)
-        if len(logits) != len(inputs.sampled_at):
-            logits = logits[to_device(inputs.sampled_at, logits.device)]
-        return logits, described
+        if not inputs.prompt_rows:
+            return self._decoder.forward(batch, self._pages), ()
+        hidden = self._decoder.hidden(batch, self._pages)
+        described = self._describe_prompts(plan, inputs, hidden)
+        sampled = hidden[to_device(inputs.sampled_at, hidden.device)]
+        return self._decoder.logits(sampled, exact=exact), described
 
     def _sample(self, plan: StepPlan, logits: Tensor) -> Sampled | None:
         slots = plan.slots[plan.samples]
@@ -213,13 +221,15 @@ class Runner:
             self._last_tokens.index_copy_(0, to_device(slots, logits.device), sampled.token_ids)
         return sampled
 
-    def _describe_prompts(self, plan: StepPlan, inputs: Inputs, logits: Tensor) -> tuple[DescribedPrompt, ...]:
+    def _describe_prompts(self, plan: StepPlan, inputs: Inputs, hidden: Tensor) -> tuple[DescribedPrompt, ...]:
         described = []
         for row, first, end in inputs.prompt_rows:
             slot = int(plan.slots[row])
             start = int(self._slots.computed[slot]) + 1
             token_ids = self._slots.tokens[slot, start : start + end - first]
-            described.append(self._sampler.describe_prompt(logits[first:end], slot, row, start, token_ids))
+            pieces = hidden[first:end].split(DESCRIBED_ROWS)
+            logits = (self._decoder.logits(piece, exact=inputs.batch.exact) for piece in pieces)
+            described.append(self._sampler.describe_prompt(logits, slot, row, start, token_ids))
         return tuple(described)
 
     def _read_history(self, plan: StepPlan) -> None:

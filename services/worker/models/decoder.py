@@ -147,6 +147,16 @@ class Decoder:
         return self.compute(self.prepare(batch, pool))
 
     @torch.inference_mode()
+    def hidden(self, batch: StepBatch, pool: Tensor) -> Tensor:
+        """The same, less the head: [S, hidden_size], which `logits` takes in pieces where all logits are too many."""
+        return self._hidden(self.prepare(batch, pool))
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor, *, exact: bool) -> Tensor:
+        """float32 logits [n, vocab_size] of n rows of `hidden`; `exact` as in the batch."""
+        return self._head_of(hidden, exact or self.dtype == torch.float32).float()
+
+    @torch.inference_mode()
     def prepare(self, batch: StepBatch, pool: Tensor) -> PreparedStep:
         """Everything that comes from the host, and what all layers share."""
         exact = batch.exact or self.dtype == torch.float32
@@ -163,12 +173,18 @@ class Decoder:
 
     def _logits(self, prepared: PreparedStep) -> Tensor:
         """[S, vocab_size], in the decoder's dtype or wider."""
+        return self._head_of(self._hidden(prepared), prepared.attention.exact)
+
+    def _hidden(self, prepared: PreparedStep) -> Tensor:
+        """[S, hidden_size] behind the last layer."""
         step, exact = prepared.attention, prepared.attention.exact
         hidden = self._embedded(prepared, exact)
         for layer in self._layers[:-1]:
             hidden = layer.forward(hidden, step)
             self.layers_done += 1
-        hidden = self._layers[-1].forward(hidden, step, prepared.logit_rows)
+        return self._layers[-1].forward(hidden, step, prepared.logit_rows)
+
+    def _head_of(self, hidden: Tensor, exact: bool) -> Tensor:
         if hidden.shape[0] == 0:
             return hidden.new_empty((0, self.spec.vocab_size))
         if self._norm is not None:

@@ -5,7 +5,7 @@ The order: raw logprobs, logit bias, penalties, min_tokens, grammar, then kernel
 top-k, top-p, min-p, noise). Rows that ask for nothing pay for nothing: a plain greedy step is one argmax.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -258,16 +258,22 @@ class Sampler:
         if stops:
             ops.forbid(logits, *_entries(logits, stops))
 
-    def describe_prompt(self, logits: Tensor, slot: int, row: int, start: int, token_ids: Array) -> DescribedPrompt:
+    def describe_prompt(
+        self, pieces: Iterable[Tensor], slot: int, row: int, start: int, token_ids: Array
+    ) -> DescribedPrompt:
         """Launches the logprobs of the prompt tokens `token_ids` int32 [n] at positions `start`, …, whose logits are
-        `logits` [n, vocab]."""
-        num_top = int(self._num_prompt_logprobs[slot])
-        logits, targets = _well_placed(logits), _beside(logits, token_ids.astype(np.int64))
+        the rows of all `pieces` [m, vocab]; only one of these is held at a time."""
+        num_top, parts, done = int(self._num_prompt_logprobs[slot]), [], 0
         chunk = max(4, PROMPT_CHUNK_ELEMENTS // self.vocab_size // 4 * 4)  # so that each begins well placed too
-        parts = [
-            ops.token_logprobs(logits[at : at + chunk], targets[at : at + chunk], num_top)
-            for at in range(0, len(token_ids), chunk)
-        ]
+        for piece in pieces:
+            logits, targets = _well_placed(piece), token_ids[done : done + len(piece)].astype(np.int64)
+            done += len(piece)
+            wanted = _beside(logits, targets)
+            parts += [
+                ops.token_logprobs(logits[at : at + chunk], wanted[at : at + chunk], num_top)
+                for at in range(0, len(logits), chunk)
+            ]
+            del logits, piece
         return DescribedPrompt(tuple(torch.cat(each) for each in zip(*parts, strict=True)), row, start)
 
 
