@@ -89,7 +89,7 @@ def test_a_refused_field_is_named(served: Served) -> None:
 def test_nobody_there_says_so() -> None:
     done = sluice("generate", "--address=127.0.0.1:1", "hi")
     assert done.returncode == 1
-    assert "nothing answers at 127.0.0.1:1; is `sluice up` running?" in done.stderr
+    assert "nothing answers gRPC at 127.0.0.1:1; is `sluice up` running" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -392,7 +392,13 @@ def test_a_model_without_a_chat_template_is_a_clear_message() -> None:
     ("said", "shown"),
     [
         ("failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:9: refused", "sluice up"),
+        (
+            "failed to connect to all addresses; … (Trying to connect an http1.x server (HTTP status 400))",
+            "--grpc-port",
+        ),
         ("Stream removed (Socket closed)", "broke off"),
+        ("Deadline Exceeded", "the deadline passed"),
+        ("Stream removed (Deadline Exceeded)", "the deadline passed"),
         ("SERVER: Received message larger than max (9000010 vs. 8454144)", "--max-request-bytes"),
         ("what we do not know is passed on", "what we do not know is passed on"),
     ],
