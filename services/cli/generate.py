@@ -45,7 +45,9 @@ def generate(
     top_p: Annotated[float | None, typer.Option()] = None,
     top_k: Annotated[int | None, typer.Option(help="0 is off.")] = None,
     min_p: Annotated[float | None, typer.Option()] = None,
-    seed: Annotated[int | None, typer.Option(help="The same request gives the same answer.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="The same request gives the same answer; under load add --deterministic.")
+    ] = None,
     repetition_penalty: Annotated[float | None, typer.Option()] = None,
     presence_penalty: Annotated[float | None, typer.Option()] = None,
     frequency_penalty: Annotated[float | None, typer.Option()] = None,
