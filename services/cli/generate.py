@@ -224,6 +224,8 @@ def _input(prompt: str, *, chat: bool, system: str, token_ids: str) -> dict[str,
     from services.cli.client import Message
 
     if token_ids:
+        if prompt != "-" or chat:
+            raise typer.BadParameter("--token-ids is the whole prompt; leave out the text and --chat")
         return {"token_ids": _ids(token_ids, "--token-ids")}
     if prompt == "-" and sys.stdin.isatty():
         print("the prompt, ended by Ctrl-D:", file=sys.stderr)

@@ -95,7 +95,7 @@ def test_nobody_there_says_so() -> None:
 
 @pytest.mark.parametrize("option", ["--seed", "--max-tokens", "--stop-token-ids", "--token-ids", "-n"])
 def test_a_value_beyond_its_field_is_a_sentence_that_names_the_option(served: Served, option: str) -> None:
-    done = generate(served, "hi", option, "-1")
+    done = generate(served, *(() if option == "--token-ids" else ("hi",)), option, "-1")
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {option.replace('-n', '--n')} does not fit its field: ")
     assert done.stderr.count("\n") == 1
@@ -120,6 +120,13 @@ def test_logprobs_stand_on_lines_of_their_own(served: Served) -> None:
     assert both("hi") == "Hello, wörld\n" + 3 * line
     assert both("hi", "-n2") == "".join(f"── sample {i} ──\nHello, wörld\n" + 3 * line for i in (0, 1))
     assert both("break").startswith("Hello, wörld\n" + 3 * line + "error: RESOURCE_EXHAUSTED")
+
+
+@pytest.mark.parametrize("more", ["hi", "--chat"])
+def test_token_ids_are_the_whole_prompt(served: Served, more: str) -> None:
+    done = generate(served, "--token-ids", "1,2", more)
+    assert done.returncode == 2 and "--token-ids is the whole prompt" in done.stderr
+    assert not served.router.requests
 
 
 @pytest.mark.parametrize("bad", [("--logit-bias", "x=1"), ("--stop-token-ids", "a,b"), ("--token-ids", "1,x")])

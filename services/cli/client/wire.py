@@ -116,6 +116,7 @@ def _trace_span(span: control_pb2.TraceSpan) -> TraceSpan:
 
 def to_wire(request: Request) -> inference_pb2.GenerateRequest:
     """Raises FieldError."""
+    _check_one_input(request)
     wire = inference_pb2.GenerateRequest()
     _set(wire, request, ("request_id", "model", "priority", "prompt", "deterministic"))
     if request.token_ids is not None:
@@ -139,6 +140,13 @@ def to_wire(request: Request) -> inference_pb2.GenerateRequest:
     if request.structured is not None:
         _set_structured(wire.structured, *request.structured)
     return wire
+
+
+def _check_one_input(request: Request) -> None:
+    """The wire holds one and would drop the others. A request with none is the server's to refuse."""
+    given = [name for name in ("prompt", "token_ids", "messages") if getattr(request, name) is not None]
+    if len(given) > 1:
+        raise FieldError(given[1], ValueError(f"{given[0]} is given too, and a request has one of them"))
 
 
 def _set_structured(wire: inference_pb2.Structured, kind: str, value: str | tuple[str, ...]) -> None:
