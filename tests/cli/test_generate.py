@@ -82,6 +82,12 @@ def test_a_refusal_is_one_sentence_with_its_status_and_when_to_try_again(served:
     assert done.stderr == "error: RESOURCE_EXHAUSTED: 512 requests are waiting (try again in 0.1 s)\n"
 
 
+def test_a_router_without_tls_is_told_of_in_one_line(served: Served) -> None:
+    done = generate(served, "hi", "--tls")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: UNAVAILABLE: nothing that we trust") and done.stderr.count("\n") == 1
+
+
 def test_a_refused_field_is_named(served: Served) -> None:
     assert "(field sampling.top_p)" in generate(served, "hi", "--top-p", "2").stderr
 
