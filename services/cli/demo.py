@@ -37,7 +37,7 @@ def demo(
     async def show(cluster: Cluster) -> int:
         code = await _ask(cluster, prompt)
         if keep and code == 0:
-            print_calls(cluster.router)
+            print_calls(cluster.router, cluster.http["router"])
             await asyncio.Event().wait()
         return code
 
@@ -60,25 +60,27 @@ async def _ask(cluster: Cluster, prompt: str) -> int:
             return 1
 
 
-def print_calls(address: str) -> None:
-    """Three ways to call a router."""
+def print_calls(address: str, http: str) -> None:
+    """Ways to call a router by either door."""
     print(
         f"""
-The cluster is up. Call it from another terminal:
+The cluster is up, with a page to talk to the model at http://{http}/ . Call it from another terminal:
 
   .venv/bin/sluice generate --address {address} --timing 'def add(a, b):'
   .venv/bin/sluice chat --address {address}
+
+  curl http://{http}/v1/completions -H 'content-type: application/json' \\
+    -d '{{"prompt": "def add(a, b):", "max_tokens": 32}}'
 
   grpcurl -plaintext -d '{{"prompt": "def add(a, b):", "stopping": {{"max_tokens": 32}}}}' \\
     {address} sluice.v1.Inference/Generate
 
   .venv/bin/python - <<'EOF'
-  import grpc
-  from shared.rpc.sluice.v1 import inference_pb2 as pb, inference_pb2_grpc as rpc
-  with grpc.insecure_channel("{address}") as channel:
-      request = pb.GenerateRequest(prompt="def add(a, b):", stopping=pb.Stopping(max_tokens=32))
-      for response in rpc.InferenceStub(channel).Generate(request):
-          print(response.delta.text, end="", flush=True)
+  from services.cli.client import BlockingClient, Delta, Request
+  with BlockingClient("{address}") as client:
+      for event in client.generate(Request(prompt="def add(a, b):", max_tokens=32)):
+          if isinstance(event, Delta):
+              print(event.text, end="", flush=True)
   EOF
 
 Ctrl-C stops it.""",

@@ -26,7 +26,15 @@ GIB = 2**30
 MIN_PYTHON = (3, 11)
 MIN_FREE_BYTES = 2 * GIB
 CPUINFO = Path("/proc/cpuinfo")
-PORTS = {50051: "--grpc-port", 50052: "--scheduler-port", 50053: "--worker-port"}
+PORTS = {
+    50051: "--grpc-port",
+    8000: "--port",
+    50052: "--scheduler-port",
+    9052: "--metrics-port",
+    50053: "--worker-port",
+    9053: "--metrics-port",
+}
+"""Those of `sluice up` with one worker, and the flag that moves each."""
 BFLOAT16_FLAGS = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16", "bf16": "ARM BF16"}
 """What /proc/cpuinfo calls it, and how it is shown; a worker asks for the same flags."""
 

@@ -45,7 +45,9 @@ def generate(
     top_p: Annotated[float | None, typer.Option()] = None,
     top_k: Annotated[int | None, typer.Option(help="0 is off.")] = None,
     min_p: Annotated[float | None, typer.Option()] = None,
-    seed: Annotated[int | None, typer.Option(help="The same request gives the same answer.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="The same request gives the same answer; under load add --deterministic.")
+    ] = None,
     repetition_penalty: Annotated[float | None, typer.Option()] = None,
     presence_penalty: Annotated[float | None, typer.Option()] = None,
     frequency_penalty: Annotated[float | None, typer.Option()] = None,
@@ -222,6 +224,8 @@ def _input(prompt: str, *, chat: bool, system: str, token_ids: str) -> dict[str,
     from services.cli.client import Message
 
     if token_ids:
+        if prompt != "-" or chat:
+            raise typer.BadParameter("--token-ids is the whole prompt; leave out the text and --chat")
         return {"token_ids": _ids(token_ids, "--token-ids")}
     if prompt == "-" and sys.stdin.isatty():
         print("the prompt, ended by Ctrl-D:", file=sys.stderr)

@@ -1,5 +1,6 @@
 """The `sluice` command. Each command's own imports wait until it runs, so that `--help` is quick."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -124,7 +125,9 @@ SUMMARIES = {
 
 
 def main() -> None:
-    """Entry point. Builds only the command that the line names: generating flags costs time."""
+    """Entry point. Builds only the command that the line names: generating flags costs time. Of gRPC's core only errors
+    are told, unless GRPC_VERBOSITY asks for more: it logs every handshake that a peer did not finish."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     named = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
     known = named if named in COMMANDS else "help"
     build_app(known)()

@@ -8,7 +8,7 @@ from services.router.fleet.values import Durations, Release, Ticket
 from services.router.request import Delta, Event, Finished, GenerateOptions, TokenLogprob, Usage
 from shared.clock import NowNs
 from shared.outcome import AbortCause, FinishReason, Refusal
-from shared.sampling import TokenLogprobs
+from shared.sampling import NO_LOGPROBS, TokenLogprobs
 from shared.text.detokenizer import Detokenizer, TokenTexts
 from shared.text.stops import StopMatcher, StopStrings
 
@@ -89,8 +89,8 @@ class Answer:
         """When nothing more could come; 0 until then."""
         self._prompt_given: list[TokenLogprobs] = []
         self.prompt_logprobs: tuple[TokenLogprob, ...] | None = None
-        """Of every prompt token, once all are known; a prompt of one token has none to wait for."""
-        if len(prompt_ids) == 1:
+        """Of every prompt token if wanted, once all are known; a prompt of one token has none to wait for."""
+        if options.want.prompt_logprobs != NO_LOGPROBS and len(prompt_ids) == 1:
             self.prompt_logprobs = (TokenLogprob(prompt_ids[0]),)
 
     def attach(self, ticket: Ticket) -> None:

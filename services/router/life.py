@@ -70,6 +70,8 @@ class Life:
     answer: Answer | None = None
     pace: Pace = field(default_factory=Pace)
     transcript: Transcript | None = None
+    refused_field: str = ""
+    """What the refusal that ended it named, if any did."""
 
     def timing(self, answer: Answer, now_ns: int) -> Timing:
         """The account of an answer that is terminal."""

@@ -120,7 +120,7 @@ class Session:
                 raise RefusedError(answer.refusal)
             end = "answered"
         except RefusedError as error:
-            end = error.refusal.name
+            end, life.refused_field = error.refusal.name, error.refusal.field
             raise
         finally:
             self._account(options, life, self._why_left(options, life) if end == "left" else end)
@@ -254,7 +254,7 @@ class Session:
         if life.admitted:
             self._log(options, life, end, now_ns)
         else:
-            self._rejections.tell(end, request_id=options.request_id, door=options.door)
+            self._rejections.tell(end, field=life.refused_field, request_id=options.request_id, door=options.door)
 
     def _log(self, options: GenerateOptions, life: Life, end: str, now_ns: int) -> None:
         """One wide event. Neither prompt nor answer, unless the operator wants both."""
@@ -264,6 +264,7 @@ class Session:
             "operation": life.operation,
             "door": options.door,
             **({"api_key": options.key.name} if options.key.name else {}),
+            **({"field": life.refused_field} if life.refused_field else {}),
             "model": options.model,
             "max_tokens": options.stopping.max_tokens,
             "priority": options.priority,

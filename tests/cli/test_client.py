@@ -20,6 +20,7 @@ from services.cli.client import (
     Event,
     FieldError,
     Finished,
+    Message,
     Request,
 )
 from tests.builders.cluster import wait_for
@@ -208,6 +209,14 @@ def test_a_value_that_does_not_fit_is_named_before_anything_is_sent(way: Way, se
     with pytest.raises(FieldError) as caught:
         way.call(served, "complete", Request(prompt="hi", seed=-1))
     assert caught.value.field == "seed"
+    assert not served.router.requests
+
+
+@pytest.mark.parametrize("more", [{"token_ids": (1,)}, {"messages": (Message("user", "hi"),)}])
+def test_a_second_input_is_refused_and_not_dropped(way: Way, served: Served, more: dict[str, Any]) -> None:
+    with pytest.raises(FieldError, match="prompt is given too") as caught:
+        way.call(served, "complete", Request(prompt="hi", **more))
+    assert [caught.value.field] == list(more)
     assert not served.router.requests
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from services.cli import doctor
+from services.cli import cluster_ports, doctor
 from services.worker.load import FAST_BFLOAT16_FLAGS
 from shared.checkpoint import BUNDLED_FOLDER
+from shared.config import RouterConfig, SchedulerConfig, UpConfig, WorkerConfig
 from tests.cli.test_flags import sluice
 
 
@@ -37,6 +38,11 @@ def test_a_taken_port_is_noted_with_the_flag_that_moves_it(monkeypatch: pytest.M
         (finding,) = doctor.look_at_ports()
     assert finding.level == "note"
     assert "--grpc-port" in finding.do
+
+
+def test_every_port_of_up_is_looked_at_with_the_flag_that_moves_it() -> None:
+    ports = cluster_ports._wanted(UpConfig(), RouterConfig(), SchedulerConfig(), WorkerConfig(), {})
+    assert {port: cluster_ports._flag_of(name) for name, port in ports.items()} == doctor.PORTS
 
 
 def test_little_memory_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:

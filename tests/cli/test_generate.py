@@ -82,6 +82,12 @@ def test_a_refusal_is_one_sentence_with_its_status_and_when_to_try_again(served:
     assert done.stderr == "error: RESOURCE_EXHAUSTED: 512 requests are waiting (try again in 0.1 s)\n"
 
 
+def test_a_router_without_tls_is_told_of_in_one_line(served: Served) -> None:
+    done = generate(served, "hi", "--tls")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: UNAVAILABLE: nothing that we trust") and done.stderr.count("\n") == 1
+
+
 def test_a_refused_field_is_named(served: Served) -> None:
     assert "(field sampling.top_p)" in generate(served, "hi", "--top-p", "2").stderr
 
@@ -89,13 +95,13 @@ def test_a_refused_field_is_named(served: Served) -> None:
 def test_nobody_there_says_so() -> None:
     done = sluice("generate", "--address=127.0.0.1:1", "hi")
     assert done.returncode == 1
-    assert "nothing answers at 127.0.0.1:1; is `sluice up` running?" in done.stderr
+    assert "nothing answers gRPC at 127.0.0.1:1; is `sluice up` running" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("option", ["--seed", "--max-tokens", "--stop-token-ids", "--token-ids", "-n"])
 def test_a_value_beyond_its_field_is_a_sentence_that_names_the_option(served: Served, option: str) -> None:
-    done = generate(served, "hi", option, "-1")
+    done = generate(served, *(() if option == "--token-ids" else ("hi",)), option, "-1")
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {option.replace('-n', '--n')} does not fit its field: ")
     assert done.stderr.count("\n") == 1
@@ -120,6 +126,13 @@ def test_logprobs_stand_on_lines_of_their_own(served: Served) -> None:
     assert both("hi") == "Hello, wörld\n" + 3 * line
     assert both("hi", "-n2") == "".join(f"── sample {i} ──\nHello, wörld\n" + 3 * line for i in (0, 1))
     assert both("break").startswith("Hello, wörld\n" + 3 * line + "error: RESOURCE_EXHAUSTED")
+
+
+@pytest.mark.parametrize("more", ["hi", "--chat"])
+def test_token_ids_are_the_whole_prompt(served: Served, more: str) -> None:
+    done = generate(served, "--token-ids", "1,2", more)
+    assert done.returncode == 2 and "--token-ids is the whole prompt" in done.stderr
+    assert not served.router.requests
 
 
 @pytest.mark.parametrize("bad", [("--logit-bias", "x=1"), ("--stop-token-ids", "a,b"), ("--token-ids", "1,x")])
@@ -392,7 +405,13 @@ def test_a_model_without_a_chat_template_is_a_clear_message() -> None:
     ("said", "shown"),
     [
         ("failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:9: refused", "sluice up"),
+        (
+            "failed to connect to all addresses; … (Trying to connect an http1.x server (HTTP status 400))",
+            "--grpc-port",
+        ),
         ("Stream removed (Socket closed)", "broke off"),
+        ("Deadline Exceeded", "the deadline passed"),
+        ("Stream removed (Deadline Exceeded)", "the deadline passed"),
         ("SERVER: Received message larger than max (9000010 vs. 8454144)", "--max-request-bytes"),
         ("what we do not know is passed on", "what we do not know is passed on"),
     ],

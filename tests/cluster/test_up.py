@@ -235,7 +235,7 @@ def test_the_keeping_demo_says_how_to_call_it_and_stops_on_ctrl_c(tmp_path: Path
     finally:
         process.kill()
         process.wait()
-    for word in ("grpcurl -plaintext", "sluice chat --address", "GenerateRequest("):
+    for word in ("grpcurl -plaintext", "sluice chat --address", "/v1/completions", "BlockingClient("):
         assert word in out.read_text()
 
 

@@ -31,7 +31,7 @@ class Ticket:
         self.forgotten = True
 
 
-def answer(*, n=1, stop=(), max_unread_bytes=1 << 20, want=None, **stopping):
+def answer(*, prompt=PROMPT, n=1, stop=(), max_unread_bytes=1 << 20, want=None, **stopping):
     options = GenerateOptions(
         request_id="r",
         model="m",
@@ -41,7 +41,7 @@ def answer(*, n=1, stop=(), max_unread_bytes=1 << 20, want=None, **stopping):
         n=n,
         stop=stop,
     )
-    made = Answer(options, PROMPT, TEXTS, StopStrings(stop) if stop else None, max_unread_bytes, lambda: 7)
+    made = Answer(options, prompt, TEXTS, StopStrings(stop) if stop else None, max_unread_bytes, lambda: 7)
     made.attach(Ticket())
     return made, made._ticket
 
@@ -164,6 +164,12 @@ def test_prompt_logprobs_come_together_from_their_parts():
         (11, -1.0, 1),
         (12, -2.0, 3),
     ]
+
+
+def test_the_logprobs_of_a_one_token_prompt_are_told_where_they_are_wanted_and_only_there():
+    wanted, _ = answer(prompt=[10], want=Want(prompt_logprobs=0))
+    unwanted, _ = answer(prompt=[10])
+    assert ([one.token_id for one in wanted.prompt_logprobs], unwanted.prompt_logprobs) == ([10], None)
 
 
 def test_waiting_ends_when_something_changed_and_only_then():

@@ -53,6 +53,7 @@ def test_each_refused_call_leaves_a_line(tiny_model):
                 pb.GenerateRequest(request_id="bad", prompt=SECRET, sampling=pb.Sampling(temperature=-1)),
                 pb.GenerateRequest(request_id=f"{SECRET} {SECRET}", prompt="x"),
                 pb.GenerateRequest(request_id="long", prompt=f"{SECRET} " * 8),
+                pb.GenerateRequest(request_id="regex", prompt="x", structured=pb.Structured(regex=f"({SECRET}")),
             ):
                 with pytest.raises(grpc.aio.AioRpcError):
                     await router.generate(message)
@@ -63,5 +64,6 @@ def test_each_refused_call_leaves_a_line(tiny_model):
     told = [(line["request_id"], line["end"], line.get("field", "")) for line in lines(logs)]
     assert ("bad", "invalid_argument", "sampling.temperature") in told
     assert ("", "invalid_argument", "request_id") in told
+    assert ("regex", "invalid_argument", "structured.regex") in told
     assert [end for request_id, end, _ in told if request_id == "long"] == ["prompt_too_long"]
     assert SECRET not in str(logs)

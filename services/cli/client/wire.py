@@ -116,6 +116,7 @@ def _trace_span(span: control_pb2.TraceSpan) -> TraceSpan:
 
 def to_wire(request: Request) -> inference_pb2.GenerateRequest:
     """Raises FieldError."""
+    _check_one_input(request)
     wire = inference_pb2.GenerateRequest()
     _set(wire, request, ("request_id", "model", "priority", "prompt", "deterministic"))
     if request.token_ids is not None:
@@ -139,6 +140,13 @@ def to_wire(request: Request) -> inference_pb2.GenerateRequest:
     if request.structured is not None:
         _set_structured(wire.structured, *request.structured)
     return wire
+
+
+def _check_one_input(request: Request) -> None:
+    """The wire holds one and would drop the others. A request with none is the server's to refuse."""
+    given = [name for name in ("prompt", "token_ids", "messages") if getattr(request, name) is not None]
+    if len(given) > 1:
+        raise FieldError(given[1], ValueError(f"{given[0]} is given too, and a request has one of them"))
 
 
 def _set_structured(wire: inference_pb2.Structured, kind: str, value: str | tuple[str, ...]) -> None:
@@ -231,7 +239,10 @@ def credentials_of(tls: Tls) -> grpc.ChannelCredentials:
 
 def nobody_at(address: str, tls: Tls | None) -> CallError:
     if tls is None:
-        said = f"nothing answers at {address}; is `sluice up` running? A router with TLS is called with --tls"
+        said = (
+            f"nothing answers gRPC at {address}; is `sluice up` running, and is this its --grpc-port, not HTTP's? "
+            "A router with TLS is called with --tls"
+        )
     else:
         said = (
             f"nothing that we trust, and that trusts us, answers by TLS at {address}: is `sluice up` running with TLS, "
@@ -257,13 +268,15 @@ def call_error(error: Any) -> CallError:
 CHANNEL_SAYS = {
     "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not of an authority that --ssl-ca-certs names",
     "Hostname Verification Check failed": "the server's certificate is not for the host of the address",
+    "connect an http1.x server": "that is an HTTP port; this client calls the gRPC one (--grpc-port, 50051)",
     "failed to connect": "nothing answers there; is `sluice up` running?",
+    "Deadline Exceeded": "the deadline passed before the answer was complete",
     "Stream removed": "the connection broke off before the answer was complete",
     "Socket closed": "the connection broke off before the answer was complete",
     "Connection reset": "the connection broke off before the answer was complete",
     "Received message larger than max": "the message is larger than the server takes (its --max-request-bytes)",
 }
-"""gRPC's own words for what a channel met, and ours."""
+"""gRPC's own words for what a channel met, and ours; the first that fit are said."""
 
 
 def plainly(details: str) -> str:

@@ -60,6 +60,8 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     echo_only: bool = False
     """Nothing but the echo is wanted: `max_tokens` is 0."""
     include_stop: bool = False
+    stop_token_ids: frozenset[int] = NO_TOKENS
+    """Those that the client named; the model's own ends of sequence are none of them, and no `stop_reason`."""
     token_ids: bool = False
     tokens_as_ids: bool = False
     params: dict[str, str] = {}
@@ -301,6 +303,7 @@ def _question(
         continuous_usage=bool(stream and stream.continuous_usage_stats),
         prompt_logprobs=NO_LOGPROBS if request.prompt_logprobs is None else request.prompt_logprobs,
         include_stop=bool(request.include_stop_str_in_output),
+        stop_token_ids=frozenset(asked.stop_token_ids),
         token_ids=bool(request.return_token_ids),
         tokens_as_ids=bool(request.return_tokens_as_token_ids),
         params=params,

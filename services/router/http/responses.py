@@ -197,7 +197,8 @@ class Telling:
 
     def _finish(self, choice: _Choice, event: Finished) -> dict[str, Any]:
         reason = "length" if self._question.echo_only else REASONS.get(event.reason)
-        return {"finish_reason": reason, "stop_reason": event.stop if event.stop is not None else event.stop_token_id}
+        named = event.stop_token_id if event.stop_token_id in self._question.stop_token_ids else None
+        return {"finish_reason": reason, "stop_reason": named if event.stop is None else event.stop}
 
     def _usage(self) -> dict[str, Any]:
         """Of all prompts together."""

@@ -332,6 +332,18 @@ def test_a_token_that_ends_the_answer_is_named(tiny_model):
     run(test())
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("more", "named"), [({}, None), ({"stop_token_ids": [1]}, 1)], ids=["its own", "asked for"])
+def test_the_models_own_end_of_sequence_is_no_stop_reason_unless_it_was_asked_for(tiny_model, stream, more, named):
+    async def test():
+        async with running_router(tiny_model, FakeScheduler()) as router, asking(router) as client:
+            said = await client.post(PATH, json={"prompt": [5, 1], "max_tokens": 9, "stream": stream} | more)
+        [choice] = events(said.text)[-1]["choices"] if stream else said.json()["choices"]
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", named)
+
+    run(test())
+
+
 def test_token_ids_come_where_they_are_wanted(tiny_model):
     async def test():
         async with running_router(tiny_model, FakeScheduler()) as router, asking(router) as client:
