@@ -12,7 +12,6 @@ does with parts of a product. With `exact` decode rows are prompt chunks of one 
 and V in tiles at absolute positions; a query's bits then depend on nothing else in the step.
 """
 
-import functools
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused.launch import launch, next_power_of_2
+from kernels.fused.launch import capability, launch, next_power_of_2
 
 SPLIT, LONG_CONTEXT = 512, 16384
 """Positions of a context that one program of a decode row reads; twice as many where the context is long."""
@@ -39,12 +38,13 @@ class Tile(NamedTuple):
 
 
 PROMPT, LARGE_PROMPT = Tile(128, 128, 8, 3), Tile(256, 64, 8, 3)
-"""From compute capability 9.0 on; the large one spills some registers, and is the fastest of all even so."""
+"""Of compute capabilities 9.0 and 10.0; the large one spills some registers, and is the fastest of all even so."""
 EXACT_PROMPT = Tile(64, 64, 4, 4)
 WIDE_PROMPT, WIDE_EXACT_PROMPT = Tile(128, 32, 8, 3), Tile(64, 32, 8, 3)
 OLD_PROMPT, OLD_EXACT_PROMPT, OLD_WIDE_PROMPT = Tile(128, 32, 8, 4), Tile(64, 32, 4, 3), Tile(64, 32, 8, 3)
 FLOAT32_EXACT_PROMPT = Tile(32, 16, 8, 2)
-"""Wide: heads of more than 256 bytes. Old: before compute capability 9.0. One stage fetches block ids. Products of
+"""Wide: heads of more than 256 bytes. Old: of other
+compute capabilities. One stage fetches block ids. Products of
 float32 are made of single multiplications, whose operands a larger tile would not find room for in registers."""
 LARGE_PROMPT_PROGRAMS = 256
 """Large tiles are faster where there are enough of them: two for each multiprocessor of an H100."""
@@ -58,8 +58,6 @@ MERGED, MOST_MERGED = 4096, 16
 MAX_DECODE_ROWS = 1024
 PROGRAMS = 2112
 """Programs of a decode launch: sixteen for each of an H200's 132 multiprocessors."""
-ASSUMED_CAPABILITY = 90
-"""Where tensors lie on no GPU, and forms are only declared."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -381,7 +379,7 @@ def _prompt_tile(counts: list[int], skipped: tuple[int, ...], pool: Tensor, num_
 
 
 def _small_tile(pool: Tensor, exact: bool = False) -> Tile:
-    wide, old = pool.shape[5] * pool.element_size() > 256, _capability(pool.device) < 90
+    wide, old = pool.shape[5] * pool.element_size() > 256, not 90 <= capability(pool.device) < 120
     if exact and pool.dtype == torch.float32:
         return FLOAT32_EXACT_PROMPT
     if exact:
@@ -389,16 +387,6 @@ def _small_tile(pool: Tensor, exact: bool = False) -> Tile:
     if wide:
         return OLD_WIDE_PROMPT if old else WIDE_PROMPT
     return OLD_PROMPT if old else PROMPT
-
-
-def _capability(device: torch.device) -> int:
-    return _capability_of(device.index or 0) if device.type == "cuda" else ASSUMED_CAPABILITY
-
-
-@functools.cache
-def _capability_of(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
 
 
 def _tiles(counts: list[int], context_lens: list[int], queries: int, skipped: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused.launch import cdiv, launch, next_power_of_2
+from kernels.fused.launch import capability, cdiv, launch, next_power_of_2
 
 SORTED_AT_ONCE = 1024
 TILES_AT_ONCE = tl.constexpr(64)
@@ -47,6 +47,8 @@ class Tile:
 
 FEW, SOME, MANY = Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 8, 4)
 """By the number of tokens that an expert gets on average. FEW reads weights and little else."""
+SMALL_FEW = Tile(16, 64, 128, 4, 3)
+"""FEW where a program has some 100 KB of shared memory: compute capabilities 8.6, 8.9 and 12.0."""
 WIDE_FEW, WIDE_SOME, WIDE_MANY = Tile(16, 64, 64, 4, 3), Tile(64, 32, 32, 4, 3), Tile(64, 64, 32, 8, 3)
 """For float32, whose products are made of single multiplications."""
 
@@ -249,7 +251,7 @@ def pack_experts(
 def experts(x: Tensor, packed: PackedExperts, weights: Tensor, expert_ids: Tensor, *, exact: bool = False) -> Tensor:
     _check(x, packed, weights, expert_ids)
     num_tokens, top_k = expert_ids.shape
-    tile = _tile(num_tokens * top_k, packed.num_experts, x.dtype, exact=exact)
+    tile = _tile(num_tokens * top_k, packed.num_experts, x, exact=exact)
     work = _sort(expert_ids, packed.num_experts, tile)
     activated = torch.empty((num_tokens * top_k, packed.width), dtype=x.dtype, device=x.device)
     given = torch.empty((num_tokens * top_k, packed.hidden), dtype=x.dtype, device=x.device)
@@ -331,8 +333,10 @@ def _max_tiles(num_assignments: int, num_experts: int, tile_rows: int) -> int:
     return (num_assignments + chosen * (tile_rows - 1)) // tile_rows
 
 
-def _tile(num_assignments: int, num_experts: int, dtype: torch.dtype, *, exact: bool) -> Tile:
-    few, some, many = (WIDE_FEW, WIDE_SOME, WIDE_MANY) if dtype == torch.float32 else (FEW, SOME, MANY)
+def _tile(num_assignments: int, num_experts: int, x: Tensor, *, exact: bool) -> Tile:
+    few, some, many = (WIDE_FEW, WIDE_SOME, WIDE_MANY) if x.dtype == torch.float32 else (FEW, SOME, MANY)
+    if few is FEW and capability(x.device) not in (80, 90, 100):
+        few = SMALL_FEW
     if exact:
         return some
     share = num_assignments / num_experts

@@ -5,6 +5,7 @@ A form can be compiled ahead of its first launch (`warm`), into the very cache t
 compiles after `seal` is counted as late: Triton itself tells of it, so that a launch costs nothing more.
 """
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -36,6 +37,21 @@ TYPES = {
     torch.bool: "i1",
 }
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
+
+
+ASSUMED_CAPABILITY = 90
+"""Where tensors lie on no GPU, and forms are only declared."""
+
+
+def capability(device: torch.device) -> int:
+    """Ten times the device's compute capability."""
+    return _capability_of(device.index or 0) if device.type == "cuda" else ASSUMED_CAPABILITY
+
+
+@functools.cache
+def _capability_of(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
 
 
 def next_power_of_2(n: int) -> int:
