@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -15,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from ops.bench.cluster import Cluster, ClusterError
 from ops.bench.completions import stream_completion
@@ -31,6 +34,7 @@ NOISY = 0.05
 IN_PROCESS = "in_process"
 VLLM, VLLM_SERVER = "vllm", "vllm_server"
 SERVER_START_S = 180
+HTTP_SEEDS = 100_000
 GREEDY = {"temperature": 0, "ignore_eos": True}
 VLLM_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -73,7 +77,8 @@ class HttpDoor:
         self._address, self._model = address, model
 
     def run(self, workload: str, seed: int) -> dict[str, float]:
-        return asyncio.run(_measure_http(self._address, WORKLOADS[workload](seed), self._model))
+        """With prompts of its own: what came through gRPC before has left its prompts in the cache."""
+        return asyncio.run(_measure_http(self._address, WORKLOADS[workload](seed + HTTP_SEEDS), self._model))
 
     def close(self) -> None:
         pass
@@ -209,6 +214,7 @@ def measure(runners: dict[str, Any], workloads: list[str], repeats: int) -> list
     for repeat in range(repeats):
         for workload in workloads:
             for name, runner in runners.items():
+                _let_run(runner, runners)
                 pids = [os.getpid()]  # everything that we started descends from here
                 with OthersShare(pids) as others:
                     figures = runner.run(workload, repeat)
@@ -216,6 +222,15 @@ def measure(runners: dict[str, Any], workloads: list[str], repeats: int) -> list
                 print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}))
                 sys.stdout.flush()
     return rows
+
+
+def _let_run(chosen: Any, runners: dict[str, Any]) -> None:
+    """Stops the processes of all other peers: some look for work all the time, and take the chosen one's cores."""
+    for runner in runners.values():
+        if process := getattr(runner, "process", None):
+            signum = signal.SIGCONT if runner is chosen else signal.SIGSTOP
+            for each in (parent := psutil.Process(process.pid)), *parent.children(recursive=True):
+                each.send_signal(signum)
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -278,6 +293,7 @@ def main() -> int:
         rows = measure(runners, options.workloads.split(","), options.repeats)
     finally:
         for runner in runners.values():
+            _let_run(runner, {"": runner})
             runner.close()
     summary = summarize(rows)
     result = {"machine": describe(), "dtype": options.dtype, "threads": options.threads, "summary": summary}

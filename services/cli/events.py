@@ -1,5 +1,7 @@
 """What a service tells the process that supervises it: JSON lines on an inherited pipe."""
 
+import asyncio
+import contextlib
 import ctypes
 import os
 import signal
@@ -14,25 +16,38 @@ import msgspec
 OnEvent = Callable[[str, dict[str, Any]], None]
 
 PR_SET_PDEATHSIG = 1
+ALIVE_EVERY_S = 1.0
+"""A service that is ready says so of its event loop: one that hangs ends by no signal."""
 
 
 class Event(msgspec.Struct, frozen=True):
-    """`name` is loading, ready or refused; `data` is what the service said with it."""
+    """`name` is loading, ready, alive or refused; `data` is what the service said with it."""
 
     name: str
     data: dict[str, Any] = {}
 
 
 def write_events(fd: int) -> OnEvent:
-    """An on_event that writes to `fd`. A supervisor that is gone is not an error here."""
+    """An on_event that writes to `fd`, and `alive` once a second from readiness on, while the running event loop turns.
+    A supervisor that is gone is not an error here."""
     encoder = msgspec.json.Encoder(enc_hook=str)
+    beating = False
 
     def on_event(name: str, data: dict[str, Any]) -> None:
+        nonlocal beating
         line = encoder.encode(Event(name, data)) + b"\n"
         try:
             os.write(fd, line)
         except OSError:
             return
+        if name == "ready" and not beating:
+            beating = True
+            with contextlib.suppress(RuntimeError):  # said outside an event loop
+                beat(asyncio.get_running_loop())
+
+    def beat(loop: asyncio.AbstractEventLoop) -> None:
+        on_event("alive", {})
+        loop.call_later(ALIVE_EVERY_S, beat, loop)
 
     return on_event
 

@@ -22,6 +22,8 @@ from services.cli.events import read_event
 
 TAIL_LINES = 20
 READ_BYTES = 64 * 1024
+WATCHES = 30
+"""Looks at a silent child before it is taken to hang."""
 DRAIN_TIMEOUT_S = 1.0
 """How long the pipes of a child that ended may keep us: a grandchild could hold them open."""
 
@@ -40,12 +42,14 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """Delays double from the first to the longest while a child keeps dying within `quick_s` of its start or its
-    readiness; a child that dies `max_failed_starts` times in a row without becoming ready is given up."""
+    readiness; a child that dies `max_failed_starts` times in a row without becoming ready is given up. One that gives
+    no sign of life for `silent_s` any more hangs, and is killed."""
 
     first_delay_s: float = 0.2
     longest_delay_s: float = 5.0
     quick_s: float = 5.0
     max_failed_starts: int = 5
+    silent_s: float = 30.0
 
 
 class End(msgspec.Struct, frozen=True, kw_only=True):
@@ -175,6 +179,12 @@ class Child:
     ever_ready: bool = False
     quick_deaths: int = 0
     failed_starts: int = 0
+    beats: bool = False
+    """It has begun to say that it lives, in this run."""
+    heard: bool = False
+    """It has said something since the watch looked last."""
+    hung: bool = False
+    """In this run: we killed it."""
     tail: collections.deque[str] = field(default_factory=lambda: collections.deque(maxlen=TAIL_LINES))
 
     @property
@@ -260,7 +270,8 @@ class Supervisor:
             case Restart(delay_s):
                 child.quick_deaths = child.quick_deaths + 1 if end.lived_s < self._policy.quick_s else 0
                 child.failed_starts = 0 if was_ready else child.failed_starts + 1
-                self._tell(Died(child.spec.name, how(exit_code), delay_s))
+                why = f"hung for {self._policy.silent_s:g} s and was killed" if child.hung else how(exit_code)
+                self._tell(Died(child.spec.name, why, delay_s))
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stop_asked.wait(), delay_s)
 
@@ -286,6 +297,7 @@ class Supervisor:
         finally:
             os.close(write_fd)
         child.state, child.refusal, child.since = ChildState.STARTING, "", time.monotonic()
+        child.beats = child.hung = False
         if self._stop_asked.is_set():  # asked while it was being spawned
             _signal(child, signal.SIGTERM)
         loop = asyncio.get_running_loop()
@@ -297,14 +309,26 @@ class Supervisor:
             asyncio.create_task(self._pump_events(child, events)),
             asyncio.create_task(self._pump_lines(child, child.process.stdout)),
         ]
+        watch = asyncio.create_task(self._watch(child))
         try:
             exit_code = await child.process.wait()
             await asyncio.wait(pumps, timeout=DRAIN_TIMEOUT_S)
             return exit_code
         finally:
-            for pump in pumps:
-                pump.cancel()
+            for task in (*pumps, watch):
+                task.cancel()
             pipe.close()
+
+    async def _watch(self, child: Child) -> None:
+        """Kills the child once it hangs. Counts looks, not time: where we stood still ourselves, what was said
+        meanwhile waits in the pipe."""
+        silent_looks = 0
+        while silent_looks < WATCHES:
+            await asyncio.sleep(self._policy.silent_s / WATCHES)
+            silent_looks = 0 if child.heard or not child.beats else silent_looks + 1
+            child.heard = False
+        child.hung = True
+        _signal(child, signal.SIGKILL)
 
     async def _pump_events(self, child: Child, events: asyncio.StreamReader) -> None:
         async for line in _lines(events):
@@ -313,7 +337,10 @@ class Supervisor:
                 self._on_event(child, event.name, event.data)
 
     def _on_event(self, child: Child, name: str, data: dict[str, Any]) -> None:
-        if name == "loading":
+        child.heard = True
+        if name == "alive":
+            child.beats = True
+        elif name == "loading":
             self._tell(Loading(child.spec.name, int(data.get("done_bytes", 0)), int(data.get("total_bytes", 0))))
         elif name == "refused":
             child.refusal = str(data.get("message", "refused to start"))

@@ -52,6 +52,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 256
 MAX_STOP_TOKEN_IDS = 256
 MAX_REQUEST_ID_CHARS = 128
+MAX_CACHE_SALT_BYTES = 256
 MAX_MESSAGES = 4096
 MAX_TOOLS = 256
 MAX_JSON_DEPTH = 32
@@ -95,6 +96,11 @@ def is_request_id(text: str) -> bool:
 def check_request_id(request_id: str) -> None:
     if not is_request_id(request_id):
         raise invalid("request_id", f"1 to {MAX_REQUEST_ID_CHARS} letters, digits and . _ : / + = @ - are allowed")
+
+
+def check_cache_salt(cache_salt: str) -> None:
+    if len(cache_salt.encode()) > MAX_CACHE_SALT_BYTES:
+        raise invalid("cache_salt", f"exceeds {MAX_CACHE_SALT_BYTES} bytes")
 
 
 class Limits(msgspec.Struct, frozen=True):

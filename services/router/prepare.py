@@ -35,7 +35,7 @@ def prepare(
         raise too_long(field, f"{len(token_ids)} tokens", max_model_len)
     if options.stopping.min_tokens > room:
         raise invalid("stopping.min_tokens", f"{options.stopping.min_tokens} tokens do not fit behind this prompt")
-    root = root_hash(options.key.salt, exact=options.deterministic)
+    root = root_hash(options.salt, exact=options.deterministic)
     chains = {block_size: chain(token_ids, block_size, root) for block_size in block_sizes}
     structured = _marked(model, options, token_ids)
     return Prepared(token_ids, chains, StopStrings(options.stop) if options.stop else None, structured)

@@ -57,6 +57,8 @@ class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What an answer with a structure may hold beside that, or instead of it."""
     priority: int = 0
     deterministic: bool = False
+    cache_salt: str = ""
+    """Requests share cached blocks with those of the same one only."""
     include_timing: bool = False
     skip_special_tokens: bool = True
     """Whether special tokens have no text in the answer."""
@@ -70,6 +72,12 @@ class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Time left to the client when the request arrived."""
     caller: Caller | None = None
     """Its place in its own trace, where it has one."""
+
+    @property
+    def salt(self) -> bytes:
+        """Of the hashes of its blocks: its tenant's, and its own."""
+        own = self.cache_salt.encode()
+        return self.key.salt if not own else b"%d\0%b\0%b" % (len(own), own, self.key.salt)
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from services.router.gate import PUBLIC, Key
-from services.router.limits import check_range, invalid, too_long
+from services.router.limits import check_cache_salt, check_range, invalid, too_long
 from services.router.model import ServedModel
 from services.router.parsing.parser import Parsing
 from services.router.request import GenerateOptions, TokenPrompt
@@ -48,6 +48,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None
     priority: int = 0
     deterministic: bool = False
+    cache_salt: str = ""
     include_timing: bool = False
     skip_special_tokens: bool = True
     shown_token_ids: frozenset[int] = NO_TOKENS
@@ -78,6 +79,7 @@ def resolve(
     asked for, if one was. Raises RefusedError."""
     model.limits.check_stop(asked.stop, asked.stop_token_ids)
     check_range("priority", asked.priority)
+    check_cache_salt(asked.cache_salt)
     return GenerateOptions(
         request_id=request_id,
         model=name or model.names[0],
@@ -93,6 +95,7 @@ def resolve(
         parsing=asked.parsing,
         priority=key.priority(asked.priority),
         deterministic=asked.deterministic,
+        cache_salt=asked.cache_salt,
         include_timing=asked.include_timing,
         skip_special_tokens=asked.skip_special_tokens,
         shown_token_ids=asked.shown_token_ids,

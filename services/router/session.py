@@ -183,7 +183,7 @@ class Session:
             priority=options.priority,
             deterministic=options.deterministic,
             deadline_in_ns=_time_left(options, life.submitted - life.arrived),
-            salt=options.key.salt,
+            salt=options.salt,
             trace=life.context.link,
         )
         answer.attach(self._fleet.submit(link, submission, answer))

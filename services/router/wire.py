@@ -110,6 +110,7 @@ def options_of(
         structured=_structured(message.structured),
         priority=message.priority,
         deterministic=message.deterministic,
+        cache_salt=message.cache_salt,
         include_timing=response.include_timing,
     )
     name = message.model

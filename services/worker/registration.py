@@ -66,6 +66,7 @@ class Registration:
 
     async def _register(self) -> Lease:
         backoff_s = FIRST_BACKOFF_S
+        last: grpc.StatusCode | None = None
         reported: grpc.StatusCode | None = None
         while True:
             try:
@@ -73,9 +74,10 @@ class Registration:
             except grpc.aio.AioRpcError as error:
                 if error.code() in FATAL_CODES:
                     raise RegistrationRefusedError(error.details() or error.code().name) from None
-                if error.code() is not reported:
+                if error.code() is last is not reported:  # twice: a scheduler that stops first is no news
                     log.warning("register_failed", code=error.code().name, details=error.details())
                     reported = error.code()
+                last = error.code()
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
             backoff_s = min(2 * backoff_s, LAST_BACKOFF_S)
 
@@ -90,11 +92,12 @@ class Registration:
                 await self._registry.renew(lease, self._progress(), min(CALL_TIMEOUT_S, interval_s))
                 wait_s, renewed_ns, reported = interval_s, monotonic_ns(), None
             except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.NOT_FOUND:
+                    log.info("lease_gone", details=error.details())
+                    return
                 if error.code() is not reported:
                     log.warning("renew_failed", code=error.code().name, details=error.details())
                     reported = error.code()
-                if error.code() is grpc.StatusCode.NOT_FOUND:
-                    return
                 wait_s = min(FIRST_BACKOFF_S, interval_s)
 
     async def _wait(self, seconds: float) -> None:

@@ -46,6 +46,8 @@ def play(step: str, on_event) -> None:
     match verb:
         case "ready":
             on_event("ready", {"address": "127.0.0.1:1"})
+        case "alive":
+            on_event("alive", {})
         case "load":
             on_event("loading", {"done_bytes": 5, "total_bytes": 10})
         case "refuse":

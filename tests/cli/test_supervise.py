@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from msgspec.structs import replace
 
 from services.cli.supervise import (
     AllReady,
@@ -76,7 +77,7 @@ def test_a_drained_router_ends_the_cluster_and_a_crashed_one_does_not() -> None:
 class Stage:
     """A supervisor over pretend services, its notices, and the log of their starts and stops."""
 
-    def __init__(self, folder: Path, plays: dict[str, str], **spec: object) -> None:
+    def __init__(self, folder: Path, plays: dict[str, str], policy: RestartPolicy = POLICY, **spec: object) -> None:
         self.runs = folder / "runs"
         self.notices: list[Notice] = []
         specs = [
@@ -88,7 +89,7 @@ class Stage:
             )
             for rank, (name, play) in enumerate(plays.items())
         ]
-        self.supervisor = Supervisor(specs, self.notices.append, POLICY)
+        self.supervisor = Supervisor(specs, self.notices.append, policy)
 
     async def until(self, condition) -> None:
         for _ in range(500):
@@ -130,6 +131,34 @@ def test_all_become_ready_and_stop_in_the_order_of_their_ranks(stage) -> None:
     assert s.saw(Loading)
     assert s.saw(Ready, 3)
     assert not any(psutil.pid_exists(pid) for pid in s.pids())
+
+
+def test_a_child_that_hangs_is_killed_and_started_again(stage) -> None:
+    s = stage({"worker-0": "ready alive wait; ready wait"}, policy=replace(POLICY, silent_s=0.6))
+
+    async def scenario() -> Outcome:
+        running = asyncio.create_task(s.supervisor.run())
+        await s.until(lambda: s.saw(Ready, 2))
+        await asyncio.sleep(1.0)  # the second run never says that it lives, and is not expected to
+        s.supervisor.request_stop()
+        return await running
+
+    assert run(scenario) == Outcome(0)
+    assert [notice.how for notice in s.notices if isinstance(notice, Died)] == ["hung for 0.6 s and was killed"]
+
+
+def test_a_child_that_says_that_it_lives_is_left_alone(stage) -> None:
+    s = stage({"worker-0": "ready " + "alive sleep:0.1 " * 20 + "wait"}, policy=replace(POLICY, silent_s=1.5))
+
+    async def scenario() -> Outcome:
+        running = asyncio.create_task(s.supervisor.run())
+        await s.until(lambda: s.saw(Ready))
+        await asyncio.sleep(2.0)
+        s.supervisor.request_stop()
+        return await running
+
+    assert run(scenario) == Outcome(0)
+    assert not s.saw(Died)
 
 
 def test_a_child_that_dies_is_reported_and_started_again(stage) -> None:

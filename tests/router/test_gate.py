@@ -142,6 +142,24 @@ def test_control_and_metrics_need_an_admin(tiny_model, tmp_path):
     run(test())
 
 
+def test_a_salt_separates_cached_blocks_within_a_tenant_and_from_others(tiny_model, tmp_path):
+    async def test():
+        keys = write_keys(tmp_path / "keys.toml", ann='tenant = "a"', abe='tenant = "a"', bob="")
+        scheduler = FakeScheduler()
+        served = running_router(tiny_model, scheduler, api_key_file=str(keys))
+        async with served as router, asking(router) as client:
+            for key, salt in (("ann", "s"), ("abe", "s"), ("bob", "s"), ("ann", "t"), ("ann", None)):
+                said = await client.post(COMPLETIONS, json=ASK | {"cache_salt": salt}, headers=bearer(key))
+                assert said.status_code == 200
+            request = pb.GenerateRequest(prompt=ASK["prompt"], cache_salt="s")
+            assert [response async for response in router.inference.Generate(request, metadata=metadata("ann"))]
+        ann, abe, bob, other, without, by_grpc = (request.submit.salt for request in scheduler.requests)
+        assert ann == abe == by_grpc and without == b"a"
+        assert len({ann, bob, other, without}) == 4
+
+    run(test())
+
+
 def test_a_tenants_requests_are_its_own(tiny_model, tmp_path):
     async def test():
         keys = write_keys(tmp_path / "keys.toml", ann='tenant = "a"', abe='tenant = "a"', bob="")

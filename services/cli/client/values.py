@@ -43,6 +43,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     include_timing: bool = False
     priority: int = 0
     deterministic: bool | None = None
+    cache_salt: str = ""
     structured: tuple[str, str | tuple[str, ...]] | None = None
     """What the answer must look like: a field of Structured in inference.proto and its value (a text, the options of
     "choice", nothing for "json_object")."""

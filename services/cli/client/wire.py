@@ -118,7 +118,7 @@ def to_wire(request: Request) -> inference_pb2.GenerateRequest:
     """Raises FieldError."""
     _check_one_input(request)
     wire = inference_pb2.GenerateRequest()
-    _set(wire, request, ("request_id", "model", "priority", "prompt", "deterministic"))
+    _set(wire, request, ("request_id", "model", "priority", "prompt", "deterministic", "cache_salt"))
     if request.token_ids is not None:
         wire.token_ids.SetInParent()
         with _naming("token_ids"):

@@ -251,9 +251,16 @@ def _asked(request: Common, *, max_tokens: int | None, logprobs: int | None, pro
         prompt_logprobs=prompt_logprobs,
         priority=request.priority or 0,
         deterministic=bool(request.deterministic),
+        cache_salt=_cache_salt(request.cache_salt),
         include_timing=bool(request.include_timing),
         skip_special_tokens=request.skip_special_tokens is not False,
     )
+
+
+def _cache_salt(given: str | None) -> str:
+    if given == "":
+        raise invalid("cache_salt", "is empty; leave it out for none")
+    return given or ""
 
 
 def _unsigned(seed: int | None) -> int | None:

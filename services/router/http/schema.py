@@ -71,6 +71,7 @@ class Common(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool | None = None
     prompt_logprobs: int | None = None
     priority: int | None = None
+    cache_salt: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     include_stop_str_in_output: bool | None = None

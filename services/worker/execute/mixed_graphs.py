@@ -98,7 +98,8 @@ class MixedGraphs:
 
     def _num_tiles(self, bucket: int) -> int:
         """At most: a long prompt fills tiles, and a few short ones leave theirs half empty."""
-        return bucket // 16 + 16
+        whole = mixed_tiles(self._pages, [bucket], [bucket], self._decoder.spec.num_heads)
+        return max(bucket // 16, len(whole)) + 16
 
     def _fill(
         self,

@@ -238,6 +238,15 @@ def test_a_decode_step_takes_eight_kernels_a_layer(decoders, name, monkeypatch):
     assert len(started) == 8 * decoder.spec.num_layers + 3, started
 
 
+def test_a_prompt_fits_into_a_graph_where_many_heads_leave_a_tile_few_queries(decoders, monkeypatch):
+    """As those of StarCoder and Falcon, all of whose heads share one KV head."""
+    monkeypatch.setattr(attention, "PROMPT", attention.PROMPT._replace(rows=16))
+    decoder = decoders("llama")
+    held, _ = graphed(decoder, max_num_tokens=16)
+    tiles = attention.mixed_tiles(held._pages, [767], [767], decoder.spec.num_heads)
+    assert 64 < len(tiles) <= held._mixed_graphs._num_tiles(768)
+
+
 def living_graphs():
     return [each for each in gc.get_objects() if type(each) in (graphs.Graphs, mixed_graphs.MixedGraphs)]
 

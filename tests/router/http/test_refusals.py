@@ -39,6 +39,8 @@ WRONG = [
     (COMPLETIONS, {"seed": 2**64}, 400, "seed", "invalid_argument"),
     (COMPLETIONS, {"seed": -(2**63) - 1}, 400, "seed", "invalid_argument"),
     (COMPLETIONS, {"n": 17}, 400, "n", "invalid_argument"),
+    (COMPLETIONS, {"cache_salt": ""}, 400, "cache_salt", "invalid_argument"),
+    (COMPLETIONS, {"cache_salt": "é" * 129}, 400, "cache_salt", "invalid_argument"),
     (COMPLETIONS, {"logprobs": 21}, 400, "logprobs", "invalid_argument"),
     (COMPLETIONS, {"logprobs": True}, 400, "logprobs", "invalid_argument"),
     (COMPLETIONS, {"prompt_logprobs": 1, "stream": True}, 400, "prompt_logprobs", "invalid_argument"),
