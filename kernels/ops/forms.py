@@ -39,6 +39,13 @@ def seal() -> None:
     late.seal()
 
 
+def table_verdicts() -> dict[str, int]:
+    """How many tables of products were of another Triton version and used, and how many were refused."""
+    from kernels.fused.linear import TABLES
+
+    return {"other_triton": TABLES.other_triton, "refused": TABLES.refused}
+
+
 def num_late_compilations() -> int:
     """Since `seal`; each made a step wait."""
     from kernels.fused.launch import late

@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -66,6 +66,8 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int
     windows: tuple[Window, ...] = (None,)
     """Of each cache group."""
+    table_verdicts: Mapping[str, int] = {}
+    """Of a GPU's tables of products, see kernels.ops.forms."""
     load_vocabulary: LoadVocabulary | None = None
     """The model's tokens for grammars; None: it serves no structured output."""
 
@@ -98,7 +100,7 @@ async def host(config: WorkerConfig, load: Load, *, instance: str, on_event: OnE
 
 def identify(loaded: Loaded, instance: str, address: str) -> WorkerIdentity:
     """What this process registers with."""
-    own = ("runner", "costs", "windows", "load_vocabulary")
+    own = ("runner", "costs", "windows", "table_verdicts", "load_vocabulary")
     facts = {name: getattr(loaded, name) for name in Loaded.__struct_fields__ if name not in own}
     windows = tuple(window or 0 for window in loaded.windows)
     return WorkerIdentity(worker=instance, address=address, windows=windows, **facts)
@@ -109,6 +111,7 @@ def _describe(metrics: WorkerMetrics, config: WorkerConfig, loaded: Loaded) -> N
         loaded.runner,
         loaded.costs,
         loaded.max_num_seqs,
+        loaded.table_verdicts,
         block_size=loaded.block_size,
         num_gpu_blocks=loaded.num_blocks,
         block_bytes=loaded.block_bytes,

@@ -173,6 +173,7 @@ def _describe(
         max_model_len=size.max_model_len,
         vocab_size=runner.vocab_size,
         windows=layout.windows,
+        table_verdicts=forms.table_verdicts() if device == "cuda" else {},
         load_vocabulary=functools.partial(_load_vocabulary, checkpoint, runner.vocab_size),
     )
 

@@ -170,6 +170,11 @@ ESTIMATED_READ_BYTES = _counter(
 LATE_COMPILATIONS = _counter(
     "late_compilations_total", "Kernels of a GPU that were compiled in live traffic, each while a step waited for it."
 )
+PRODUCT_TABLES = _counter(
+    "product_tables_total",
+    "Tables of measured matrix products that do not fit: another Triton's (used), or refused (defaults instead).",
+    "verdict",
+)
 
 EXPORTED: dict[str, tuple[Metric, ...]] = {
     "router": (
@@ -214,6 +219,7 @@ EXPORTED: dict[str, tuple[Metric, ...]] = {
         ESTIMATED_FLOPS,
         ESTIMATED_READ_BYTES,
         LATE_COMPILATIONS,
+        PRODUCT_TABLES,
         SPANS_DROPPED,
         LOOP_LAG,
     ),

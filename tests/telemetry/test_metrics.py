@@ -58,6 +58,7 @@ COUNTERS = {
     "estimated_flops_total": (),
     "estimated_read_bytes_total": (),
     "late_compilations_total": (),
+    "product_tables_total": ("verdict",),
 }
 NOT_YET = {"spec_decode_num_draft_tokens_total", "spec_decode_num_accepted_tokens_total"}
 """They wait for speculation."""

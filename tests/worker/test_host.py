@@ -8,6 +8,7 @@ import threading
 import time
 
 import grpc
+import msgspec
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -204,7 +205,8 @@ def test_a_worker_says_what_its_cache_is_and_what_its_steps_cost():
     async def scenario():
         async with serve_registry(FakeRegistry()) as registry:
             runner = PretendRunner()
-            hosted = Hosted(config_for(registry), lambda progress: pretend_loaded(runner))
+            loaded = msgspec.structs.replace(pretend_loaded(runner), table_verdicts={"other_triton": 1, "refused": 0})
+            hosted = Hosted(config_for(registry), lambda progress: loaded)
             await asyncio.wait_for(hosted.ready.wait(), 5)
             facts = hosted.events[-1][1]
             before = await asyncio.to_thread(scrape, facts["metrics"])
@@ -219,6 +221,7 @@ def test_a_worker_says_what_its_cache_is_and_what_its_steps_cost():
             assert after.kinds == {metric.name: metric.kind for metric in EXPORTED["worker"]}
             assert after.labels("cache_config_info", "num_gpu_blocks") == {"256": 1}
             assert after.labels("cache_config_info", "cache_dtype") == {"float32": 1}
+            assert after.labels("product_tables_total", "verdict") == {"other_triton": 1, "refused": 0}
             assert before("estimated_flops_total") == before("estimated_read_bytes_total") == 0
             assert after("estimated_flops_total") == 2 * 1000 + 100 + 3
             assert after("estimated_read_bytes_total") == 4000 + 400 + 2 * 40 + 2 * 4

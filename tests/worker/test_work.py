@@ -89,7 +89,7 @@ def test_a_models_costs_follow_from_its_shape():
 def test_a_step_that_failed_counts_for_nothing():
     metrics = WorkerMetrics()
     facts = dict.fromkeys(CACHE_CONFIG_INFO.labels, "x")
-    metrics.describe(PretendRunner(), COSTS, **facts | {"max_num_seqs": 4})
+    metrics.describe(PretendRunner(), COSTS, **facts | {"max_num_seqs": 4, "tables": {}})
     metrics.on_result(PROMPT, StepResult(step=1, error="boom"))
     failed = told(metrics)
     metrics.on_result(PROMPT, StepResult(step=1))
