@@ -63,6 +63,7 @@ def generate(
     timing: Annotated[bool, typer.Option("--timing", help="Print the phase table.")] = False,
     json_lines: Annotated[bool, typer.Option("--json", help="Print each event as one line of JSON.")] = False,
     priority: Annotated[int, typer.Option(help="Lower runs first, under --scheduling-policy priority.")] = 0,
+    cache_salt: Annotated[str, typer.Option(help="Share cached blocks with requests of the same salt only.")] = "",
     deterministic: Annotated[
         bool | None, typer.Option("--deterministic/--no-deterministic", help="Bit-identical whatever the batch.")
     ] = None,
@@ -109,6 +110,7 @@ def generate(
             prompt_logprobs=prompt_logprobs,
             include_timing=timing,
             priority=priority,
+            cache_salt=cache_salt,
             deterministic=deterministic,
             request_id=request_id,
             structured=_structured(json_object, json_schema, regex, choice, grammar),
