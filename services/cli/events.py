@@ -29,7 +29,8 @@ class Event(msgspec.Struct, frozen=True):
 
 def write_events(fd: int) -> OnEvent:
     """An on_event that writes to `fd`, and `alive` once a second from readiness on, while the running event loop turns.
-    A supervisor that is gone is not an error here."""
+    A supervisor that is gone is not an error here, and one that stands still and reads nothing keeps nobody waiting."""
+    os.set_blocking(fd, False)
     encoder = msgspec.json.Encoder(enc_hook=str)
     beating = False
 

@@ -13,6 +13,7 @@ import psutil
 import pytest
 from msgspec.structs import replace
 
+from services.cli.events import write_events
 from services.cli.supervise import (
     AllReady,
     Died,
@@ -145,6 +146,18 @@ def test_a_child_that_hangs_is_killed_and_started_again(stage) -> None:
 
     assert run(scenario) == Outcome(0)
     assert [notice.how for notice in s.notices if isinstance(notice, Died)] == ["hung for 0.6 s and was killed"]
+
+
+@pytest.mark.timeout(20)
+def test_a_supervisor_that_reads_nothing_keeps_no_service_waiting() -> None:
+    read_fd, write_fd = os.pipe()
+    try:
+        on_event = write_events(write_fd)
+        for _ in range(10_000):  # more than a pipe holds
+            on_event("alive", {})
+    finally:
+        os.close(read_fd)
+        os.close(write_fd)
 
 
 def test_a_child_that_says_that_it_lives_is_left_alone(stage) -> None:
