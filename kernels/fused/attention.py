@@ -14,10 +14,11 @@ and V in tiles at absolute positions; a query's bits then depend on nothing else
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -149,6 +150,7 @@ def plan_decode(
     num_heads: int,
     max_splits: int,
     window: int | None = None,
+    exact: bool = False,
 ) -> AttentionPlan:
     """See kernels.ops.attention. Every shape follows from the arguments' shapes, so a CUDA graph can hold it all."""
     rows = context_lens.shape[0]
@@ -156,10 +158,16 @@ def plan_decode(
         raise ValueError(f"{rows} contexts, slots {list(slots.shape)}")
     numbers = torch.arange(rows + 1, dtype=torch.int32, device=pool.device)
     tiles = torch.empty(0, 2, dtype=torch.int32, device=pool.device)
-    return plan_mixed(
-        pool, numbers, context_lens, block_tables, slots, tiles, numbers[:-1],
+    decodes = numbers[:-1]
+    if exact:
+        tiles, decodes, max_splits = torch.stack((decodes, torch.zeros_like(decodes)), dim=1), decodes[:0], 0
+        # padding rows, which are the last ones, have no query
+        numbers = F.pad((context_lens > 0).cumsum(0, dtype=torch.int32), (1, 0))
+    plan = plan_mixed(
+        pool, numbers, context_lens, block_tables, slots, tiles, decodes,
         num_heads=num_heads, max_splits=max_splits, window=window,
     )  # fmt: skip
+    return replace(plan, tile=_prompt_tile([1] * rows, (), pool, num_heads, exact=True)) if exact else plan
 
 
 def plan_mixed(
@@ -201,7 +209,8 @@ def plan_mixed(
         tile=_small_tile(pool),
         padded=tiles.shape[0] > 0,
     )
-    count_splits(plan)
+    if num_decodes:
+        count_splits(plan)
     return plan
 
 

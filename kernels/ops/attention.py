@@ -65,19 +65,22 @@ def plan_decode(
     num_heads: int,
     max_splits: int,
     window: int | None = None,
+    exact: bool = False,
 ) -> AttentionPlan:
     """The plan of a step of one token per row, all of whose numbers lie on the device: a CUDA graph can hold it, and
     the numbers may change between its replays. Kernels of a GPU only.
 
     `context_lens` int32 [rows], the row's own token included; `block_tables` int32 [rows, max_blocks]; `slots` int64
     [rows]. A row of context 0 is padding: its slot is below 0, and its result is zeros. `max_splits` is the room for
-    work: at least `decode_splits` of every step's contexts, which is not checked on the device.
+    work: at least `decode_splits` of every step's contexts, which is not checked on the device. Of `exact` steps it is
+    not looked at, and padding rows stand behind all others.
     """
     from kernels.fused import attention as fused
 
     return fused.plan_decode(
-        pool, context_lens, block_tables, slots, num_heads=num_heads, max_splits=max_splits, window=window
-    )
+        pool, context_lens, block_tables, slots,
+        num_heads=num_heads, max_splits=max_splits, window=window, exact=exact,
+    )  # fmt: skip
 
 
 def plan_mixed(

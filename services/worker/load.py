@@ -116,7 +116,7 @@ def _prepare_on_gpu(config: WorkerConfig, decoder: Decoder, layout: BlockLayout)
     room = measure_room(config, decoder, layout, gauge)
     size = size_pool(config, layout, spec.max_positions, room.free, room=room.allowed)
     runner = build_runner(config, decoder, layout, size, "cuda")
-    if uses_graphs(config, decoder.dtype, "cuda"):
+    if uses_graphs(config, "cuda"):
         capture_graphs(runner, decoder, config.max_num_batched_tokens)
     _warm_up(runner, layout, size)
     forms.seal()
@@ -128,7 +128,7 @@ def measure_room(config: WorkerConfig, decoder: Decoder, layout: BlockLayout, ga
     longest = config.max_model_len or decoder.spec.max_positions
     device = decoder.device.type
     rehearsing = build_runner(config, decoder, layout, PoolSize(1, longest), device)
-    with_graphs = uses_graphs(config, decoder.dtype, device)
+    with_graphs = uses_graphs(config, device)
     steps = measure_steps(config, decoder, rehearsing, gauge, max_model_len=longest, with_graphs=with_graphs)
     del rehearsing
     gc.collect()  # graphs and the functions that they call hold one another, and their buffers
@@ -360,7 +360,8 @@ def build_runner(
     masks = Masks(vocab_size, num_threads=max(1, min(count_cores() // 2, MOST_MASK_THREADS)))
     sampler = Sampler(max_num_seqs=config.max_num_seqs, vocab_size=vocab_size, masks=masks)
     copies = CudaCopies(torch.device(device)) if device == "cuda" else None
-    return Runner(decoder, pool.pages, slots, sampler, deterministic=config.deterministic, copies=copies)
+    exact = config.deterministic or decoder.dtype == torch.float32  # float32 is exact by itself
+    return Runner(decoder, pool.pages, slots, sampler, deterministic=exact, copies=copies)
 
 
 def _warm_up(runner: Runner, layout: BlockLayout, size: PoolSize) -> None:

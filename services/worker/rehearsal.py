@@ -8,7 +8,7 @@ from collections.abc import Callable
 import msgspec
 import numpy as np
 
-from services.worker.execute.graphs import Replay, buckets_upto
+from services.worker.execute.graphs import Replay, buckets_upto, exact_buckets_upto
 from services.worker.execute.mixed_graphs import mixed_buckets
 from services.worker.execute.runner import Runner
 from services.worker.memory.budget import GRAPH_BYTES, Gauge
@@ -60,7 +60,8 @@ def measure_steps(
         runner.capture_graphs(decoder, Called(), max_num_tokens=config.max_num_batched_tokens)
         runner.run(decode)
 
-    num_graphs = len(buckets_upto(config.max_num_seqs)) + len(mixed_buckets(config.max_num_batched_tokens))
+    seqs, tokens = config.max_num_seqs, config.max_num_batched_tokens
+    num_graphs = len(buckets_upto(seqs)) + len(exact_buckets_upto(seqs)) + len(mixed_buckets(tokens))
     return StepMemory(eager=eager, graphs=gauge.peak_of(replay) + GRAPH_BYTES * num_graphs)
 
 

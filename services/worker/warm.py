@@ -5,7 +5,6 @@ import time
 from typing import Any
 
 import structlog
-import torch
 
 from kernels.ops import forms
 from services.worker.execute.graphs import CudaCapture
@@ -82,9 +81,9 @@ def compile_kernels(decoder: Decoder, layout: BlockLayout, max_model_len: int) -
     log.info("kernels_compiled", forms=num_forms, seconds=round(time.monotonic() - began, 1))
 
 
-def uses_graphs(config: WorkerConfig, dtype: torch.dtype, device: str) -> bool:
-    """Exact steps run eagerly, so a worker whose every step is exact has no use for graphs."""
-    return device == "cuda" and not (config.enforce_eager or config.deterministic or dtype == torch.float32)
+def uses_graphs(config: WorkerConfig, device: str) -> bool:
+    """Whether steps are replayed from CUDA graphs."""
+    return device == "cuda" and not config.enforce_eager
 
 
 def capture_graphs(runner: Runner, decoder: Decoder, max_num_tokens: int) -> None:

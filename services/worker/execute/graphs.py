@@ -2,8 +2,9 @@
 
 A graph is a fixed list of launches on fixed addresses. So there is one for each number of rows in `buckets_upto`, all
 on the same buffers, captured before the worker takes plans; a step fills the buffers, pads its rows to the next bucket
-and replays. What a graph cannot hold (exact steps, contexts that need more room for attention's work than the buffers
-have) runs eagerly: `take` says no. Steps with prompt tokens are the business of mixed_graphs.py.
+and replays. Exact steps have graphs of their own, fewer ones. What a graph cannot hold (contexts that need more room
+for attention's work than the buffers have) runs eagerly: `take` says no. Steps with prompt tokens are the business of
+mixed_graphs.py.
 """
 
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from services.worker.models.spec import ModelSpec
 log = structlog.get_logger("graphs")
 
 FINE_STEP, FINE_ROWS, COARSE_STEP = 8, 256, 64
+FEWEST_EXACT_ROWS, EXACT_STEP = 16, 64
+"""Exact products are made in tiles of 64 rows, so finer buckets would save little."""
 MAX_PARTIAL_BYTES = 256 * 2**20
 """Of attention's unfinished sums, float32, per cache group: at 32 heads of 128 room for 4 million tokens of context."""
 WARM_UP_CALLS = 2
@@ -108,9 +111,15 @@ def buckets_upto(max_num_seqs: int) -> list[int]:
     return [rows for rows in (1, 2, 4, *fine, *coarse) if rows < max_num_seqs] + [max_num_seqs]
 
 
+def exact_buckets_upto(max_num_seqs: int) -> list[int]:
+    """The same for exact steps: 16, 64, 128, 192, …, and `max_num_seqs` itself."""
+    steps = range(EXACT_STEP, max_num_seqs, EXACT_STEP)
+    return [rows for rows in (FEWEST_EXACT_ROWS, *steps) if rows < max_num_seqs] + [max_num_seqs]
+
+
 class Graphs:
     """Owns the buffers and the graphs. `last_tokens` int64 by slot, where token ids below 0 are looked up; `pages` is
-    the pool. One thread at a time calls it."""
+    the pool; `exact_only` leaves out those of steps that are not. One thread at a time calls it."""
 
     def __init__(
         self,
@@ -122,9 +131,12 @@ class Graphs:
         max_num_seqs: int,
         max_model_len: int,
         block_size: int,
+        exact_only: bool = False,
     ) -> None:
         self._decoder, self._pages, self._last_tokens, self._capture = decoder, pages, last_tokens, capture
-        self._buckets = buckets_upto(max_num_seqs)
+        self._buckets = {True: exact_buckets_upto(max_num_seqs)}
+        if not exact_only:
+            self._buckets = {False: buckets_upto(max_num_seqs), **self._buckets}
         self._max_model_len = max_model_len
         device, room = pages.device, -(-max_num_seqs // 16) * 16  # so that each line begins at a multiple of 16 bytes
         columns, groups = -(-max_model_len // block_size), decoder.num_groups
@@ -132,7 +144,7 @@ class Graphs:
         self._tables = torch.zeros(groups, max_num_seqs, -(-columns // 4) * 4, dtype=torch.int32, device=device)
         self._logits = torch.zeros(max_num_seqs, decoder.spec.vocab_size, dtype=torch.float32, device=device)
         self._room = SplitRoom(decoder.spec, max_model_len)
-        self._replays: dict[int, Replay] = {}
+        self._replays: dict[tuple[int, bool], Replay] = {}
 
     @property
     def logits(self) -> Tensor:
@@ -144,11 +156,13 @@ class Graphs:
         """The largest first, so that the others find their memory there."""
         self._decoder.reserve(self._max_model_len)
         fill_from(self._numbers, self._padded(np.empty((self._numbers.shape[0], 0), np.int64)))
-        for rows in reversed(self._buckets):
-            self._replays[rows] = self._capture.capture(lambda rows=rows: self._decode(rows))  # type: ignore[misc]
-        log.info("graphs_captured", buckets=len(self._buckets), max_rows=self._buckets[-1])
+        for exact, buckets in self._buckets.items():
+            for rows in reversed(buckets):
+                replay = self._capture.capture(lambda rows=rows, exact=exact: self._decode(rows, exact))  # type: ignore[misc]
+                self._replays[rows, exact] = replay
+            log.info("graphs_captured", exact=exact, buckets=len(buckets), max_rows=buckets[-1])
 
-    def _decode(self, rows: int) -> None:
+    def _decode(self, rows: int, exact: bool) -> None:
         """The step as it is captured, on the first `rows` rows of the buffers."""
         numbers = self._numbers[:, :rows]
         self._decoder.decode(
@@ -159,21 +173,24 @@ class Graphs:
                 context_lens=numbers[-1].to(torch.int32),
                 block_tables=self._tables[:, :rows],
                 max_splits=self._room.splits(rows),
+                exact=exact,
             ),
             self._pages,
             self._logits[:rows],
         )
 
-    def take(self, inputs: DecodeInputs) -> Tensor | None:
+    def take(self, inputs: DecodeInputs, exact: bool) -> Tensor | None:
         """float32 logits [n, vocab] of the step, good until the next one; None for a step that no graph can hold."""
         num_rows = inputs.numbers.shape[1]
-        rows = next((bucket for bucket in self._buckets if bucket >= num_rows), None)
-        if rows is None or rows not in self._replays or not self._room.has_room(rows, inputs.numbers[-1]):
+        rows = next((bucket for bucket in self._buckets.get(exact, ()) if bucket >= num_rows), None)
+        if rows is None or (rows, exact) not in self._replays:
+            return None
+        if not (exact or self._room.has_room(rows, inputs.numbers[-1])):
             return None
         fill_from(self._numbers, self._padded(inputs.numbers))
         tables = to_device(inputs.block_tables, self._pages.device)
         self._tables[:, :num_rows, : tables.shape[2]].copy_(tables)
-        self._replays[rows]()
+        self._replays[rows, exact]()
         return self._logits[:num_rows]
 
     def _padded(self, numbers: np.ndarray) -> np.ndarray:

@@ -143,7 +143,7 @@ class Runner:
         return pending.output
 
     def capture_graphs(self, decoder: DecodeForward, capture: Capture, *, max_num_tokens: int = 0) -> None:
-        """From here on pure decode steps that are not exact are replayed from graphs, and small ones with prompt tokens
+        """From here on pure decode steps are replayed from graphs, and small ones with prompt tokens that are not exact
         where steps may have up to `max_num_tokens`. `decoder` is the runner's own."""
         slots = self._slots
         graphs = Graphs(
@@ -154,8 +154,12 @@ class Runner:
             max_num_seqs=slots.max_num_seqs,
             max_model_len=slots.max_model_len,
             block_size=slots.block_size,
+            exact_only=self._deterministic,
         )
         graphs.capture_all()
+        self._graphs = graphs
+        if self._deterministic:
+            return
         mixed = MixedGraphs(
             decoder,
             self._pages,
@@ -168,11 +172,11 @@ class Runner:
             block_size=slots.block_size,
         )
         mixed.capture_all()
-        self._graphs, self._mixed_graphs = graphs, mixed
+        self._mixed_graphs = mixed
 
     def _launch(self, plan: StepPlan) -> BegunStep:
         exact = plan.exact or self._deterministic
-        logits = None if exact else self._replay(plan)
+        logits = self._replay(plan, exact)
         described: tuple[DescribedPrompt, ...] = ()
         if logits is None:
             logits, described = self._forward(plan, exact)
@@ -183,11 +187,11 @@ class Runner:
             self._slots.place(plan), sampled, described, self._copies.fetch(tensors), self._copies.overlaps
         )
 
-    def _replay(self, plan: StepPlan) -> Tensor | None:
+    def _replay(self, plan: StepPlan, exact: bool) -> Tensor | None:
         """The logits of the sampling rows from a graph, where one can hold the step."""
         if self._graphs is None or not is_decode(plan):
             return None
-        return self._graphs.take(gather_decode(self._slots, plan))
+        return self._graphs.take(gather_decode(self._slots, plan), exact)
 
     def _forward(self, plan: StepPlan, exact: bool) -> tuple[Tensor, tuple[DescribedPrompt, ...]]:
         """The logits of the sampling rows, and what describes prompts."""

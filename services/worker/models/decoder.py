@@ -56,8 +56,9 @@ class DecodeRows:
     context_lens   [R] int32
     block_tables   [G, R, max_blocks] int32
     max_splits     by window: the room for attention's work, see kernels.ops.attention.plan_decode
+    exact          as in a StepBatch
 
-    A padding row has context 0, slots below 0, and any token and position that exist.
+    A padding row has context 0, slots below 0, and any token and position that exist; it stands behind all others.
     """
 
     token_ids: Tensor
@@ -66,6 +67,7 @@ class DecodeRows:
     context_lens: Tensor
     block_tables: Tensor
     max_splits: dict[int | None, int]
+    exact: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +234,7 @@ class Decoder:
     def decode(self, rows: DecodeRows, pool: Tensor, out: Tensor) -> None:
         """Writes the float32 logits of all rows to `out` [R, vocab_size]; what it launches depends on R alone.
 
-        A row's logits may differ in their last bits from those of `forward`: not for exact steps.
+        Unless they are exact, a row's logits may differ in their last bits from those of `forward`.
         """
         plans = tuple(
             plan_decode(
@@ -243,10 +245,11 @@ class Decoder:
                 num_heads=self.spec.num_heads,
                 max_splits=rows.max_splits[window],
                 window=window,
+                exact=rows.exact,
             )
             for group, window in enumerate(self._windows)
         )
-        step = AttentionStep(pool, plans, self._places.turns(rows.positions, 0), exact=False)
+        step = AttentionStep(pool, plans, self._places.turns(rows.positions, 0), rows.exact)
         out.copy_(self._logits(PreparedStep(step, rows.token_ids, self._places.rows(rows.positions, 0), None)))
 
     @torch.inference_mode()

@@ -10,7 +10,7 @@ from kernels.fused import attention, launch
 from kernels.ops import choice
 from services.worker import load
 from services.worker.execute import graphs, mixed_graphs
-from services.worker.execute.graphs import buckets_upto
+from services.worker.execute.graphs import buckets_upto, exact_buckets_upto
 from services.worker.execute.inputs import DecodeInputs
 from services.worker.memory.budget import Memory
 from services.worker.memory.layout import layout_of
@@ -175,14 +175,42 @@ def test_answers_of_a_soak_with_graphs_are_those_without(decoders):
     assert same >= len(asked) - 1
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen2-window", "gpt-oss"])
+def test_an_exact_step_from_a_graph_has_the_bits_of_an_eager_one(decoders, name, monkeypatch):
+    """The second step has fewer rows, so the third finds an older one's numbers in the buffers."""
+    monkeypatch.setattr(graphs, "FEWEST_EXACT_ROWS", 3)
+    decoder, rng = decoders(name), random.Random(name)
+    groups = decoder.num_groups
+    prompts, decodes = admitted(rng, [rng.randint(1, 20) for _ in range(4)], groups)
+    plans = [prompts] + [
+        make_plan(2 + i, rows, num_groups=groups, exact=True)
+        for i, rows in enumerate((decodes, decodes[:2], decodes[::-1][:3]))
+    ]
+    runner, capture = graphed(decoder)
+    replayed = logits_of(runner, plans)
+    eager = logits_of(make_runner(decoder, max_num_seqs=6, copies=LateCopies(), device=DEVICE), plans)
+    assert capture.replayed == 3
+    for mine, theirs in zip(replayed, eager, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_runner_whose_every_step_is_exact_has_graphs_of_such_steps_only(decoders):
+    decoder = decoders("llama")
+    runner, capture = graphed(decoder, max_num_tokens=16, deterministic=True)
+    prompts, decodes = admitted(random.Random(1), [3, 5])
+    runner.run(prompts)
+    runner.run(make_plan(2, decodes))
+    assert (capture.captured, capture.replayed) == (len(exact_buckets_upto(6)), 1)
+
+
 @pytest.mark.parametrize(
     "plan",
     [
-        make_plan(2, [(5, 1, True, ())], exact=True),
+        make_plan(2, [(5, 1, False, ())], exact=True),
         make_plan(2, [(5, 1, False, ())]),
         make_plan(2, [(5, 1, True, ()), (0, 2, True, (9,))], [make_admit(0, [4, 5])]),
     ],
-    ids=["exact", "a chunk of one", "beside a prompt"],
+    ids=["an exact chunk", "a chunk of one", "beside a prompt"],
 )
 def test_steps_that_are_more_than_decoding_run_eagerly(decoders, plan):
     decoder = decoders("llama")
@@ -206,7 +234,7 @@ def test_contexts_beyond_the_room_for_attentions_work_run_eagerly(decoders, monk
         )
         for contexts in ([64, 192], [65, 192])
     ]
-    assert [held._graphs.take(each) is not None for each in inputs] == [True, False]
+    assert [held._graphs.take(each, exact=False) is not None for each in inputs] == [True, False]
 
 
 def test_the_rehearsal_before_the_pool_is_made_goes_through_the_largest_graph(decoders):
@@ -234,7 +262,7 @@ def test_a_decode_step_takes_eight_kernels_a_layer(decoders, name, monkeypatch):
     held, _ = graphed(decoder)
     monkeypatch.setattr(launch, "_start", lambda kernel, *rest: started.append(kernel.__name__) or start(kernel, *rest))
     numbers = torch.tensor([[3, 3], [9, 9], [1, 9], [64, 120]]).numpy()
-    held._graphs.take(DecodeInputs(numbers, torch.zeros(1, 2, 16, dtype=torch.int32).numpy()))
+    held._graphs.take(DecodeInputs(numbers, torch.zeros(1, 2, 16, dtype=torch.int32).numpy()), exact=False)
     assert len(started) == 8 * decoder.spec.num_layers + 3, started
 
 
@@ -289,6 +317,8 @@ def test_buckets_are_fine_where_batches_are_small_and_end_with_the_largest():
     assert buckets_upto(32) == [1, 2, 4, 8, 16, 24, 32]
     assert buckets_upto(400)[-4:] == [248, 256, 320, 384, 400][-4:]
     assert len(buckets_upto(1024)) < 50
+    assert exact_buckets_upto(6) == [6]
+    assert exact_buckets_upto(200) == [16, 64, 128, 192, 200]
 
 
 def test_a_plan_on_the_device_refuses_what_would_not_fit():
