@@ -81,9 +81,9 @@ def test_bfloat16_is_close_to_float32_step_by_step(decoders, graphs):
     assert agreed >= 0.8 * total, f"{agreed} of {total}"
 
 
-@pytest.mark.parametrize("batch", [3, 16, 64, 256])
-def test_an_exact_answer_has_the_same_bits_in_every_batch(decoders, batch):
-    """Tokens and logprobs, under random chunks, preemption and two steps in flight."""
+@pytest.mark.parametrize(("batch", "graphs"), [(3, False), (16, True), (64, False), (64, True), (256, True)])
+def test_an_exact_answer_has_the_same_bits_in_every_batch(decoders, batch, graphs):
+    """Tokens and logprobs, under random chunks, preemption and two steps in flight; alone without graphs."""
     decoder = decoders(torch.bfloat16)
     lone_runner = runner_of(decoder, deterministic=True)
     asked = prompts(batch)
@@ -91,7 +91,7 @@ def test_an_exact_answer_has_the_same_bits_in_every_batch(decoders, batch):
     expected = {i: alone(lone_runner, make_asked(asked[i], 16, logprobs=2)) for i in chosen}
     together = [make_asked(prompt, 16, logprobs=2) for prompt in asked]
     answer_all(
-        runner_of(decoder, deterministic=True), together, random.Random(batch),
+        runner_of(decoder, deterministic=True, graphs=graphs), together, random.Random(batch),
         chunk=40, preempt=0.01, ahead=1, **PLANNED,
     )  # fmt: skip
     for i in chosen:
