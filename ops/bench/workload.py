@@ -1,6 +1,7 @@
 """The three workloads of the figures, made from a seed: prompts are fresh in every repeat."""
 
 import random
+from typing import Any
 
 import msgspec
 
@@ -10,11 +11,18 @@ FIRST_ID = 10
 
 
 class Job(msgspec.Struct, frozen=True):
-    """One request: greedy, end-of-sequence ignored, exactly `max_tokens` out."""
+    """One request: greedy, end-of-sequence ignored, exactly `max_tokens` out.
+
+    `fields`: more of the client's Request, by name, over these. `keeps`: its tokens and logprobs are wanted, not only
+    their moments. `leave_after`: the client cancels it after so many tokens; 0: never.
+    """
 
     token_ids: tuple[int, ...]
     max_tokens: int
     deterministic: bool = False
+    fields: dict[str, Any] = {}
+    keeps: bool = False
+    leave_after: int = 0
 
 
 def stream(seed: int) -> list[Job]:

@@ -9,14 +9,14 @@ import multiprocessing
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import msgspec
 
 from ops.bench.workload import FIRST_ID, Job
-from services.cli.client import Client, Delta, Finished, Request
+from services.cli.client import Client, Delta, Finished, Logprobs, Request
 
 HEAD_START_S = 0.3
 """From the order to the first request: every process has connected by then. One alone need not wait."""
@@ -25,12 +25,15 @@ GRACE_S = 15.0
 
 
 class Stream(msgspec.Struct):
-    """One request as its client saw it: when tokens came and how many, or what went wrong."""
+    """One request as its client saw it: when tokens came and how many, or what went wrong. What came only for a job
+    that keeps it."""
 
     sent_s: float = 0.0
     arrivals: list[tuple[float, int]] = []
     cached_tokens: int = 0
     error: str = ""
+    token_ids: list[int] = []
+    logprobs: list[Logprobs] = []
 
     @property
     def tokens(self) -> int:
@@ -82,19 +85,19 @@ class Clients:
     ) -> None:
         self._pool.terminate()
 
-    def run(self, address: str, jobs: Sequence[Job], limit_s: float) -> Answers:
-        """All jobs at once. Raises RuntimeError where one fails or the time is up."""
-        parts = [list(jobs[start :: self._count]) for start in range(min(self._count, len(jobs)))]
-        begin_s = time.perf_counter() + (HEAD_START_S if len(parts) > 1 else 0.0)
-        orders = [(address, part, begin_s, limit_s) for part in parts]
-        pending = self._pool.starmap_async(drive, orders, chunksize=1)
-        try:
-            done: list[tuple[list[Stream], float]] = pending.get(limit_s + GRACE_S)
-        except multiprocessing.TimeoutError:
-            self._pool.terminate()
-            self._pool = self._start()
-            raise RuntimeError(f"the clients hung for {limit_s + GRACE_S:.0f} s") from None
-        answers = Answers([stream for streams, _ in done for stream in streams], [cpu_s for _, cpu_s in done])
+    def run(self, address: str, jobs: Sequence[Job], limit_s: float, at_once: int = 0) -> Answers:
+        """All jobs at once, or `at_once` of them; streams in the order of their jobs. Raises RuntimeError where one
+        fails or the time is up."""
+        at_once = min(at_once or len(jobs), len(jobs))
+        count = min(self._count, at_once)
+        begin_s = time.perf_counter() + (HEAD_START_S if count > 1 else 0.0)
+        shares = _shares(at_once, count)
+        orders = [(address, list(jobs[n::count]), begin_s, limit_s, share) for n, share in enumerate(shares)]
+        done: list[tuple[list[Stream], float]] = self.call(drive, orders, limit_s)
+        streams = [Stream() for _ in jobs]
+        for n, (found, _) in enumerate(done):
+            streams[n::count] = found
+        answers = Answers(streams, [cpu_s for _, cpu_s in done])
         failed = [stream.error for stream in answers.streams if stream.error]
         if failed:
             raise RuntimeError(
@@ -102,14 +105,40 @@ class Clients:
             )
         return answers
 
+    def shares(self, at_once: int) -> list[int]:
+        """So many requests at once, split among the processes."""
+        return _shares(at_once, min(self._count, at_once))
 
-def drive(address: str, jobs: list[Job], begin_s: float, limit_s: float) -> tuple[list[Stream], float]:
+    def call(self, function: Callable[..., Any], orders: Sequence[tuple[Any, ...]], limit_s: float) -> list[Any]:
+        """What `function` returns of each order, which is one process's. Raises RuntimeError where one hangs."""
+        pending = self._pool.starmap_async(function, orders, chunksize=1)
+        try:
+            done: list[Any] = pending.get(limit_s + GRACE_S)
+        except multiprocessing.TimeoutError:
+            self._pool.terminate()
+            self._pool = self._start()
+            raise RuntimeError(f"the clients hung for {limit_s + GRACE_S:.0f} s") from None
+        return done
+
+
+def _shares(total: int, count: int) -> list[int]:
+    return [total // count + (n < total % count) for n in range(count)]
+
+
+def drive(address: str, jobs: list[Job], begin_s: float, limit_s: float, at_once: int) -> tuple[list[Stream], float]:
     """What one client process does: its streams, and the CPU seconds that they took."""
-    return asyncio.run(_drive(address, jobs, begin_s, limit_s))
+    return asyncio.run(_drive(address, jobs, begin_s, limit_s, at_once))
 
 
-async def _drive(address: str, jobs: list[Job], begin_s: float, limit_s: float) -> tuple[list[Stream], float]:
-    streams = [Stream() for _ in jobs]
+async def _drive(
+    address: str, jobs: list[Job], begin_s: float, limit_s: float, at_once: int
+) -> tuple[list[Stream], float]:
+    streams, places = [Stream() for _ in jobs], asyncio.Semaphore(at_once)
+
+    async def run(client: Client, job: Job, stream: Stream) -> None:
+        async with places:
+            await follow(client, job, stream)
+
     async with Client(address) as client:
         try:
             await client.connect(10)
@@ -119,7 +148,7 @@ async def _drive(address: str, jobs: list[Job], begin_s: float, limit_s: float) 
         cpu_s = time.process_time()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
-                await asyncio.gather(*(_follow(client, job, stream) for job, stream in zip(jobs, streams, strict=True)))
+                await asyncio.gather(*(run(client, job, stream) for job, stream in zip(jobs, streams, strict=True)))
         cpu_s = time.process_time() - cpu_s
     for job, stream in zip(jobs, streams, strict=True):
         if not stream.error and stream.tokens != job.max_tokens:
@@ -127,22 +156,30 @@ async def _drive(address: str, jobs: list[Job], begin_s: float, limit_s: float) 
     return streams, cpu_s
 
 
-async def _follow(client: Client, job: Job, stream: Stream) -> None:
+async def follow(client: Client, job: Job, stream: Stream) -> None:
+    """Asks for one job, and notes in `stream` what comes."""
+    fields: dict[str, Any] = {"temperature": 0.0, **job.fields}
     request = Request(
         token_ids=job.token_ids,
         max_tokens=job.max_tokens,
-        temperature=0.0,
         ignore_eos=True,
         deterministic=job.deterministic,
+        **fields,
     )
     arrivals: list[tuple[float, int]] = []
     stream.arrivals, stream.sent_s = arrivals, time.perf_counter()
     try:
-        async for event in client.generate(request):
-            if isinstance(event, Delta):
-                arrivals.append((time.perf_counter(), len(event.token_ids)))
-            elif isinstance(event, Finished) and event.usage is not None:
-                stream.cached_tokens = event.usage.cached_tokens
+        async with contextlib.aclosing(client.generate(request)) as events:
+            async for event in events:
+                if isinstance(event, Delta):
+                    arrivals.append((time.perf_counter(), len(event.token_ids)))
+                    if job.keeps:
+                        stream.token_ids += event.token_ids
+                        stream.logprobs += event.logprobs
+                    if job.leave_after and stream.tokens >= job.leave_after:
+                        return
+                elif isinstance(event, Finished) and event.usage is not None:
+                    stream.cached_tokens = event.usage.cached_tokens
     except Exception as error:
         stream.error = f"{type(error).__name__}: {error}"[:300]
 

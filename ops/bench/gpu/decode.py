@@ -1,7 +1,8 @@
 """Whole decoder steps at real shapes with random weights, in one process and without a scheduler: the engine's ceiling.
 
-`eager` launches every kernel from Python, `graph` replays them from a CUDA graph; both leave sampling out. A floor is
-the weights (without the embedding, which is only looked up) and the context's K and V, read once.
+`eager` launches every kernel from Python, `graph` replays them from a CUDA graph; both leave sampling out, as an engine
+cannot. `graph_sampled` is the graph with the worker's greedy sampling of its logits behind it: the fair ceiling. A
+floor is the weights (without the embedding, which is only looked up) and the context's K and V, read once.
 """
 
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kernels.ops import sampling
 from ops.bench.forward import build_batch
 from ops.bench.gpu.device import Device
 from ops.bench.gpu.shapes import LLAMA_8B, TOY
@@ -46,11 +48,14 @@ def _decode(device: Device, decoder: Decoder, batch: int, context: int, ceilings
     floor_us = (weight_bytes + batch * context * layout.bytes_per_token) / ceilings["memory_gb_per_s"] / 1e3
     eager_us = device.eager_us(lambda: decoder.compute(prepared))
     graph_us = device.median_us([lambda: decoder.compute(prepared)])
+    sampled_us = device.median_us([lambda: sampling.best(decoder.compute(prepared))])
     return {
         "floor_us": round(floor_us, 1),
         "eager_us": round(eager_us, 1),
         "graph_us": round(graph_us, 1),
         "graph_tokens_per_s": round(batch * 1e6 / graph_us, 1),
+        "graph_sampled_us": round(sampled_us, 1),
+        "graph_sampled_tokens_per_s": round(batch * 1e6 / sampled_us, 1),
         "of_floor": round(floor_us / graph_us, 3),
         "kernels_us": _kernels(device, lambda: decoder.compute(prepared)),
     }

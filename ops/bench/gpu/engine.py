@@ -21,7 +21,9 @@ from typing import Any
 import torch
 
 from ops.bench.cluster import Cluster, ClusterError
-from ops.bench.gpu.clients import Answers, Clients, draw_ids, median_tpot_ms, steady_rate
+from ops.bench.gpu import exactness as exact_requests
+from ops.bench.gpu import soak as soaking
+from ops.bench.gpu.clients import Answers, Clients, Stream, draw_ids, median_tpot_ms, steady_rate
 from ops.bench.gpu.device import Device
 from ops.bench.gpu.shapes import CASES_OF, config_of
 from ops.bench.machine import cpu_seconds
@@ -53,8 +55,8 @@ class Bench:
     vocab_size: int
     limit_s: float
 
-    def run(self, jobs: Sequence[Job], limit_s: float = 0.0) -> Answers:
-        return self.clients.run(self.cluster.address, jobs, limit_s or self.limit_s)
+    def run(self, jobs: Sequence[Job], limit_s: float = 0.0, at_once: int = 0) -> Answers:
+        return self.clients.run(self.cluster.address, jobs, limit_s or self.limit_s, at_once)
 
     def job(self, seed: object, prompt: int, outputs: int, *, prefix: tuple[int, ...] = ()) -> Job:
         """A request of `prompt` tokens, those of `prefix` among them."""
@@ -135,6 +137,76 @@ def exact(bench: Bench) -> Figures:
     return {**figures, **_summary(answers)}
 
 
+def exactness(bench: Bench) -> Figures:
+    """Exact requests, each alone in its batch and then again among many: tokens and logprobs must be identical.
+    `preemptions`: samples that were put back into the queue meanwhile."""
+    toy, begin = bench.device.dry, time.monotonic()
+    before = _preemptions(bench)
+    jobs = exact_requests.references(bench.vocab_size, toy=toy)
+    alone = bench.run(jobs, _left_s(bench, begin), 1).streams
+    if any(len(stream.logprobs) != stream.tokens for stream in alone):
+        return {"error": "an answer came without the logprobs of all its tokens"}
+    figures: Figures = {"requests": len(jobs), "mismatches": 0, "alone_s": round(time.monotonic() - begin, 2)}
+    for at_once, count in (exact_requests.TOY_WAVES if toy else exact_requests.WAVES).items():
+        mixed = exact_requests.wave(at_once, count, jobs, bench.vocab_size, toy=toy)
+        try:
+            answers = bench.run([job for _, job in mixed], _left_s(bench, begin), at_once)
+        except RuntimeError as error:
+            figures["error"] = f"{at_once} at once: {error}"
+            break
+        _compare(figures, at_once, [n for n, _ in mixed], answers, alone)
+    if figures["mismatches"]:
+        figures.setdefault("error", f"{figures['mismatches']} mismatches, the first: {figures['first_mismatch']}")
+    return {**figures, "preemptions": _preemptions(bench) - before}
+
+
+def _compare(figures: Figures, at_once: int, numbers: Sequence[int], answers: Answers, alone: Sequence[Stream]) -> None:
+    """Adds one wave: `numbers` are those of the references, -1 of an ordinary request."""
+    asked = [(n, stream) for n, stream in zip(numbers, answers.streams, strict=True) if n >= 0]
+    differences = [(n, exact_requests.difference(stream, alone[n])) for n, stream in asked]
+    wrong = [f"{at_once} at once, request {n}: {what}" for n, what in differences if what]
+    if wrong:
+        figures.setdefault("first_mismatch", wrong[0][:500])
+    figures["requests"] += len(asked)
+    figures["mismatches"] += len(wrong)
+    figures[f"{at_once}_at_once"] = {
+        "requests": len(asked),
+        "ordinary": len(numbers) - len(asked),
+        "mismatches": len(wrong),
+        "cached_tokens": sum(stream.cached_tokens for _, stream in asked),
+        "wall_s": round(answers.wall_s, 2),
+    }
+
+
+def _left_s(bench: Bench, begin: float) -> float:
+    """Of the case's time, which is twice the limit: many runs make one case."""
+    return max(1.0, begin + 2 * bench.limit_s - time.monotonic())
+
+
+def _preemptions(bench: Bench) -> int:
+    """So far, for whatever reason."""
+    told = scrape(bench.cluster.http["scheduler"])
+    return int(sum(value for name, value in told.items() if name.startswith("sluice:num_preemptions_total")))
+
+
+def soak(bench: Bench) -> Figures:
+    """Requests of random shapes and kinds, some left by their clients, always as many in flight; none may fail."""
+    seconds, toy = bench.device.size(20, 2), bench.device.dry
+    shares = bench.clients.shares(bench.device.size(64, 4))
+    address, vocab_size = bench.cluster.address, bench.vocab_size
+    orders = [(address, seed, share, seconds, vocab_size, toy) for seed, share in enumerate(shares)]
+    told: list[soaking.Soaked] = bench.clients.call(soaking.soak, orders, seconds + soaking.LAST_S)
+    tokens, wall_s = sum(each.tokens for each in told), max(each.wall_s for each in told)
+    figures: Figures = {
+        **{name: sum(getattr(each, name) for each in told) for name in ("finished", "cancelled", "failed")},
+        "tokens": tokens,
+        "wall_s": round(wall_s, 2),
+        "tokens_per_s": _rounded(tokens / (wall_s or 1.0)),
+    }
+    errors = [each.error for each in told if each.error]
+    return {**figures, "error": f"{figures['failed']} failed, the first: {errors[0]}"} if errors else figures
+
+
 def bulk(bench: Bench, count: int, outputs: int) -> Figures:
     """`count` requests of 1,024 in and `outputs` out, at once."""
     count, prompt = bench.device.size(count, 4), bench.device.size(1024, 24)
@@ -166,9 +238,11 @@ CASES: dict[str, Callable[[Bench], Figures]] = {
     "equal": equal,
     "tail": tail,
     "exact": exact,
+    "exactness": exactness,
     "bulk": lambda bench: bulk(bench, 128, 256),
     "ragged": ragged,
     "full": lambda bench: bulk(bench, 256, 1024),
+    "soak": soak,
 }
 
 

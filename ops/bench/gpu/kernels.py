@@ -1,7 +1,8 @@
 """Each kernel beside its floor and the best that this machine has otherwise; shapes are Llama-3.1-8B's.
 
 A floor is the larger of bytes over the measured memory bandwidth and operations over the measured matrix rate. A peer
-that this machine lacks, or that cannot do a case, is left out by name.
+that this machine lacks, or that cannot do a case, is left out by name. `eager` of the norm is torch's own fused
+one; `transformers` is written operation by operation, as transformers has it, and so are the `eager` of gate and rope.
 """
 
 import functools
@@ -74,6 +75,8 @@ def _measure(device: Device, case: Case, ceilings: dict[str, float]) -> dict[str
     peers = [value for key, value in result.items() if key.endswith("_us") and key not in own]
     if peers:
         result["over_best_peer"] = round(min(peers) / result["ours_us"], 3)
+    if "transformers_us" in result:
+        result["over_transformers"] = round(result["transformers_us"] / result["ours_us"], 3)
     return result
 
 
@@ -105,7 +108,13 @@ def _elementwise(tokens: int) -> Iterator[Case]:
         def eager() -> Tensor:
             return F.rms_norm(x + residual, (HIDDEN,), weight, 1e-5)
 
-        return {"ours": lambda: norm.add_rms_norm(x, residual, weight, 1e-5), "eager": eager}
+        def transformers() -> Tensor:
+            wide = (x + residual).to(torch.float32)
+            scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+            return weight * scaled.to(x.dtype)
+
+        ours = {"ours": lambda: norm.add_rms_norm(x, residual, weight, 1e-5)}
+        return {**ours, "eager": eager, "transformers": transformers}
 
     yield Case("add + RMSNorm", 4 * size, 0, norms)
 

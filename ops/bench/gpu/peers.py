@@ -1,6 +1,8 @@
 """transformers on the same card at Llama-3.1-8B's shape with random weights: eager and with a static cache and
 torch.compile, in static batches, and its continuous batching. Each case is a process of its own with a time limit,
 which prints every figure as it has it.
+
+    python -m ops.bench.gpu.peers compiled --warm     only compiles, so that a later run finds all of it on disk
 """
 
 import argparse
@@ -11,7 +13,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -78,26 +82,51 @@ def compiled(model: Any, dry: bool) -> Iterator[tuple[str, Figures]]:
 
 
 def _static_batches(model: Any, dry: bool, **generate: Any) -> Iterator[tuple[str, Figures]]:
-    vocab_size = model.config.vocab_size
-    one = equal_lengths(vocab_size, 1, *((24, 4) if dry else (1024, 128)))
-    equal = equal_lengths(vocab_size, BATCH, *((24, 4) if dry else (512, 128)))
-    tail = long_tailed(vocab_size, toy=dry)
-
-    def warm(jobs: list[Job]) -> None:
-        if model.__dict__.pop("_compiled_call", None) is not None:
-            torch.compiler.reset()  # a second batch size would otherwise be compiled for any, and be slower
-        for _ in range(1 if dry else 2):
-            static(model, [Job(job.token_ids, 4 if dry else 8) for job in jobs], **generate)
+    """The dearest to lose first, should the time be up."""
+    equal, tail, one = _workloads(model.config.vocab_size, dry)
 
     def best(run: Callable[..., Figures], jobs: list[Job]) -> Figures:
-        """Of three: a new cache may make the first one capture its graphs again."""
-        warm(jobs)
-        return min((run(model, jobs, **generate) for _ in range(1 if dry else 3)), key=lambda took: took["wall_s"])
+        """Of two: a new cache may make the first one capture its graphs again."""
+        _warm(model, jobs, dry, **generate)
+        return min((run(model, jobs, **generate) for _ in range(1 if dry else 2)), key=lambda took: took["wall_s"])
 
-    yield "batch 1", best(sequential, one)
     yield "equal", _rate(equal, [best(static, equal)])
-    batches = [tail[start : start + BATCH] for start in range(0, len(tail), BATCH)]
-    yield "tail", _rate(tail, [static(model, batch, **generate) for batch in batches])
+    yield "tail", _rate(list(chain(*tail)), [static(model, batch, **generate) for batch in tail])
+    yield "batch 1", best(sequential, one)
+
+
+def _workloads(vocab_size: int, dry: bool) -> tuple[list[Job], list[list[Job]], list[Job]]:
+    """`equal`, the batches of `tail`, and `batch 1`."""
+    tail = long_tailed(vocab_size, toy=dry)
+    return (
+        equal_lengths(vocab_size, BATCH, *((24, 4) if dry else (512, 128))),
+        [tail[start : start + BATCH] for start in range(0, len(tail), BATCH)],
+        equal_lengths(vocab_size, 1, *((24, 4) if dry else (1024, 128))),
+    )
+
+
+def _warm(model: Any, jobs: list[Job], dry: bool, **generate: Any) -> None:
+    """Compiles for this batch size alone, and runs it."""
+    if model.__dict__.pop("_compiled_call", None) is not None:
+        torch.compiler.reset()  # a second batch size would otherwise be compiled for any, and be slower
+    for _ in range(1 if dry else 2):
+        static(model, _shortened(jobs, dry), **generate)
+
+
+def _shortened(jobs: list[Job], dry: bool) -> list[Job]:
+    return [Job(job.token_ids, 4 if dry else 8) for job in jobs]
+
+
+def fill_caches(model: Any, dry: bool) -> Figures:
+    """What `compiled` does, in its order and shapes but a few tokens each: its compilations stay on disk for a later
+    process."""
+    begin = time.perf_counter()
+    equal, tail, one = _workloads(model.config.vocab_size, dry)
+    _warm(model, equal, dry, **STATIC_CACHE)
+    for batch in tail:
+        static(model, _shortened(batch, dry), **STATIC_CACHE)
+    _warm(model, one, dry, **STATIC_CACHE)
+    return {"wall_s": time.perf_counter() - begin}
 
 
 def in_continuous_batches(model: Any, dry: bool) -> Iterator[tuple[str, Figures]]:
@@ -114,6 +143,10 @@ def _rate(jobs: Sequence[Job], runs: Sequence[Figures]) -> Figures:
     """Tokens that were asked for, a second: what a padded batch computes beyond them counts for nothing."""
     wall_s, tokens = sum(run["wall_s"] for run in runs), sum(job.max_tokens for job in jobs)
     return {"wall_s": wall_s, "tokens": tokens, "batches": len(runs), "output_tokens_per_s": tokens / wall_s}
+
+
+def _rounded(figures: Figures) -> Figures:
+    return {key: round(value, 3) for key, value in figures.items()}
 
 
 CASES: dict[str, Callable[[Any, bool], Iterator[tuple[str, Figures]]]] = {
@@ -138,15 +171,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("cases", nargs="+", choices=PEER_CASES)
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument(
+        "--warm", action="store_true", help="only fill the caches of torch.compile; with compiled alone"
+    )
     options = parser.parse_args()
+    if options.warm and options.cases != ["compiled"]:
+        parser.error("--warm goes with the case compiled, and with no other")
     torch.manual_seed(0)
     model = build(options.dry_run)
+    if options.warm:
+        print(json.dumps({"compiled warmed": _rounded(fill_caches(model, options.dry_run))}), flush=True)
+        return 0
     failed = 0
     for case in options.cases:
         try:
             for name, figures in CASES[case](model, options.dry_run):
-                rounded = {key: round(value, 3) for key, value in figures.items()}
-                print(json.dumps({f"{case} {name}": rounded}), flush=True)
+                print(json.dumps({f"{case} {name}": _rounded(figures)}), flush=True)
         except Exception as error:  # the next case may still work
             print(json.dumps({f"{case} failed": {"error": f"{type(error).__name__}: {error}"[:1500]}}), flush=True)
             failed = 1

@@ -52,9 +52,9 @@ SHAPES = {"llama-3.1-8b": LLAMA_8B, "qwen3-8b": QWEN3_8B, "qwen3-0.6b": QWEN3_06
 
 ALL_DECODE = ("ttft", "decode-1", "decode-16", "decode-64", "decode-256", "prefill")
 CASES_OF = {
-    "llama-3.1-8b": (*ALL_DECODE, "equal", "tail", "exact"),
+    "llama-3.1-8b": (*ALL_DECODE, "equal", "tail", "exact", "exactness"),
     "qwen3-8b": (*ALL_DECODE, "bulk", "full"),
-    "qwen3-0.6b": ("decode-1", "decode-256", "ragged"),
+    "qwen3-0.6b": ("decode-1", "decode-256", "ragged", "exactness", "soak"),
 }
 """Shape → the engine's cases, functions of `engine.py`."""
 
