@@ -7,9 +7,11 @@ Prompt chunks: one program per tile of queries and KV head walks over all it may
 multiples of SPLIT positions (of twice as many where it is long), whatever the batch; a fixed number of programs takes
 (row, split, KV head) in turn from a list that the device itself counts (`_count_splits_kernel`), so a CUDA graph can
 hold the launch. A program reads little before its first K, for each read that depends on another costs the latency of
-memory anew. Of a row in several splits the program that draws the last ticket adds them, in their order, as linear.py
-does with parts of a product. With `exact` decode rows are prompt chunks of one query: one kernel, one shape of tile, K
-and V in tiles at absolute positions; a query's bits then depend on nothing else in the step.
+memory anew. It leaves the splits of a row behind without waiting for its stores; `_merge_kernel` adds them in their
+order. (Tickets, as linear.py draws them, would save that launch, but a program that waits for its stores computes
+nothing meanwhile: on an H200 that took 9 % longer, whatever the batch.) With `exact` decode rows are prompt chunks of
+one query: one kernel, one shape of tile, K and V in tiles at absolute positions; a query's bits then depend on nothing
+else in the step.
 """
 
 import itertools
@@ -53,8 +55,8 @@ DECODE = Tile(16, 32, 4, 6)
 DECODE_REGISTERS, WIDE_DECODE_REGISTERS = 128, 168
 """Of a thread, so that four programs share a multiprocessor, or three where heads are wider than 128. Where many heads
 share a KV head there is no limit, for their tile needs more."""
-MERGED, MOST_MERGED = 4096, 16
-"""Floats, and splits, of a row that are read side by side: one after another, each would cost the latency of memory."""
+MERGED = 16
+"""Splits of a row that are read side by side: one after another, each would cost the latency of memory."""
 MAX_DECODE_ROWS = 1024
 PROGRAMS = 2112
 """Programs of a decode launch: sixteen for each of an H200's 132 multiprocessors."""
@@ -69,9 +71,9 @@ class AttentionPlan:
     [tokens]: 0, 1, …, where what was gathered for each token lies.
     tiles [n, 2]: row and first query (within the row) of each tile of a prompt chunk.
     decode_rows [m]: the rows of one query; split_starts [m + 1]: the splits before each of them; splits [splits, 4]: a
-    split's row, the positions that it begins and ends with, and the row's place in decode_rows.
-    partials [splits, heads, head_dim] and peaks [splits, heads, 2]: unfinished sums, maxima and weights, float32.
-    tickets [m, kv_heads]: how many splits of a row have been stored in this layer.
+    split's row, the positions that it begins and ends with, and whether it is the row's only one.
+    partials [splits, heads, head_dim] and peaks [splits, heads, 2]: unfinished sums, maxima and weights, float32, of
+    rows in several splits.
     """
 
     query_starts: Tensor
@@ -83,7 +85,6 @@ class AttentionPlan:
     decode_rows: Tensor
     split_starts: Tensor
     splits: Tensor
-    tickets: Tensor
     partials: Tensor
     peaks: Tensor
     window: int | None
@@ -130,7 +131,6 @@ def plan_attention(
         decode_rows=put(decodes, -1),
         split_starts=torch.empty(len(decodes) + 1, dtype=torch.int32, device=device),
         splits=torch.empty(num_splits, 4, dtype=torch.int32, device=device),
-        tickets=torch.empty(len(decodes), pool.shape[3], dtype=torch.int32, device=device),
         partials=torch.empty(num_splits, num_heads, head_dim, dtype=torch.float32, device=device),
         peaks=torch.empty(num_splits, num_heads, 2, dtype=torch.float32, device=device),
         window=window,
@@ -202,7 +202,6 @@ def plan_mixed(
         decode_rows=decode_rows,
         split_starts=torch.empty(num_decodes + 1, dtype=torch.int32, device=device),
         splits=torch.empty(max_splits, 4, dtype=torch.int32, device=device),
-        tickets=torch.empty(num_decodes, pool.shape[3], dtype=torch.int32, device=device),
         partials=torch.empty(max_splits, num_heads, pool.shape[5], dtype=torch.float32, device=device),
         peaks=torch.empty(max_splits, num_heads, 2, dtype=torch.float32, device=device),
         window=window,
@@ -233,8 +232,7 @@ def most_decode_splits(max_context: int, window: int | None) -> int:
 
 
 def count_splits(plan: AttentionPlan) -> None:
-    """Fill `split_starts` and `splits` from the context lengths on the device, and take all tickets back; once a step,
-    before any layer."""
+    """Fill `split_starts` and `splits` from the context lengths on the device; once a step, before any layer."""
     launch(
         _count_splits_kernel,
         (1,),
@@ -243,16 +241,9 @@ def count_splits(plan: AttentionPlan) -> None:
             "decode_rows": plan.decode_rows,
             "split_starts": plan.split_starts,
             "splits": plan.splits,
-            "tickets": plan.tickets,
             "num_rows": plan.decode_rows.shape[0],
         },
-        {
-            "window": plan.window or 0,
-            "split": SPLIT,
-            "long_context": LONG_CONTEXT,
-            "kv_heads": plan.tickets.shape[1],
-            "block": MAX_DECODE_ROWS,
-        },
+        {"window": plan.window or 0, "split": SPLIT, "long_context": LONG_CONTEXT, "block": MAX_DECODE_ROWS},
     )
 
 
@@ -311,31 +302,46 @@ def _prefill(arguments: dict[str, Any], constants: dict[str, Any], plan: Attenti
 
 
 def _decode(arguments: dict[str, Any], constants: dict[str, Any], plan: AttentionPlan) -> None:
-    group = next_power_of_2(constants["group"])
+    group, num_rows, num_splits = next_power_of_2(constants["group"]), plan.decode_rows.shape[0], plan.splits.shape[0]
     registers = DECODE_REGISTERS if constants["dim_block"] <= 128 else WIDE_DECODE_REGISTERS
     launch(
         _decode_kernel,
-        (min(plan.splits.shape[0] * constants["kv_heads"], PROGRAMS),),
+        (min(num_splits * constants["kv_heads"], PROGRAMS),),
         {
             **arguments,
             "split_starts": plan.split_starts,
             "splits": plan.splits,
-            "tickets": plan.tickets,
             "partials": plan.partials,
             "peaks": plan.peaks,
-            "num_rows": plan.decode_rows.shape[0],
+            "num_rows": num_rows,
         },
-        {
-            **constants,
-            "rows": max(DECODE.rows, group),
-            "columns": DECODE.columns,
-            "merged_heads": group,
-            "merged": max(1, min(MOST_MERGED, MERGED // (group * constants["dim_block"]))),
-        },
+        {**constants, "rows": max(DECODE.rows, group), "columns": DECODE.columns},
         num_warps=DECODE.warps,
         num_stages=DECODE.stages,
         fp_fusion=True,
         max_registers=registers if group <= DECODE.rows else None,
+    )
+    if num_splits == num_rows:
+        return  # each row is one split
+    launch(
+        _merge_kernel,
+        (num_rows, arguments["q"].shape[1]),
+        {
+            "split_starts": plan.split_starts,
+            "partials": plan.partials,
+            "peaks": plan.peaks,
+            "out": arguments["out"],
+            "query_starts": plan.query_starts,
+            "decode_rows": plan.decode_rows,
+            "sinks": arguments["sinks"],
+        },
+        {
+            "heads": arguments["q"].shape[1],
+            "head_dim": constants["head_dim"],
+            "dim_block": constants["dim_block"],
+            "merged": MERGED,
+        },
+        num_warps=2,
     )
 
 
@@ -413,9 +419,8 @@ def _num_splits(context_len: int, window: int | None) -> int:
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _count_splits_kernel(
-    context_lens, decode_rows, split_starts, splits, tickets, num_rows,
-    window: tl.constexpr, split: tl.constexpr, long_context: tl.constexpr, kv_heads: tl.constexpr,
-    block: tl.constexpr,
+    context_lens, decode_rows, split_starts, splits, num_rows,
+    window: tl.constexpr, split: tl.constexpr, long_context: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     index = tl.arange(0, block)
     inside = index < num_rows
@@ -435,9 +440,7 @@ def _count_splits_kernel(
         tl.store(splits + place, rows, mask=i < counts)
         tl.store(splits + place + 1, begin, mask=i < counts)
         tl.store(splits + place + 2, tl.minimum(begin + size, context), mask=i < counts)
-        tl.store(splits + place + 3, index, mask=i < counts)
-    for kv_head in range(kv_heads):
-        tl.store(tickets + index * kv_heads + kv_head, 0, mask=inside)
+        tl.store(splits + place + 3, (counts == 1).to(tl.int32), mask=i < counts)
 
 
 @triton.jit
@@ -566,11 +569,10 @@ def _prefill_kernel(
 @triton.jit(do_not_specialize=["table_stride", "num_rows"])
 def _decode_kernel(
     q, pages, out, query_starts, context_lens, block_tables, alibi_slopes, sinks, split_starts,
-    splits, tickets, partials, peaks, table_stride, num_rows, scale, soft_cap,
+    splits, partials, peaks, table_stride, num_rows, scale, soft_cap,
     kv_heads: tl.constexpr, group: tl.constexpr, head_dim: tl.constexpr, dim_block: tl.constexpr,
     block_size: tl.constexpr, page_stride: tl.constexpr, kv_stride: tl.constexpr, q_stride: tl.constexpr,
     window: tl.constexpr, capped: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
-    merged_heads: tl.constexpr, merged: tl.constexpr,
 ):  # fmt: skip
     folded = tl.arange(0, rows)
     dims = tl.arange(0, dim_block)
@@ -581,8 +583,7 @@ def _decode_kernel(
         row = tl.load(splits + 4 * split_id)
         begin = tl.multiple_of(tl.load(splits + 4 * split_id + 1), columns)
         limit = tl.load(splits + 4 * split_id + 2)
-        index = tl.load(splits + 4 * split_id + 3)
-        first_split, end_split = tl.load(split_starts + index), tl.load(split_starts + index + 1)
+        is_whole = tl.load(splits + 4 * split_id + 3)
         context = tl.load(context_lens + row)
         head = kv_head * group + folded
         token = tl.load(query_starts + row)
@@ -592,19 +593,27 @@ def _decode_kernel(
             slopes = tl.load(alibi_slopes + head, mask=valid, other=0.0)
         position = context - 1 + tl.zeros([rows], tl.int32)
         table = block_tables + row.to(tl.int64) * table_stride
-        floor = 0
-        if window > 0:
-            floor = tl.maximum(context - window, 0)
         total = tl.zeros([rows, dim_block], tl.float32)
         peak = tl.full([rows], float("-inf"), tl.float32)
         weight = tl.zeros([rows], tl.float32)
-        for tile in range(begin, limit, columns):
+        floor = 0
+        full = limit // columns * columns
+        if window > 0:
+            floor = tl.maximum(context - window, 0)
+            full = begin
+        for tile in range(begin, full, columns):
             total, peak, weight = _attend_tile(
                 total, peak, weight, queries, slopes, position, pages, table, kv_head, tile, floor, limit, scale,
-            soft_cap,
+                soft_cap,
+                head_dim, dim_block, block_size, page_stride, kv_stride, window, capped, columns, False,
+            )  # fmt: skip
+        for tile in range(full, limit, columns):
+            total, peak, weight = _attend_tile(
+                total, peak, weight, queries, slopes, position, pages, table, kv_head, tile, floor, limit, scale,
+                soft_cap,
                 head_dim, dim_block, block_size, page_stride, kv_stride, window, capped, columns, True,
             )  # fmt: skip
-        if end_split - first_split == 1:
+        if is_whole:
             _finish(total, peak, weight, out, sinks, token, head, valid, kv_heads * group, head_dim, dim_block)
         else:
             place = split_id.to(tl.int64) * (kv_heads * group) + head
@@ -612,47 +621,41 @@ def _decode_kernel(
             tl.store(partials + place[:, None] * head_dim + dims[None, :], total, mask=kept)
             tl.store(peaks + 2 * place, peak, mask=valid)
             tl.store(peaks + 2 * place + 1, weight, mask=valid)
-            ticket = tickets + index * kv_heads + kv_head
-            tl.debug_barrier()  # all threads have stored before one draws the ticket
-            if tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == end_split - first_split - 1:
-                _merge(
-                    partials, peaks, out, sinks, token, first_split, end_split, kv_head * group,
-                    kv_heads * group, group, head_dim, dim_block, merged_heads, merged,
-                )  # fmt: skip
-                tl.store(ticket, 0)
 
 
 @triton.jit
-def _merge(
-    partials, peaks, out, sinks, token, first_split, end_split, first_head,
-    heads: tl.constexpr, group: tl.constexpr, head_dim: tl.constexpr, dim_block: tl.constexpr,
-    merged_heads: tl.constexpr, merged: tl.constexpr,
+def _merge_kernel(
+    split_starts, partials, peaks, out, query_starts, decode_rows, sinks,
+    heads: tl.constexpr, head_dim: tl.constexpr, dim_block: tl.constexpr, merged: tl.constexpr,
 ):  # fmt: skip
-    """Adds the splits of a row in their order, `merged` at a time, for the heads of one KV head."""
-    lane = tl.arange(0, merged_heads)
-    dims = tl.arange(0, dim_block)
-    valid, head = lane < group, first_head + lane
-    total = tl.zeros([merged_heads, dim_block], tl.float32)
-    peak = tl.full([merged_heads], float("-inf"), tl.float32)
-    weight = tl.zeros([merged_heads], tl.float32)
-    for first in tl.range(first_split, end_split, merged, num_stages=1):
-        split_id = first + tl.arange(0, merged)
-        place = split_id.to(tl.int64)[:, None] * heads + head[None, :]
-        there = (split_id < end_split)[:, None] & valid[None, :]
-        kept = there[:, :, None] & (dims < head_dim)[None, None, :]
-        others = tl.load(
-            partials + place[:, :, None] * head_dim + dims[None, None, :], mask=kept, other=0.0, cache_modifier=".cg"
-        )
-        other_peaks = tl.load(peaks + 2 * place, mask=there, other=float("-inf"), cache_modifier=".cg")
-        other_weights = tl.load(peaks + 2 * place + 1, mask=there, other=0.0, cache_modifier=".cg")
-        higher = tl.maximum(peak, tl.max(other_peaks, axis=0))
-        safe = tl.where(higher == float("-inf"), 0.0, higher)
-        shrink = tl.exp2(peak - safe)
-        factors = tl.exp2(other_peaks - safe[None, :])
-        total = total * shrink[:, None] + tl.sum(others * factors[:, :, None], axis=0)
-        weight = weight * shrink + tl.sum(other_weights * factors, axis=0)
-        peak = higher
-    _finish(total, peak, weight, out, sinks, token, head, valid, heads, head_dim, dim_block)
+    """Adds the splits of a row in their order, `merged` at a time, for one head."""
+    index = tl.program_id(0)
+    head = tl.program_id(1)
+    first_split, end = tl.load(split_starts + index), tl.load(split_starts + index + 1)
+    if end - first_split > 1:
+        token = tl.load(query_starts + tl.load(decode_rows + index)).to(tl.int64)
+        dims = tl.arange(0, dim_block)
+        inside = dims < head_dim
+        total = tl.zeros([dim_block], tl.float32)
+        peak = tl.full([1], float("-inf"), tl.float32)
+        weight = tl.zeros([1], tl.float32)
+        for first in range(first_split, end, merged):
+            split_id = first + tl.arange(0, merged)
+            place = split_id.to(tl.int64) * heads + head
+            other_peaks = tl.load(peaks + 2 * place, mask=split_id < end, other=float("-inf"))
+            other_weights = tl.load(peaks + 2 * place + 1, mask=split_id < end, other=0.0)
+            kept = (split_id < end)[:, None] & inside[None, :]
+            others = tl.load(partials + place[:, None] * head_dim + dims[None, :], mask=kept, other=0.0)
+            higher = tl.maximum(peak, tl.max(other_peaks, axis=0))
+            safe = tl.where(higher == float("-inf"), 0.0, higher)
+            shrink = tl.exp2(peak - safe)
+            factors = tl.exp2(other_peaks - safe)
+            total = total * shrink + tl.sum(others * factors[:, None], axis=0)
+            weight = weight * shrink + tl.sum(other_weights * factors, axis=0)
+            peak = higher
+        shrink, weight = _with_sink(peak, weight, sinks, head + tl.zeros([1], tl.int32), peak == peak)
+        answer = total * (shrink / weight)
+        tl.store(out + (token * heads + head) * head_dim + dims, answer.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -213,10 +213,11 @@ def _packed_products(shape: ModelShape, op: str, packed: PackedLinear | PackedGa
     """One weight at every number of rows that has a form of its own; its values are not looked at."""
     bias = None if packed.bias is None else packed.bias.to("meta")
     packed = replace(packed, weight=packed.weight.to("meta"), bias=bias)
-    for num_rows in BUCKETS:
-        x = shape.empty(num_rows, packed.weight.shape[1])
-        residual = (shape.empty(num_rows, packed.out_features),) if op == "linear_add" else ()
-        for exact in shape.exactness:
+    plan = packed.plan if isinstance(packed, PackedGate) else packed.added if op == "linear_add" else packed.plain
+    for exact in shape.exactness:
+        for num_rows in (*BUCKETS, *linear.exact_row_counts(plan)) if exact else BUCKETS:
+            x = shape.empty(num_rows, packed.weight.shape[1])
+            residual = (shape.empty(num_rows, packed.out_features),) if op == "linear_add" else ()
             getattr(linear, op)(x, packed, *residual, exact=exact)
 
 
@@ -247,10 +248,11 @@ def _attentions(shape: ModelShape) -> None:
     heads = shape.empty(4, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
     per_head = shape.empty(shape.num_heads, dtype=torch.float32)
     tables, slots = shape.empty(2, 8, dtype=torch.int32), shape.empty(4, dtype=torch.int64)
+    starts, contexts = [0, 3, 4], [3, 2 * attention.SPLIT]  # a chunk, and a row of two splits
     for window in (None, *shape.windows):
         for exact in shape.exactness:
             plan = attention.plan_attention(
-                pool, [0, 3, 4], [3, 9], tables, slots, num_heads=shape.num_heads, window=window, exact=exact
+                pool, starts, contexts, tables, slots, num_heads=shape.num_heads, window=window, exact=exact
             )
             tiles = (plan.tile, attention.LARGE_PROMPT) if plan.tile is attention.PROMPT else (plan.tile,)
             for tile in tiles:

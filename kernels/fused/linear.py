@@ -10,8 +10,9 @@ the result does not depend on who came last. A second launch would do the same, 
 ended, four times a layer, where a whole product takes some ten microseconds. Calls must not overlap on one device: its
 weights share one workspace, as one stream runs them.
 
-Exactness: one configuration per weight, whatever the number of rows. A part is summed from zero whether its program
-does it alone (few rows) or one program does all parts in turn (many), and parts are added in the same order.
+Exactness: whatever the number of rows, a weight's K is cut into the same parts and walked in the same steps. A part is
+summed from zero whether its program does it alone (few rows) or one program does all parts in turn (many), and parts
+are added in the same order. The size of the tile changes no bit; large ones serve many rows.
 """
 
 import functools
@@ -27,17 +28,20 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.fused.activation import silu_and_mul
-from kernels.fused.launch import ALIGNMENT, launch
+from kernels.fused.launch import ALIGNMENT, capability, launch
 from kernels.tuning import candidates
 from kernels.tuning.candidates import BUCKETS, Config, Weight
 from kernels.tuning.table import Device, Table, Tables
 
 GROUP_TILES = 8
 """Tiles of rows that neighbouring programs share, so that a weight's tile is read from L2 by the others."""
-SPREAD_ROWS = 256
-"""Up to so many rows of an exact step each part of K has its own program."""
+SMALL_ROWS, SPREAD_ROWS = 128, 256
+"""Of an exact step: up to so many rows small tiles are faster; and up to so many each part of K has its own program."""
+FEW_PROGRAMS = 96
+"""More rows take large tiles, unless these are fewer than this: an H200 has 132 multiprocessors."""
 READ_AHEAD = tl.constexpr(8192)
 """Elements of parts that a program reads before it adds them: 64 registers of 128 threads."""
+ANY_ROWS = 2**62
 TABLES = Tables(Path(candidates.__file__).parent / "tables")
 
 
@@ -222,17 +226,17 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a weight is multiplied: by bucket of rows (None is cuBLAS), and in exact steps of few or many rows."""
+    """How a weight is multiplied: by bucket of rows (None is cuBLAS), and in exact steps: each choice of `exact` serves
+    all rows above those of the one before it, up to its own number."""
 
     in_features: int
     out_features: int
     choices: tuple[Choice | None, ...]
-    exact_spread: Choice
-    exact_serial: Choice
+    exact: tuple[tuple[int, Choice], ...]
 
     def choice(self, num_rows: int, exact: bool) -> Choice | None:
         if exact:
-            return self.exact_spread if num_rows <= SPREAD_ROWS else self.exact_serial
+            return next(choice for most_rows, choice in self.exact if num_rows <= most_rows)
         return self.choices[candidates.bucket_index(num_rows)]
 
 
@@ -359,14 +363,33 @@ def make_plan(weight: Weight, device: torch.device, table: Table | None = None) 
         config = measured[bucket] if known else candidates.default(weight, bucket, shared_bytes)
         return None if config is None else make_choice(weight, config, bucket, device)
 
-    config = candidates.exact(weight, shared_bytes)
-    return Plan(
-        weight.in_features,
-        weight.out_features,
-        tuple(choose(bucket) for bucket in BUCKETS),
-        make_choice(weight, config, SPREAD_ROWS, device),
-        make_choice(weight, config, 0, device, spread=False),
+    measured_or_default = tuple(choose(bucket) for bucket in BUCKETS)
+    exact = _exact_choices(weight, shared_bytes, device)
+    return Plan(weight.in_features, weight.out_features, measured_or_default, exact)
+
+
+def _exact_choices(weight: Weight, shared_bytes: int, device: torch.device) -> tuple[tuple[int, Choice], ...]:
+    """Large tiles on Hopper and Blackwell only: elsewhere their sums do not fit into the registers."""
+    small, large = candidates.exact(weight, shared_bytes), candidates.exact_large(weight)
+    spread, serial = (
+        make_choice(weight, small, SPREAD_ROWS, device),
+        make_choice(weight, small, 0, device, spread=False),
     )
+    if weight.dtype == "float32" or not 90 <= capability(device) < 120:
+        return ((SPREAD_ROWS, spread), (ANY_ROWS, serial))
+    column_tiles = -(-weight.out_features // large.tile_columns)
+    choices = [(SPREAD_ROWS, spread)]
+    if -(-SPREAD_ROWS // large.tile_rows) * column_tiles * large.split >= FEW_PROGRAMS:
+        choices = [(SMALL_ROWS, spread), (SPREAD_ROWS, make_choice(weight, large, SPREAD_ROWS, device))]
+    few_rows = large.tile_rows * (-(-FEW_PROGRAMS // column_tiles) - 1)
+    if few_rows > SPREAD_ROWS:
+        choices.append((few_rows, serial))
+    return (*choices, (ANY_ROWS, make_choice(weight, large, 0, device, spread=False)))
+
+
+def exact_row_counts(plan: Plan) -> list[int]:
+    """Numbers of rows that together take every configuration of exact steps."""
+    return [min(rows, 1 + SPREAD_ROWS + sum(r for r, _ in plan.exact if r < ANY_ROWS)) for rows, _ in plan.exact]
 
 
 def make_choice(weight: Weight, config: Config, max_rows: int, device: torch.device, *, spread: bool = True) -> Choice:
@@ -398,10 +421,16 @@ def make_choice(weight: Weight, config: Config, max_rows: int, device: torch.dev
 def prepare(
     weight: Weight, config: Config | None, num_rows: int, device: torch.device, *, exact: bool = False
 ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """For the tuner: what computes (x, weight, residual) of `num_rows` by a configuration, or by cuBLAS if None."""
-    if config is None:
+    """For the tuner: what computes (x, weight, residual) of `num_rows` by a configuration, or by cuBLAS if None; with
+    `exact` by the configuration of exact steps."""
+    if config is None and not exact:
         return lambda x, w, residual: _by_library(x, w, None, residual, gated=weight.halves == 2)
-    choice = make_choice(weight, config, num_rows, device, spread=not exact or num_rows <= SPREAD_ROWS)
+    if exact:
+        choices = _exact_choices(weight, _shared_bytes(device), device)
+        choice = next(choice for most_rows, choice in choices if num_rows <= most_rows)
+    else:
+        assert config is not None
+        choice = make_choice(weight, config, num_rows, device)
     return lambda x, w, residual: _by_kernel(choice, x, w, None, residual)
 
 

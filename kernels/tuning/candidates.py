@@ -92,7 +92,10 @@ SKINNY_ROWS = 64
 
 EXACT_TILES = {1: (64, 128, 64, 4, 4), 2: (64, 64, 64, 4, 4)}
 EXACT_FLOAT32 = (32, 32, 32, 4, 2)
-"""tile_rows, tile_columns, tile_depth, warps, stages of the one configuration of exact steps, by halves."""
+"""tile_rows, tile_columns, tile_depth, warps, stages of exact steps, by halves."""
+EXACT_LARGE_TILES = {1: (256, 128, 64, 8, 3), 2: (128, 128, 64, 8, 3)}
+EXACT_LARGE_SPLIT = (128, 256, 64, 8, 3)
+"""The same for many rows; where K is cut into parts."""
 EXACT_PROGRAMS = 120
 DEFAULT_TILES = {1: (64, 128, 4, 5), 2: (64, 64, 4, 5)}
 DEFAULT_PROGRAMS = 240
@@ -173,6 +176,13 @@ def exact(weight: Weight, shared_bytes: int = SHARED_BYTES) -> Config:
     """
     tile = EXACT_FLOAT32 if weight.dtype == "float32" else EXACT_TILES[weight.halves]
     return _filled(weight, Config(*tile), EXACT_PROGRAMS, shared_bytes)
+
+
+def exact_large(weight: Weight) -> Config:
+    """The same in a larger tile, for many rows of 16 bits. Depth and parts are those of `exact`, so each sum is made of
+    the same steps of K in the same order, and has the same bits: on an H200 at every shape that was tried."""
+    split = exact(weight).split
+    return Config(*(EXACT_LARGE_SPLIT if split > 1 else EXACT_LARGE_TILES[weight.halves]), split)
 
 
 def _filled(weight: Weight, config: Config, programs: int, shared_bytes: int) -> Config:

@@ -71,7 +71,8 @@ class Drawn:
 def check(drawn: Drawn, config: Config | None, *, exact: bool = False) -> None:
     packed = packed_with(config, drawn.weight, drawn.bias)
     gate = gate_with(config, drawn.gate, drawn.gate_bias)
-    poison(packed.plain.exact_spread.room, gate.plan.exact_spread.room, linear.workspace(drawn.x.device))
+    rooms = [choice.room for plan in (packed.plain, gate.plan) for _, choice in plan.exact]
+    poison(*rooms, linear.workspace(drawn.x.device))
     assert_same(linear.linear(drawn.x, packed, exact=exact), drawn.spec("linear"))
     added = linear.linear_add(drawn.x, packed, drawn.residual, exact=exact)
     assert_same(added, drawn.spec("linear_add", drawn.residual))
@@ -199,13 +200,54 @@ def test_an_exact_configuration_cuts_k_in_both_ways_and_knows_no_table(device):
     weight = torch.randn(40, 1040, device=device)
     plans = [linear.pack_linear(weight).plain, packed_with(CONFIGS["swapped-split"], weight).plain]
     for plan in plans:
-        assert plan.exact_spread.constants["split"] == plan.exact_serial.constants["split"] == 8
-        assert (plan.exact_spread.room is None, plan.exact_serial.room is None) == (False, True)
-        tiles = [
-            {k: v for k, v in one.constants.items() if k != "spread"} for one in (plan.exact_spread, plan.exact_serial)
-        ]
+        (_, spread), (_, serial) = plan.exact
+        assert spread.constants["split"] == serial.constants["split"] == 8
+        assert (spread.room is None, serial.room is None) == (False, True)
+        tiles = [{k: v for k, v in one.constants.items() if k != "spread"} for one in (spread, serial)]
         assert tiles[0] == tiles[1]
-        assert tiles[0] == {k: v for k, v in plans[0].exact_spread.constants.items() if k != "spread"}
+        assert tiles[0] == {k: v for k, v in plans[0].exact[0][1].constants.items() if k != "spread"}
+
+
+@pytest.mark.parametrize(
+    ("weight", "tiles"),
+    [
+        (Weight("linear", 6144, 4096), {128: (64, 4, True), 256: (128, 4, True), 384: (64, 4, False)}),
+        (Weight("linear", 6144, 4096), {385: (128, 4, False), 9000: (128, 4, False)}),
+        (Weight("linear_add", 1024, 1024), {256: (64, 4, True), 2944: (64, 4, False), 2945: (128, 4, False)}),
+        (Weight("linear", 128_256, 4096), {128: (64, 1, False), 256: (256, 1, False), 9000: (256, 1, False)}),
+        (Weight("gated_linear", 14336, 4096), {128: (64, 1, False), 129: (128, 1, False), 9000: (128, 1, False)}),
+    ],
+)  # fmt: skip
+def test_many_exact_rows_take_larger_tiles_in_the_same_parts(weight, tiles):
+    choices = linear._exact_choices(weight, 227 * 1024, torch.device("meta"))
+    for num_rows, (tile_rows, split, spread) in tiles.items():
+        choice = next(choice for most_rows, choice in choices if num_rows <= most_rows)
+        constants = choice.constants
+        assert (choice.tile_rows, constants["split"], constants["spread"]) == (tile_rows, split, spread), num_rows
+        assert constants["block_k"] == 64
+
+
+def test_every_exact_configuration_is_declared_by_some_number_of_rows():
+    plan = linear.make_plan(Weight("linear", 1024, 1024), torch.device("meta"))
+    used = {id(plan.choice(num_rows, True)) for num_rows in linear.exact_row_counts(plan)}
+    assert used == {id(choice) for _, choice in plan.exact}
+
+
+@DTYPES
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="large tiles of an interpreter prove nothing")
+@pytest.mark.parametrize("shape", [(1024, 512), (1000, 4096), (4096, 1040)], ids=str)
+def test_large_exact_tiles_have_the_bits_of_small_ones(shape, dtype, device):
+    drawn = Drawn(2600, shape, dtype, device)
+    packed, gate = linear.pack_linear(drawn.weight, drawn.bias), linear.pack_gated(drawn.gate, drawn.gate_bias)
+    for name, weight, residual in (
+        ("linear", packed, ()), ("linear_add", packed, (drawn.residual,)), ("gated_linear", gate, ())
+    ):  # fmt: skip
+        whole = getattr(linear, name)(drawn.x, weight, *residual, exact=True)
+        for start, end in ((0, 1), (5, 69), (100, 300), (256, 256 + 700), (13, 2600)):
+            part = getattr(linear, name)(
+                drawn.x[start:end], weight, *(each[start:end] for each in residual), exact=True
+            )
+            assert torch.equal(part, whole[start:end]), (name, start, end)
 
 
 def test_a_table_chooses_by_rows():
@@ -221,8 +263,8 @@ def test_a_table_chooses_by_rows():
     assert plan.choice(5, False) is plan.choice(8, False) is None
     assert plan.choice(5000, False).constants["split"] == 3
     assert plan.choice(16, False).tile_rows == default(known, 16).tile_rows
-    assert plan.choice(5, True) is plan.exact_spread
-    assert plan.choice(linear.SPREAD_ROWS + 1, True) is plan.exact_serial
+    assert plan.choice(5, True) is plan.exact[0][1]
+    assert plan.choice(50_000, True) is plan.exact[-1][1]
 
 
 def test_what_does_not_fit_is_refused(device):
