@@ -18,6 +18,7 @@ COUNTS: dict[str, tuple[int, int]] = {
     "candidate_forms": (12, 10_000),
     "fused_twins": (3, 100),
     "soaked_twins": (3, 100),
+    "attention_cuts": (10, 200),
     "attention_schedules": (25, 400),
     "decoder_schedules": (15, 300),
     "traced_requests": (120, 1_000),

@@ -3,10 +3,10 @@
 A page is `pool[block]`, [layer][K/V][head][slot][dim]. The query heads of one KV head share each K and V tile: `group`
 of them per query are folded into the rows of a tile. Scores are kept in base 2; all sums are float32.
 
-Prompt chunks: one program per tile of queries and KV head walks over all it may see. Decode rows: the context is cut at
-multiples of SPLIT positions (of twice as many where it is long), whatever the batch; a fixed number of programs takes
-(row, split, KV head) in turn from a list that the device itself counts (`_count_splits_kernel`), so a CUDA graph can
-hold the launch. A program reads little before its first K, for each read that depends on another costs the latency of
+Prompt chunks: one program per tile of queries and KV head walks over all it may see. Decode rows: each context is cut
+into even splits, whose length follows from all contexts of the step; a fixed number of programs takes (row, split, KV
+head) in turn from a list that the device itself counts (`_count_splits_kernel`), so a CUDA graph can hold the launch. A
+program reads little before its first K, for each read that depends on another costs the latency of
 memory anew. It leaves the splits of a row behind without waiting for its stores; `_merge_kernel` adds them in their
 order. (Tickets, as linear.py draws them, would save that launch, but a program that waits for its stores computes
 nothing meanwhile: on an H200 that took 9 % longer, whatever the batch.) With `exact` decode rows are prompt chunks of
@@ -27,8 +27,9 @@ from torch import Tensor
 
 from kernels.fused.launch import capability, launch, next_power_of_2
 
-SPLIT, LONG_CONTEXT = 512, 16384
-"""Positions of a context that one program of a decode row reads; twice as many where the context is long."""
+SPLIT_PROGRAMS, LEAST_SPLIT, MOST_SPLIT = 264, 256, 1024
+"""A context of a decode row is cut into even splits of about as many positions as give a step so many programs (two for
+each multiprocessor of an H200), within these bounds: fewer leave memory idle, more wait for one another's stores."""
 
 
 class Tile(NamedTuple):
@@ -114,7 +115,7 @@ def plan_attention(
     skipped = () if exact else (1,)
     tile = _prompt_tile(counts, skipped, pool, num_heads, exact)
     tiles = _tiles(counts, context_lens, tile.rows // (num_heads // pool.shape[3]), skipped)
-    num_splits = decode_splits((context_lens[row] for row in decodes), window)
+    num_splits = decode_splits((context_lens[row] for row in decodes), window, pool.shape[3]) if decodes else 0
 
     def put(values: list[Any], *shape: int) -> Tensor:
         """From pinned memory: a copy from any other waits for the stream."""
@@ -137,7 +138,7 @@ def plan_attention(
         tile=tile,
     )
     if decodes:
-        count_splits(plan)
+        count_splits(plan, pool.shape[3])
     return plan
 
 
@@ -209,7 +210,7 @@ def plan_mixed(
         padded=tiles.shape[0] > 0,
     )
     if num_decodes:
-        count_splits(plan)
+        count_splits(plan, pool.shape[3])
     return plan
 
 
@@ -218,20 +219,29 @@ def mixed_tiles(pool: Tensor, counts: list[int], context_lens: list[int], num_he
     return _tiles(counts, context_lens, _small_tile(pool).rows // (num_heads // pool.shape[3]), (1,))
 
 
-def decode_splits(context_lens: Iterable[int], window: int | None) -> int:
-    """See kernels.ops.attention."""
-    return sum(_num_splits(context_len, window) for context_len in context_lens)
+def decode_splits(context_lens: Iterable[int], window: int | None, num_kv_heads: int) -> int:
+    """See kernels.ops.attention. What `_count_splits_kernel` counts."""
+    columns = DECODE.columns
+    spans = [
+        context - (0 if window is None else max(context - window, 0) // columns * columns) for context in context_lens
+    ]
+    size = min(max(-(-sum(spans) * num_kv_heads // SPLIT_PROGRAMS), LEAST_SPLIT), MOST_SPLIT)
+    splits = 0
+    for span in spans:
+        pieces = max((span + size // 2) // size, 1)
+        length = max(triton.cdiv(triton.cdiv(span, pieces), columns) * columns, columns)
+        splits += max(triton.cdiv(span, length), 1)
+    return splits
 
 
-def most_decode_splits(max_context: int, window: int | None) -> int:
-    """See kernels.ops.attention. A context that is just not long is cut finer than a longer one, and a window may begin
-    and end within a split."""
-    lengths = {min(length, max_context if window is None else window) for length in (max_context, LONG_CONTEXT)}
-    within = max(_num_splits(min(length, max_context), None) for length in lengths)
-    return within + (0 if window is None else 1)
+def most_decode_splits(rows: int, max_context: int, window: int | None, num_kv_heads: int) -> int:
+    """See kernels.ops.attention. A row has at least one split, and half of one more than its span holds."""
+    span = max_context if window is None else min(max_context, window + DECODE.columns)
+    by_size = max(-(-SPLIT_PROGRAMS // num_kv_heads), -(-rows * span // MOST_SPLIT))
+    return rows + min(by_size, -(-rows * span // LEAST_SPLIT))
 
 
-def count_splits(plan: AttentionPlan) -> None:
+def count_splits(plan: AttentionPlan, num_kv_heads: int) -> None:
     """Fill `split_starts` and `splits` from the context lengths on the device; once a step, before any layer."""
     launch(
         _count_splits_kernel,
@@ -243,7 +253,15 @@ def count_splits(plan: AttentionPlan) -> None:
             "splits": plan.splits,
             "num_rows": plan.decode_rows.shape[0],
         },
-        {"window": plan.window or 0, "split": SPLIT, "long_context": LONG_CONTEXT, "block": MAX_DECODE_ROWS},
+        {
+            "window": plan.window or 0,
+            "columns": DECODE.columns,
+            "kv_heads": num_kv_heads,
+            "programs": SPLIT_PROGRAMS,
+            "least": LEAST_SPLIT,
+            "most": MOST_SPLIT,
+            "block": MAX_DECODE_ROWS,
+        },
     )
 
 
@@ -411,35 +429,34 @@ def _tiles(counts: list[int], context_lens: list[int], queries: int, skipped: tu
     return sorted(tiles, key=lambda tile: counts[tile[0]] - context_lens[tile[0]] - tile[1])
 
 
-def _num_splits(context_len: int, window: int | None) -> int:
-    first = 0 if window is None else max(0, context_len - window)
-    split = SPLIT if context_len <= LONG_CONTEXT else 2 * SPLIT
-    return max(1, -(-context_len // split) - first // split)  # a padding row has one, of nothing
-
-
 @triton.jit(do_not_specialize=["num_rows"])
 def _count_splits_kernel(
     context_lens, decode_rows, split_starts, splits, num_rows,
-    window: tl.constexpr, split: tl.constexpr, long_context: tl.constexpr, block: tl.constexpr,
+    window: tl.constexpr, columns: tl.constexpr, kv_heads: tl.constexpr, programs: tl.constexpr,
+    least: tl.constexpr, most: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     index = tl.arange(0, block)
     inside = index < num_rows
     rows = tl.load(decode_rows + index, mask=inside, other=0)
     context = tl.load(context_lens + rows, mask=inside, other=0)
-    size = tl.where(context <= long_context, split, 2 * split)
     first = tl.zeros([block], tl.int32)
     if window > 0:
-        first = tl.maximum(context - window, 0) // size
-    counts = tl.where(inside, tl.maximum((context + size - 1) // size - first, 1), 0)
+        first = tl.maximum(context - window, 0) // columns * columns
+    span = context - first
+    total = tl.sum(span.to(tl.int64), axis=0)
+    size = tl.minimum(tl.maximum((total * kv_heads + programs - 1) // programs, least), most).to(tl.int32)
+    pieces = tl.maximum((span + size // 2) // size, 1)
+    length = tl.maximum(((span + pieces - 1) // pieces + columns - 1) // columns * columns, columns)
+    counts = tl.where(inside, tl.maximum((span + length - 1) // length, 1), 0)
     tl.store(split_starts, 0)
     ends = tl.cumsum(counts, axis=0)
     tl.store(split_starts + 1 + index, ends, mask=inside)
     for i in range(tl.max(counts, axis=0)):
         place = 4 * (ends - counts + i)
-        begin = (first + i) * size
+        begin = first + i * length
         tl.store(splits + place, rows, mask=i < counts)
         tl.store(splits + place + 1, begin, mask=i < counts)
-        tl.store(splits + place + 2, tl.minimum(begin + size, context), mask=i < counts)
+        tl.store(splits + place + 2, tl.minimum(begin + length, context), mask=i < counts)
         tl.store(splits + place + 3, (counts == 1).to(tl.int32), mask=i < counts)
 
 

@@ -248,7 +248,7 @@ def _attentions(shape: ModelShape) -> None:
     heads = shape.empty(4, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
     per_head = shape.empty(shape.num_heads, dtype=torch.float32)
     tables, slots = shape.empty(2, 8, dtype=torch.int32), shape.empty(4, dtype=torch.int64)
-    starts, contexts = [0, 3, 4], [3, 2 * attention.SPLIT]  # a chunk, and a row of two splits
+    starts, contexts = [0, 3, 4], [3, 2 * attention.MOST_SPLIT]  # a chunk, and a row of two splits
     for window in (None, *shape.windows):
         for exact in shape.exactness:
             plan = attention.plan_attention(

@@ -375,7 +375,7 @@ def _exact_choices(weight: Weight, shared_bytes: int, device: torch.device) -> t
         make_choice(weight, small, SPREAD_ROWS, device),
         make_choice(weight, small, 0, device, spread=False),
     )
-    if weight.dtype == "float32" or not 90 <= capability(device) < 120:
+    if large is None or weight.dtype == "float32" or not 90 <= capability(device) < 120:
         return ((SPREAD_ROWS, spread), (ANY_ROWS, serial))
     column_tiles = -(-weight.out_features // large.tile_columns)
     choices = [(SPREAD_ROWS, spread)]

@@ -117,18 +117,18 @@ def mixed_tiles(pool: Tensor, counts: list[int], context_lens: list[int], num_he
     return fused.mixed_tiles(pool, counts, context_lens, num_heads)
 
 
-def decode_splits(context_lens: Iterable[int], window: int | None) -> int:
-    """Into how many pieces of work the decode rows of such contexts are cut."""
+def decode_splits(context_lens: Iterable[int], window: int | None, num_kv_heads: int) -> int:
+    """Into how many pieces of work the decode rows of a step of such contexts are cut."""
     from kernels.fused import attention as fused
 
-    return fused.decode_splits(context_lens, window)
+    return fused.decode_splits(context_lens, window, num_kv_heads)
 
 
-def most_decode_splits(max_context: int, window: int | None) -> int:
-    """The most that one row of up to `max_context` tokens is cut into."""
+def most_decode_splits(rows: int, max_context: int, window: int | None, num_kv_heads: int) -> int:
+    """The most that `rows` decode rows of up to `max_context` tokens are cut into."""
     from kernels.fused import attention as fused
 
-    return fused.most_decode_splits(max_context, window)
+    return fused.most_decode_splits(rows, max_context, window, num_kv_heads)
 
 
 def most_decode_rows() -> int:

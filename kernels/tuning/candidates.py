@@ -178,10 +178,13 @@ def exact(weight: Weight, shared_bytes: int = SHARED_BYTES) -> Config:
     return _filled(weight, Config(*tile), EXACT_PROGRAMS, shared_bytes)
 
 
-def exact_large(weight: Weight) -> Config:
-    """The same in a larger tile, for many rows of 16 bits. Depth and parts are those of `exact`, so each sum is made of
-    the same steps of K in the same order, and has the same bits: on an H200 at every shape that was tried."""
+def exact_large(weight: Weight) -> Config | None:
+    """The same in a larger tile, for many rows of 16 bits; None for a gated weight whose K is cut. Depth and parts are
+    those of `exact`, so each sum is made of the same steps of K in the same order, and has the same bits: on an H200 at
+    every shape that was tried."""
     split = exact(weight).split
+    if split > 1 and weight.halves > 1:
+        return None
     return Config(*(EXACT_LARGE_SPLIT if split > 1 else EXACT_LARGE_TILES[weight.halves]), split)
 
 

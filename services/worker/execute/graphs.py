@@ -79,27 +79,27 @@ class SplitRoom:
     """How many splits of contexts a graph sets memory aside for."""
 
     def __init__(self, spec: ModelSpec, max_model_len: int) -> None:
-        self._max_model_len = max_model_len
+        self._max_model_len, self._num_kv_heads = max_model_len, spec.num_kv_heads
         self._affordable = MAX_PARTIAL_BYTES // (4 * spec.num_heads * (spec.head_dim + 2))
         self._windows = tuple(dict.fromkeys(spec.windows))
 
     def splits(self, rows: int) -> dict[int | None, int]:
-        """By window: for the longest contexts in all rows, or as many as is affordable; at least one row's."""
+        """By window: for the longest contexts in all rows, or as many as is affordable; at least one row's, and one for
+        each."""
         return {window: self._splits(rows, window) for window in self._windows}
 
     def _splits(self, rows: int, window: int | None) -> int:
-        longest = self._longest(window)
-        return max(longest, min(rows * longest, self._affordable))
+        return min(self._most(rows, window), max(self._most(1, window) + rows - 1, self._affordable))
 
-    def _longest(self, window: int | None) -> int:
-        return most_decode_splits(self._max_model_len, window)
+    def _most(self, rows: int, window: int | None) -> int:
+        return most_decode_splits(rows, self._max_model_len, window, self._num_kv_heads)
 
     def has_room(self, rows: int, contexts: np.ndarray) -> bool:
         """Whether decode rows of such contexts fit into a graph of `rows`, the others of which are padding."""
         padded = [*contexts.tolist(), *[0] * (rows - len(contexts))]
         for window in self._windows:
             room = self._splits(rows, window)
-            if room < rows * self._longest(window) and decode_splits(padded, window) > room:
+            if room < self._most(rows, window) and decode_splits(padded, window, self._num_kv_heads) > room:
                 return False
         return True
 

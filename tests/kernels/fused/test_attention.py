@@ -1,14 +1,20 @@
 """Paged attention under the interpreter: mixed steps as the scheduler makes them, against the specification."""
 
+import itertools
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kernels.fused import attention
 from kernels.fused.launch import recorded
 from kernels.reference import attention as spec
+from tests.counts import count
 from tests.kernels.closeness import assert_same
 from tests.kernels.pages import Cache, Chunk, Heads, draw
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]
 HEADS = {
     "gqa": Heads(),
@@ -103,16 +109,42 @@ def test_each_way_of_scoring_alone(scoring, device):
     compare(Heads(), torch.float32, device, **scoring)
 
 
-@pytest.mark.parametrize("merged", [1, 4096])
+@pytest.mark.parametrize("merged", [1, 4])
 @pytest.mark.parametrize("window", [None, 90])
-def test_long_contexts_are_cut_into_longer_parts(window, merged, device, monkeypatch):
-    monkeypatch.setattr(attention, "SPLIT", 64)
+def test_contexts_are_cut_into_even_parts(window, merged, device, monkeypatch):
+    monkeypatch.setattr(attention, "LEAST_SPLIT", 64)
+    monkeypatch.setattr(attention, "MOST_SPLIT", 64)
     monkeypatch.setattr(attention, "MERGED", merged)
-    monkeypatch.setattr(attention, "LONG_CONTEXT", 200)
-    assert [attention.decode_splits([context], window) for context in (200, 530)] == (
-        [4, 5] if window is None else [3, 2]
+    assert [attention.decode_splits([context], window, 2) for context in (0, 90, 200, 530)] == (
+        [1, 1, 3, 6] if window is None else [1, 1, 2, 2]
     )
     compare(Heads(), torch.float32, device, window=window)
+
+
+@given(
+    st.lists(st.integers(0, 40_000), min_size=1, max_size=20), st.sampled_from([None, 1, 100, 4096]),
+    st.sampled_from([1, 2, 8, 32]),
+)  # fmt: skip
+@settings(max_examples=count("attention_cuts"), deadline=None)
+def test_the_device_counts_the_splits_that_the_host_made_room_for(contexts, window, kv_heads):
+    """Each row's follow one another without a gap, as even as tiles allow."""
+    pool = torch.zeros(1, 1, 2, kv_heads, 16, 16, device=DEVICE)
+    rows, most = len(contexts), attention.most_decode_splits(len(contexts), max(contexts), window, kv_heads)
+    plan = attention.plan_decode(
+        pool, torch.tensor(contexts, dtype=torch.int32, device=DEVICE),
+        torch.zeros(rows, 4, dtype=torch.int32, device=DEVICE), torch.zeros(rows, dtype=torch.int64, device=DEVICE),
+        num_heads=kv_heads, max_splits=most, window=window,
+    )  # fmt: skip
+    starts = plan.split_starts.tolist()
+    assert starts[-1] == attention.decode_splits(contexts, window, kv_heads) <= most
+    splits = plan.splits.tolist()
+    for row, context in enumerate(contexts):
+        own = splits[starts[row] : starts[row + 1]]
+        first = 0 if window is None else max(context - window, 0) // attention.DECODE.columns * attention.DECODE.columns
+        assert own[0][1] == first and own[-1][2] == context
+        assert all(one[2] == following[1] for one, following in itertools.pairwise(own))
+        assert all(one[0] == row and one[3] == (len(own) == 1) for one in own)
+        assert all(one[2] - one[1] <= 2 * attention.MOST_SPLIT for one in own)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
