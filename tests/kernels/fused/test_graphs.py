@@ -257,8 +257,8 @@ def test_the_rehearsal_before_the_pool_is_made_goes_through_the_largest_graph(de
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_a_decode_step_takes_nine_kernels_a_layer(decoders, name, monkeypatch):
-    """Norm, QKV, rope with the write of K and V, attention and the merge of its splits, O with its sum, norm, gate and up
-    with SiLU, down with its sum; and once a step the count of splits, the last norm and the head."""
+    """Norm, QKV, rope with the write of K and V, attention and the merge of its splits, O with its sum, norm, gate and
+    up with SiLU, down with its sum; and once a step the count of splits, the last norm and the head."""
     decoder, started, start = decoders(name), [], launch._start
     held, _ = graphed(decoder)
     monkeypatch.setattr(launch, "_start", lambda kernel, *rest: started.append(kernel.__name__) or start(kernel, *rest))
