@@ -75,6 +75,7 @@ class PretendGpu:
 
     def __init__(self, slots: Slots, step_ns: Callable[[int], int] = floor_ns) -> None:
         self.slots = slots
+        slots.note_table_changes()
         self.steps: list[Step] = []
         self._step_ns = step_ns
         self._free_ns = 0
@@ -84,6 +85,7 @@ class PretendGpu:
         for admit in plan.admits:
             self.slots.admit(admit)
         self.slots.extend(plan)
+        self.slots.take_table_changes()
         if len(plan.slots) == 0:
             return ComputedStep(NO_OUTPUT)
         decodes = is_decode(plan)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from kernels.ops.attention import decode_splits, most_decode_splits
-from services.worker.execute.inputs import DecodeInputs, fed
-from services.worker.memory.copies import fill_from, to_device
+from services.worker.execute.inputs import fed
+from services.worker.execute.tables import DeviceTables
+from services.worker.memory.copies import fill_from
 from services.worker.models.decoder import DecodeRows, MixedRows
 from services.worker.models.spec import ModelSpec
 
@@ -118,30 +119,30 @@ def exact_buckets_upto(max_num_seqs: int) -> list[int]:
 
 
 class Graphs:
-    """Owns the buffers and the graphs. `last_tokens` int64 by slot, where token ids below 0 are looked up; `pages` is
-    the pool; `exact_only` leaves out those of steps that are not. One thread at a time calls it."""
+    """Owns the buffers and the graphs. `last_tokens` int64 by slot, where token ids below 0 are looked up; `tables` the
+    block tables; `pages` is the pool; `exact_only` leaves out those of steps that are not. One thread at a time calls
+    it."""
 
     def __init__(
         self,
         decoder: DecodeForward,
         pages: Tensor,
         last_tokens: Tensor,
+        tables: DeviceTables,
         capture: Capture,
         *,
         max_num_seqs: int,
         max_model_len: int,
-        block_size: int,
         exact_only: bool = False,
     ) -> None:
         self._decoder, self._pages, self._last_tokens, self._capture = decoder, pages, last_tokens, capture
+        self._tables = tables
         self._buckets = {True: exact_buckets_upto(max_num_seqs)}
         if not exact_only:
             self._buckets = {False: buckets_upto(max_num_seqs), **self._buckets}
         self._max_model_len = max_model_len
         device, room = pages.device, -(-max_num_seqs // 16) * 16  # so that each line begins at a multiple of 16 bytes
-        columns, groups = -(-max_model_len // block_size), decoder.num_groups
-        self._numbers = torch.zeros(3 + groups, room, dtype=torch.int64, device=device)
-        self._tables = torch.zeros(groups, max_num_seqs, -(-columns // 4) * 4, dtype=torch.int32, device=device)
+        self._numbers = torch.zeros(4 + decoder.num_groups, room, dtype=torch.int64, device=device)
         self._logits = torch.zeros(max_num_seqs, decoder.spec.vocab_size, dtype=torch.float32, device=device)
         self._room = SplitRoom(decoder.spec, max_model_len)
         self._replays: dict[tuple[int, bool], Replay] = {}
@@ -169,9 +170,9 @@ class Graphs:
             DecodeRows(
                 token_ids=fed(numbers[0], self._last_tokens),
                 positions=numbers[1],
-                slots=numbers[2:-1],
-                context_lens=numbers[-1].to(torch.int32),
-                block_tables=self._tables[:, :rows],
+                slots=numbers[2:-2],
+                context_lens=numbers[-2].to(torch.int32),
+                block_tables=self._tables.by_slot.index_select(1, numbers[-1]),
                 max_splits=self._room.splits(rows),
                 exact=exact,
             ),
@@ -179,23 +180,22 @@ class Graphs:
             self._logits[:rows],
         )
 
-    def take(self, inputs: DecodeInputs, exact: bool) -> Tensor | None:
-        """float32 logits [n, vocab] of the step, good until the next one; None for a step that no graph can hold."""
-        num_rows = inputs.numbers.shape[1]
+    def take(self, numbers: np.ndarray, exact: bool) -> Tensor | None:
+        """float32 logits [n, vocab] of the step of `inputs.gather_decode`, good until the next one; None for a step
+        that no graph can hold."""
+        num_rows = numbers.shape[1]
         rows = next((bucket for bucket in self._buckets.get(exact, ()) if bucket >= num_rows), None)
         if rows is None or (rows, exact) not in self._replays:
             return None
-        if not (exact or self._room.has_room(rows, inputs.numbers[-1])):
+        if not (exact or self._room.has_room(rows, numbers[-2])):
             return None
-        fill_from(self._numbers, self._padded(inputs.numbers))
-        tables = to_device(inputs.block_tables, self._pages.device)
-        self._tables[:, :num_rows, : tables.shape[2]].copy_(tables)
+        fill_from(self._numbers, self._padded(numbers))
         self._replays[rows, exact]()
         return self._logits[:num_rows]
 
     def _padded(self, numbers: np.ndarray) -> np.ndarray:
-        """Whole buffers' worth: behind the rows token and position 0, slots below 0 and a context of 0."""
+        """Whole buffers' worth: behind the rows token and position 0, slots below 0, a context of 0 and any table."""
         padded = np.zeros(self._numbers.shape, np.int64)
-        padded[2:-1] = -1
+        padded[2:-2] = -1
         padded[:, : numbers.shape[1]] = numbers
         return padded

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from services.worker.execute.slots import Slots
+from services.worker.execute.tables import Tables
 from services.worker.memory.copies import to_device
 from services.worker.models.decoder import StepBatch
 from services.worker.plan import StepPlan
@@ -32,13 +33,12 @@ class Inputs:
 @dataclass(slots=True, frozen=True)
 class Gathered:
     """The same as arrays: `numbers` int64 [2 + groups, tokens], token ids, positions and slots of K and V in each cache
-    group; `starts` int64 [rows + 1], `contexts` int64 [rows]; `block_tables` int32 [groups, rows, columns in use];
-    `logit_rows` int64."""
+    group; `starts` int64 [rows + 1]; `rows`, the slots, and `contexts` int64 [rows]; `logit_rows` int64."""
 
     numbers: Array
     starts: Array
+    rows: Array
     contexts: Array
-    block_tables: Array
     logit_rows: Array
     sampled_at: Array
     prompt_rows: tuple[tuple[int, int, int], ...]
@@ -62,8 +62,8 @@ def gather_arrays(slots: Slots, plan: StepPlan, describes_prompt: Array) -> Gath
     return Gathered(
         np.stack((token_ids, positions, *slots.kv_slots(slot_of_token, positions))),
         starts,
+        plan.slots,
         contexts,
-        slots.tables(plan.slots, int(contexts.max())),
         logit_rows,
         sampled_at,
         prompt_rows,
@@ -71,7 +71,7 @@ def gather_arrays(slots: Slots, plan: StepPlan, describes_prompt: Array) -> Gath
     )
 
 
-def inputs_of(gathered: Gathered, *, exact: bool, device: torch.device) -> Inputs:
+def inputs_of(gathered: Gathered, tables: Tables, *, exact: bool, device: torch.device) -> Inputs:
     """The batch lies on `device`."""
     numbers, num_tokens = gathered.numbers, gathered.numbers.shape[1]
     kv_slots = np.zeros(
@@ -84,7 +84,7 @@ def inputs_of(gathered: Gathered, *, exact: bool, device: torch.device) -> Input
         slots=to_device(kv_slots, device)[:, :num_tokens],
         query_starts=gathered.starts.tolist(),
         context_lens=gathered.contexts.tolist(),
-        block_tables=to_device(gathered.block_tables, device),
+        block_tables=tables.of(gathered.rows, int(gathered.contexts.max())),
         logit_rows=to_device(gathered.logit_rows, device),
         exact=exact,
     )
@@ -102,23 +102,13 @@ def is_decode(plan: StepPlan) -> bool:
     return bool(plan.samples.all() and (plan.counts == 1).all())
 
 
-@dataclass(slots=True, frozen=True)
-class DecodeInputs:
-    """What a pure decode step of n rows takes from the slots: `numbers` int64 [3 + groups, n], token ids (-1 - slot as
-    in Inputs), positions, slots of K and V in each cache group, contexts; `block_tables` int32 [groups, n, columns in
-    use]."""
-
-    numbers: Array
-    block_tables: Array
-
-
-def gather_decode(slots: Slots, plan: StepPlan) -> DecodeInputs:
-    """Reads the rows of a plan that `is_decode`."""
+def gather_decode(slots: Slots, plan: StepPlan) -> Array:
+    """What a plan of n rows that `is_decode` takes from the slots: int64 [4 + groups, n], token ids (-1 - slot as in
+    Inputs), positions, slots of K and V in each cache group, contexts, the rows' own slots."""
     rows = plan.slots
     positions = slots.computed[rows]
     token_ids = np.where(slots.unread[rows] > 0, -1 - rows, slots.tokens[rows, positions])
-    numbers = np.stack((token_ids, positions, *slots.kv_slots(rows, positions), positions + 1))
-    return DecodeInputs(numbers, slots.tables(rows, int(positions.max()) + 1))
+    return np.stack((token_ids, positions, *slots.kv_slots(rows, positions), positions + 1, rows))
 
 
 def _choose_logits(

@@ -14,7 +14,8 @@ from torch import Tensor
 from kernels.ops.attention import mixed_tiles
 from services.worker.execute.graphs import Capture, DecodeForward, Replay, SplitRoom
 from services.worker.execute.inputs import Gathered, fed
-from services.worker.memory.copies import fill_from, to_device
+from services.worker.execute.tables import DeviceTables
+from services.worker.memory.copies import fill_from
 from services.worker.models.decoder import MixedRows
 
 log = structlog.get_logger("graphs")
@@ -39,27 +40,26 @@ class MixedGraphs:
         decoder: DecodeForward,
         pages: Tensor,
         last_tokens: Tensor,
+        tables: DeviceTables,
         logits: Tensor,
         capture: Capture,
         *,
         max_num_seqs: int,
         max_num_tokens: int,
         max_model_len: int,
-        block_size: int,
     ) -> None:
         self._decoder, self._pages, self._last_tokens, self._capture = decoder, pages, last_tokens, capture
+        self._tables = tables
         self._logits, self._max_num_seqs = logits, max_num_seqs
         self._buckets = mixed_buckets(max_num_tokens)
         most = self._buckets[-1] if self._buckets else 0
         rows, device, groups = self._num_rows(most), pages.device, decoder.num_groups
         self._numbers = torch.zeros(2 + groups, most, dtype=torch.int64, device=device)
         self._logit_rows = torch.zeros(rows, dtype=torch.int64, device=device)
-        columns = -(-max_model_len // block_size)
-        self._tables = torch.zeros(groups, rows + 1, -(-columns // 4) * 4, dtype=torch.int32, device=device)
-        sizes = (rows + 2, rows + 1, rows, 2 * self._num_tiles(most))
+        sizes = (rows + 2, rows + 1, rows + 1, rows, 2 * self._num_tiles(most))
         self._parts = np.cumsum([0, *(-(-size // ALIGNED) * ALIGNED for size in sizes)])
         self._rows = torch.zeros(int(self._parts[-1]), dtype=torch.int32, device=device)
-        """query starts, contexts, decode rows, tiles: one copy brings them all."""
+        """query starts, contexts, the rows' slots, decode rows, tiles: one copy brings them all."""
         self._room = SplitRoom(decoder.spec, max_model_len)
         self._replays: dict[int, Replay] = {}
 
@@ -68,7 +68,7 @@ class MixedGraphs:
         """The largest first, so that the others find their memory there."""
         for bucket in reversed(self._buckets):
             empty, nothing = np.zeros(0, np.int64), np.zeros((self._numbers.shape[0], 0), np.int64)
-            self._fill(bucket, nothing, np.zeros(1, np.int64), empty, empty, [], empty)
+            self._fill(bucket, nothing, np.zeros(1, np.int64), empty, empty, empty, [], empty)
             self._replays[bucket] = self._capture.capture(lambda bucket=bucket: self._compute(bucket))  # type: ignore[misc]
         log.info("graphs_captured", kind="mixed", buckets=len(self._buckets))
 
@@ -86,9 +86,7 @@ class MixedGraphs:
         tiles = mixed_tiles(self._pages, counts.tolist(), step.contexts.tolist(), num_heads)
         if len(tiles) > self._num_tiles(bucket):
             return None
-        tables = to_device(step.block_tables, self._pages.device)
-        self._tables[:, : len(counts), : tables.shape[2]].copy_(tables)
-        self._fill(bucket, step.numbers, step.starts, step.contexts, decode_rows, tiles, step.logit_rows)
+        self._fill(bucket, step.numbers, step.starts, step.contexts, step.rows, decode_rows, tiles, step.logit_rows)
         self._replays[bucket]()
         return self._logits[: len(step.logit_rows)]
 
@@ -107,6 +105,7 @@ class MixedGraphs:
         numbers: np.ndarray,
         starts: np.ndarray,
         contexts: np.ndarray,
+        slots: np.ndarray,
         decode_rows: np.ndarray,
         tiles: list[tuple[int, int]],
         logit_rows: np.ndarray,
@@ -121,11 +120,12 @@ class MixedGraphs:
         wanted[: len(logit_rows)] = logit_rows
         fill_from(self._logit_rows, wanted)
         rows = np.full(self._rows.shape, padding_row, np.int32)
-        starts_at, contexts_at, decodes_at, tiles_at, end = self._parts
+        starts_at, contexts_at, slots_at, decodes_at, tiles_at, end = self._parts
         rows[starts_at:contexts_at] = num_tokens
         rows[starts_at : starts_at + len(starts)] = starts
         rows[contexts_at:decodes_at] = 0
         rows[contexts_at : contexts_at + num_rows] = contexts
+        rows[slots_at : slots_at + num_rows] = slots
         rows[decodes_at : decodes_at + len(decode_rows)] = decode_rows
         rows[tiles_at + 1 : end : 2] = 0
         if tiles:
@@ -136,7 +136,7 @@ class MixedGraphs:
         """The step as it is captured, on the beginning of each buffer."""
         rows = self._num_rows(bucket)
         numbers = self._numbers[:, :bucket]
-        starts_at, contexts_at, decodes_at, tiles_at, _ = self._parts.tolist()
+        starts_at, contexts_at, slots_at, decodes_at, tiles_at, _ = self._parts.tolist()
         self._decoder.compute_mixed(
             MixedRows(
                 token_ids=fed(numbers[0], self._last_tokens),
@@ -144,7 +144,7 @@ class MixedGraphs:
                 slots=numbers[2:],
                 query_starts=self._rows[starts_at : starts_at + rows + 2],
                 context_lens=self._rows[contexts_at : contexts_at + rows + 1],
-                block_tables=self._tables[:, : rows + 1],
+                block_tables=self._tables.by_slot.index_select(1, self._rows[slots_at : slots_at + rows + 1]),
                 tiles=self._rows[tiles_at : tiles_at + 2 * self._num_tiles(bucket)].view(-1, 2),
                 decode_rows=self._rows[decodes_at : decodes_at + rows],
                 logit_rows=self._logit_rows[:rows],

@@ -18,6 +18,7 @@ from services.worker.execute.graphs import Capture, DecodeForward, Graphs
 from services.worker.execute.inputs import Gathered, Inputs, fed, gather_arrays, gather_decode, inputs_of, is_decode
 from services.worker.execute.mixed_graphs import MixedGraphs
 from services.worker.execute.slots import Placed, Slots
+from services.worker.execute.tables import DeviceTables, HostTables
 from services.worker.memory.copies import Arrival, Copies, HostCopies, to_device
 from services.worker.models.decoder import StepBatch
 from services.worker.plan import NO_OUTPUT, ComputedStep, PendingStep, StepOutput, StepPlan
@@ -82,6 +83,7 @@ class Runner:
         self._deterministic = deterministic
         self._copies = copies or HostCopies()
         self._last_tokens = torch.zeros(slots.max_num_seqs, dtype=torch.int64, device=pages.device)
+        self._tables = DeviceTables(slots, pages.device) if self._copies.overlaps else HostTables(slots)
         self._begun: deque[BegunStep] = deque()
         self._graphs: Graphs | None = None
         self._mixed_graphs: MixedGraphs | None = None
@@ -124,6 +126,7 @@ class Runner:
             self._slots.admit(admit)
             self._sampler.admit(admit)
         self._slots.extend(plan)
+        self._tables.update()
         if len(plan.slots) == 0:
             return ComputedStep(NO_OUTPUT)
         begun = self._launch(plan)
@@ -145,15 +148,16 @@ class Runner:
     def capture_graphs(self, decoder: DecodeForward, capture: Capture, *, max_num_tokens: int = 0) -> None:
         """From here on pure decode steps are replayed from graphs, and small ones with prompt tokens that are not exact
         where steps may have up to `max_num_tokens`. `decoder` is the runner's own."""
-        slots = self._slots
+        slots, tables = self._slots, self._tables
+        assert isinstance(tables, DeviceTables), "graphs are for devices that compute on their own"
         graphs = Graphs(
             decoder,
             self._pages,
             self._last_tokens,
+            tables,
             capture,
             max_num_seqs=slots.max_num_seqs,
             max_model_len=slots.max_model_len,
-            block_size=slots.block_size,
             exact_only=self._deterministic,
         )
         graphs.capture_all()
@@ -164,12 +168,12 @@ class Runner:
             decoder,
             self._pages,
             self._last_tokens,
+            tables,
             graphs.logits,
             capture,
             max_num_seqs=slots.max_num_seqs,
             max_num_tokens=max_num_tokens,
             max_model_len=slots.max_model_len,
-            block_size=slots.block_size,
         )
         mixed.capture_all()
         self._mixed_graphs = mixed
@@ -205,7 +209,7 @@ class Runner:
         self, plan: StepPlan, gathered: Gathered, exact: bool
     ) -> tuple[Tensor, tuple[DescribedPrompt, ...]]:
         """The same, kernel by kernel."""
-        inputs = inputs_of(gathered, exact=exact, device=self._pages.device)
+        inputs = inputs_of(gathered, self._tables, exact=exact, device=self._pages.device)
         batch = inputs.batch
         if inputs.feeds:
             batch = replace(batch, token_ids=fed(batch.token_ids, self._last_tokens))

@@ -39,6 +39,7 @@ class Slots:
     """
 
     __slots__ = (
+        "_changes",
         "admissions",
         "block_size",
         "block_table",
@@ -83,8 +84,11 @@ class Slots:
         self.prompt_len = np.zeros(max_num_seqs, np.int64)
         self.unread = np.zeros(max_num_seqs, np.int64)
         self.admissions = np.zeros(max_num_seqs, np.int64)
+        self._changes: list[tuple[Array, Array]] | None = None
 
     def reset(self) -> None:
+        if self._changes is not None:
+            self._changes = []  # whoever has a slot next gets a table of its own
         self.known[:] = 0
         self.unread[:] = 0
         self.admissions += 1
@@ -98,6 +102,7 @@ class Slots:
         for group, table in enumerate(admit.tables):
             end = table.first + len(table.blocks)
             self.block_table[group, slot, table.first : end] = table.blocks
+            self._note(group, slot, np.arange(table.first, end), table.blocks)
             self.num_row_blocks[slot, group] = end
         self.computed[slot] = admit.computed
         self.known[slot] = known
@@ -177,7 +182,27 @@ class Slots:
         first = np.repeat(row_blocks.reshape(-1) - (np.cumsum(added) - added), added)
         owners = np.repeat(np.arange(len(added)), added)
         places = first + np.arange(len(plan.blocks))
-        self.block_table[owners % num_groups, plan.slots[owners // num_groups], places] = plan.blocks
+        groups, slots = owners % num_groups, plan.slots[owners // num_groups]
+        self.block_table[groups, slots, places] = plan.blocks
+        self._note(groups, slots, places, plan.blocks)
+
+    def note_table_changes(self) -> None:
+        """From here on what changes in the block tables is kept for `take_table_changes`."""
+        self._changes = []
+
+    def _note(self, groups: Array | int, slots: Array | int, places: Array, blocks: Array) -> None:
+        if self._changes is not None:
+            _, num_slots, columns = self.block_table.shape
+            self._changes.append(((groups * num_slots + slots) * columns + places, blocks))
+
+    def take_table_changes(self) -> tuple[Array, Array]:
+        """Since the last time: places int64 [n] in the flat `block_table`, each at most once a step, and their blocks
+        int32 [n]."""
+        changes, self._changes = self._changes or (), []
+        if not changes:
+            return np.zeros(0, np.int64), np.zeros(0, np.int32)
+        places, blocks = zip(*changes, strict=True)
+        return np.concatenate(places), np.concatenate(blocks).astype(np.int32, copy=False)
 
     def kv_slots(self, rows: Array, positions: Array) -> Array:
         """int64 [cache groups, n], contiguous, block * block_size + offset: where K and V of `positions` [n] stand, in
@@ -188,8 +213,12 @@ class Slots:
     def tables(self, rows: Array, longest: int) -> Array:
         """int32 [cache groups, rows, columns], contiguous: the block tables of the slots `rows` for contexts of up to
         `longest` tokens, and some more columns."""
+        return np.ascontiguousarray(self.block_table[:, rows, : self.table_columns(longest)])
+
+    def table_columns(self, longest: int) -> int:
+        """Columns of block tables for contexts of up to `longest` tokens."""
         blocks = -(-longest // self.block_size)
-        return np.ascontiguousarray(self.block_table[:, rows, : -(-blocks // ALIGNED) * ALIGNED])
+        return -(-blocks // ALIGNED) * ALIGNED
 
     def place(self, plan: StepPlan) -> Placed:
         """Once the step is begun: what it computes, and a place for one further token of each sampling row."""

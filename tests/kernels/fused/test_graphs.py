@@ -11,7 +11,7 @@ from kernels.ops import choice
 from services.worker import load
 from services.worker.execute import graphs, mixed_graphs
 from services.worker.execute.graphs import buckets_upto, exact_buckets_upto
-from services.worker.execute.inputs import DecodeInputs
+from services.worker.execute.runner import Runner
 from services.worker.memory.budget import Memory
 from services.worker.memory.layout import layout_of
 from services.worker.models.decoder import load_decoder
@@ -229,12 +229,7 @@ def test_contexts_beyond_the_room_for_attentions_work_run_eagerly(decoders, monk
     spec = decoder.spec
     monkeypatch.setattr(graphs, "MAX_PARTIAL_BYTES", 4 * 4 * spec.num_heads * (spec.head_dim + 2))
     held, _ = graphed(decoder)
-    inputs = [
-        DecodeInputs(
-            torch.tensor([[3, 3], [9, 9], [1, 9], contexts]).numpy(), torch.zeros(1, 2, 4, dtype=torch.int32).numpy()
-        )
-        for contexts in ([64, 192], [256, 256])
-    ]
+    inputs = [torch.tensor([[3, 3], [9, 9], [1, 9], contexts, [0, 1]]).numpy() for contexts in ([64, 192], [256, 256])]
     assert [held._graphs.take(each, exact=False) is not None for each in inputs] == [True, False]
 
 
@@ -262,8 +257,7 @@ def test_a_decode_step_takes_nine_kernels_a_layer(decoders, name, monkeypatch):
     decoder, started, start = decoders(name), [], launch._start
     held, _ = graphed(decoder)
     monkeypatch.setattr(launch, "_start", lambda kernel, *rest: started.append(kernel.__name__) or start(kernel, *rest))
-    numbers = torch.tensor([[3, 3], [9, 9], [1, 9], [64, 120]]).numpy()
-    held._graphs.take(DecodeInputs(numbers, torch.zeros(1, 2, 16, dtype=torch.int32).numpy()), exact=False)
+    held._graphs.take(torch.tensor([[3, 3], [9, 9], [1, 9], [64, 120], [0, 1]]).numpy(), exact=False)
     assert len(started) == 9 * decoder.spec.num_layers + 3, started
 
 
@@ -299,6 +293,7 @@ def test_the_rehearsal_goes_through_every_graph_and_leaves_none_when_the_rest_is
 
     monkeypatch.setattr(decoder, "compute_mixed", noted)
     monkeypatch.setattr(load, "uses_graphs", lambda *_: True)
+    monkeypatch.setattr(load, "Runner", lambda *args, **named: Runner(*args, **{**named, "copies": LateCopies()}))
     config = WorkerConfig(max_num_seqs=3, max_num_batched_tokens=40, max_model_len=64, block_size=8)
     layout = layout_of(decoder.spec, decoder.dtype, 8)
     gc.collect()
