@@ -6,12 +6,11 @@ of them per query are folded into the rows of a tile. Scores are kept in base 2;
 Prompt chunks: one program per tile of queries and KV head walks over all it may see. Decode rows: each context is cut
 into even splits, whose length follows from all contexts of the step; a fixed number of programs takes (row, split, KV
 head) in turn from a list that the device itself counts (`_count_splits_kernel`), so a CUDA graph can hold the launch. A
-program reads little before its first K, for each read that depends on another costs the latency of
-memory anew. It leaves the splits of a row behind without waiting for its stores; `_merge_kernel` adds them in their
-order. (Tickets, as linear.py draws them, would save that launch, but a program that waits for its stores computes
-nothing meanwhile: on an H200 that took 9 % longer, whatever the batch.) With `exact` decode rows are prompt chunks of
-one query: one kernel, one shape of tile, K and V in tiles at absolute positions; a query's bits then depend on nothing
-else in the step.
+program reads little before its first K, for each read that depends on another costs the latency of memory anew. It
+leaves the splits of a row behind without waiting for its stores; `_merge_kernel` adds them in their order. (Tickets, as
+linear.py draws them, would save that launch, but a program that waits for its stores computes nothing meanwhile.) With
+`exact` decode rows are prompt chunks of one query: one kernel, one shape of tile, K and V in tiles at absolute
+positions; a query's bits then depend on nothing else in the step.
 """
 
 import itertools
@@ -19,17 +18,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused.launch import capability, launch, next_power_of_2
+from kernels.fused.launch import capability, cdiv, launch, next_power_of_2
 
 SPLIT_PROGRAMS, LEAST_SPLIT, MOST_SPLIT = 264, 256, 1024
 """A context of a decode row is cut into even splits of about as many positions as give a step so many programs (two for
-each multiprocessor of an H200), within these bounds: fewer leave memory idle, more wait for one another's stores."""
+each multiprocessor of an H200), within these bounds, give or take a half: fewer leave memory idle, and each begins and
+ends with what it cannot overlap."""
 
 
 class Tile(NamedTuple):
@@ -221,17 +222,13 @@ def mixed_tiles(pool: Tensor, counts: list[int], context_lens: list[int], num_he
 
 def decode_splits(context_lens: Iterable[int], window: int | None, num_kv_heads: int) -> int:
     """See kernels.ops.attention. What `_count_splits_kernel` counts."""
-    columns = DECODE.columns
-    spans = [
-        context - (0 if window is None else max(context - window, 0) // columns * columns) for context in context_lens
-    ]
-    size = min(max(-(-sum(spans) * num_kv_heads // SPLIT_PROGRAMS), LEAST_SPLIT), MOST_SPLIT)
-    splits = 0
-    for span in spans:
-        pieces = max((span + size // 2) // size, 1)
-        length = max(triton.cdiv(triton.cdiv(span, pieces), columns) * columns, columns)
-        splits += max(triton.cdiv(span, length), 1)
-    return splits
+    columns, spans = DECODE.columns, np.fromiter(context_lens, np.int64)
+    if window is not None:
+        spans = spans - np.maximum(spans - window, 0) // columns * columns
+    size = min(max(cdiv(int(spans.sum()) * num_kv_heads, SPLIT_PROGRAMS), LEAST_SPLIT), MOST_SPLIT)
+    pieces = np.maximum((spans + size // 2) // size, 1)
+    lengths = np.maximum(((spans + pieces - 1) // pieces + columns - 1) // columns * columns, columns)
+    return int(np.maximum((spans + lengths - 1) // lengths, 1).sum())
 
 
 def most_decode_splits(rows: int, max_context: int, window: int | None, num_kv_heads: int) -> int:

@@ -369,13 +369,14 @@ def make_plan(weight: Weight, device: torch.device, table: Table | None = None) 
 
 
 def _exact_choices(weight: Weight, shared_bytes: int, device: torch.device) -> tuple[tuple[int, Choice], ...]:
-    """Large tiles on Hopper and Blackwell only: elsewhere their sums do not fit into the registers."""
+    """Large tiles on Hopper only, where their bits were compared: before it their sums do not fit into registers, and
+    Blackwell multiplies otherwise."""
     small, large = candidates.exact(weight, shared_bytes), candidates.exact_large(weight)
     spread, serial = (
         make_choice(weight, small, SPREAD_ROWS, device),
         make_choice(weight, small, 0, device, spread=False),
     )
-    if large is None or weight.dtype == "float32" or not 90 <= capability(device) < 120:
+    if large is None or weight.dtype == "float32" or not 90 <= capability(device) < 100:
         return ((SPREAD_ROWS, spread), (ANY_ROWS, serial))
     column_tiles = -(-weight.out_features // large.tile_columns)
     choices = [(SPREAD_ROWS, spread)]

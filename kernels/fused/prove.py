@@ -65,7 +65,8 @@ class Report:
         best without a spill 420; exact products of 2,048 rows whose K is cut take 0.84 of the next best's time."""
         prompts = self.kernel == "_prefill_kernel" and self.constants.get("rows") == str(attention.LARGE_PROMPT.rows)
         tile = tuple(int(self.constants.get(name, 0)) for name in ("block_m", "block_n"))
-        products = self.kernel == "_linear_kernel" and tile == candidates.EXACT_LARGE_SPLIT[:2]
+        serial = self.constants.get("split", "1") != "1" and self.constants.get("spread") == "False"
+        products = self.kernel == "_linear_kernel" and serial and tile == candidates.EXACT_LARGE_SPLIT[:2]
         usual = DESKTOP_SPILL if self.target == 120 else SPILL
         return LARGE_SPILL if prompts or products else FLOAT32_SPILL if self.float32 else usual
 

@@ -87,7 +87,7 @@ MIN_STEPS = 4
 """Steps of K in a part: fewer are over before the pipeline is full."""
 MAX_PARTIAL_BYTES = 64 * 2**20
 MAX_SPLIT_TILE = 128 * 128
-"""Elements (of both halves) of the largest tile whose K is split: adding the parts of a larger one spills registers."""
+"""Elements (of both halves) of the largest candidate whose K is split: adding the parts of a larger one spills."""
 SKINNY_ROWS = 64
 
 EXACT_TILES = {1: (64, 128, 64, 4, 4), 2: (64, 64, 64, 4, 4)}
@@ -169,7 +169,7 @@ def default(weight: Weight, bucket: int, shared_bytes: int = SHARED_BYTES) -> Co
 
 
 def exact(weight: Weight, shared_bytes: int = SHARED_BYTES) -> Config:
-    """The configuration of exact steps, whatever the number of rows.
+    """The configuration of exact steps, whatever the number of rows but for the size of the tile (`exact_large`).
 
     It follows from the weight alone, never from a table, so workers on other devices compute the same bits as far as
     their tensor cores do. The number of stages, which a small shared memory may lower, changes no bit.

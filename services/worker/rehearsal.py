@@ -60,8 +60,9 @@ def measure_steps(
         runner.capture_graphs(decoder, Called(), max_num_tokens=config.max_num_batched_tokens)
         runner.run(decode)
 
-    seqs, tokens = config.max_num_seqs, config.max_num_batched_tokens
-    num_graphs = len(buckets_upto(seqs)) + len(exact_buckets_upto(seqs)) + len(mixed_buckets(tokens))
+    num_graphs = len(exact_buckets_upto(config.max_num_seqs))
+    if not runner.is_exact:
+        num_graphs += len(buckets_upto(config.max_num_seqs)) + len(mixed_buckets(config.max_num_batched_tokens))
     return StepMemory(eager=eager, graphs=gauge.peak_of(replay) + GRAPH_BYTES * num_graphs)
 
 

@@ -139,7 +139,7 @@ def exact(bench: Bench) -> Figures:
 
 def exactness(bench: Bench) -> Figures:
     """Exact requests, each alone in its batch and then again among many: tokens and logprobs must be identical.
-    `preemptions`: samples that were put back into the queue meanwhile."""
+    `recomputed`: repeats that found nothing cached; `preemptions`: samples that went back into the queue meanwhile."""
     toy, begin = bench.device.dry, time.monotonic()
     before = _preemptions(bench)
     jobs = exact_requests.references(bench.vocab_size, toy=toy)
@@ -155,6 +155,8 @@ def exactness(bench: Bench) -> Figures:
             figures["error"] = f"{at_once} at once: {error}"
             break
         _compare(figures, at_once, [n for n, _ in mixed], answers, alone)
+    if not figures.get("recomputed"):
+        figures.setdefault("error", "no repeat computed its whole prompt again")
     if figures["mismatches"]:
         figures.setdefault("error", f"{figures['mismatches']} mismatches, the first: {figures['first_mismatch']}")
     return {**figures, "preemptions": _preemptions(bench) - before}
@@ -169,6 +171,7 @@ def _compare(figures: Figures, at_once: int, numbers: Sequence[int], answers: An
         figures.setdefault("first_mismatch", wrong[0][:500])
     figures["requests"] += len(asked)
     figures["mismatches"] += len(wrong)
+    figures["recomputed"] = figures.get("recomputed", 0) + sum(stream.cached_tokens == 0 for _, stream in asked)
     figures[f"{at_once}_at_once"] = {
         "requests": len(asked),
         "ordinary": len(numbers) - len(asked),

@@ -3,6 +3,8 @@
 import random
 from collections.abc import Sequence
 
+import msgspec
+
 from ops.bench.gpu.clients import Stream, draw_ids
 from ops.bench.workload import Job
 
@@ -20,14 +22,21 @@ def references(vocab_size: int, *, toy: bool) -> list[Job]:
 
 
 def wave(at_once: int, count: int, jobs: Sequence[Job], vocab_size: int, *, toy: bool) -> list[tuple[int, Job]]:
-    """`count` repeats of `jobs` among ordinary requests, shuffled: the number of its reference (-1: none) and each."""
+    """`count` repeats of `jobs` among ordinary requests, shuffled: the number of its reference (-1: none) and each.
+    Every other repeat has a salt of its own, so that it finds nothing cached and computes its prompt in what chunks its
+    neighbours leave it."""
     rng = random.Random(f"wave {at_once}")
     numbers = rng.choices(range(len(jobs)), k=count)
     seeds = [f"disturbing {at_once} {n}" for n in range(count // DISTURBING)]
     ordinary = [(-1, _job(seed, n, vocab_size, toy, exact=False)) for n, seed in enumerate(seeds)]
-    mixed = [*((n, jobs[n]) for n in numbers), *ordinary]
+    repeats = [(n, jobs[n] if i % 2 else _salted(jobs[n], f"{at_once} {i}")) for i, n in enumerate(numbers)]
+    mixed = [*repeats, *ordinary]
     rng.shuffle(mixed)
     return mixed
+
+
+def _salted(job: Job, salt: str) -> Job:
+    return msgspec.structs.replace(job, fields={**job.fields, "cache_salt": salt})
 
 
 def difference(found: Stream, reference: Stream) -> str:

@@ -1,4 +1,4 @@
-"""Pure decode steps as CUDA graphs: one launch from the host instead of some eight a layer.
+"""Pure decode steps as CUDA graphs: one launch from the host instead of some nine a layer.
 
 A graph is a fixed list of launches on fixed addresses. So there is one for each number of rows in `buckets_upto`, all
 on the same buffers, captured before the worker takes plans; a step fills the buffers, pads its rows to the next bucket
@@ -26,9 +26,9 @@ log = structlog.get_logger("graphs")
 
 FINE_STEP, FINE_ROWS, COARSE_STEP = 8, 256, 64
 FEWEST_EXACT_ROWS, EXACT_STEP = 16, 64
-"""Exact products are made in tiles of 64 rows, so finer buckets would save little."""
+"""Exact products are made in tiles of 64 rows and more, so finer buckets would save little."""
 MAX_PARTIAL_BYTES = 256 * 2**20
-"""Of attention's unfinished sums, float32, per cache group: at 32 heads of 128 room for 4 million tokens of context."""
+"""Of attention's unfinished sums, float32, per cache group: at 32 heads of 128 room for 16,000 splits."""
 WARM_UP_CALLS = 2
 """Before a capture: the first compiles kernels and makes handles, which no capture may do."""
 

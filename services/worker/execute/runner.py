@@ -89,6 +89,11 @@ class Runner:
         self._mixed_graphs: MixedGraphs | None = None
 
     @property
+    def is_exact(self) -> bool:
+        """Whether every step is."""
+        return self._deterministic
+
+    @property
     def vocab_size(self) -> int:
         return self._slots.vocab_size
 
