@@ -96,15 +96,18 @@ def test_the_worst_step_fills_the_budget_in_as_many_rows_as_there_may_be(
     assert (steps.eager, steps.graphs) == (2 * GIB, 0)
 
 
-def test_graphs_are_counted_beside_the_steps_that_no_graph_holds(decoder, monkeypatch):
+@pytest.mark.parametrize(("exact", "num_graphs"), [(True, 1), (False, 6)])
+def test_graphs_are_counted_beside_the_steps_that_no_graph_holds(exact, num_graphs, decoder, monkeypatch):
+    """Of steps that are all exact one for up to 4 rows; else three more, and two of up to 16 and 32 tokens."""
     captured = []
     config = WorkerConfig(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=64)
     runner = build_runner(config, decoder, layout_of(decoder.spec, decoder.dtype, 16), Size(1, 64))
+    monkeypatch.setattr(runner, "_deterministic", exact)
     monkeypatch.setattr(runner, "capture_graphs", lambda *arguments, **sizes: captured.append((*arguments, sizes)))
     steps = measure_steps(config, decoder, runner, FakeGauge(), max_model_len=64, with_graphs=True)
     assert len(captured) == 1
-    assert steps.graphs == 2 * GIB + 5 * GRAPH_BYTES
-    assert steps.total == 4 * GIB + 5 * GRAPH_BYTES
+    assert steps.graphs == 2 * GIB + num_graphs * GRAPH_BYTES
+    assert steps.total == 4 * GIB + num_graphs * GRAPH_BYTES
 
 
 def test_a_gpus_pool_takes_all_the_room_that_was_measured(decoder):
