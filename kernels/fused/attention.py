@@ -234,8 +234,8 @@ def decode_splits(context_lens: Iterable[int], window: int | None, num_kv_heads:
 def most_decode_splits(rows: int, max_context: int, window: int | None, num_kv_heads: int) -> int:
     """See kernels.ops.attention. A row has at least one split, and half of one more than its span holds."""
     span = max_context if window is None else min(max_context, window + DECODE.columns)
-    by_size = max(-(-SPLIT_PROGRAMS // num_kv_heads), -(-rows * span // MOST_SPLIT))
-    return rows + min(by_size, -(-rows * span // LEAST_SPLIT))
+    by_size = max(cdiv(SPLIT_PROGRAMS, num_kv_heads), cdiv(rows * span, MOST_SPLIT))
+    return rows + min(by_size, cdiv(rows * span, LEAST_SPLIT))
 
 
 def count_splits(plan: AttentionPlan, num_kv_heads: int) -> None:

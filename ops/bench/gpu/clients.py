@@ -89,9 +89,9 @@ class Clients:
         """All jobs at once, or `at_once` of them; streams in the order of their jobs. Raises RuntimeError where one
         fails or the time is up."""
         at_once = min(at_once or len(jobs), len(jobs))
-        count = min(self._count, at_once)
+        shares = self.shares(at_once)
+        count = len(shares)
         begin_s = time.perf_counter() + (HEAD_START_S if count > 1 else 0.0)
-        shares = _shares(at_once, count)
         orders = [(address, list(jobs[n::count]), begin_s, limit_s, share) for n, share in enumerate(shares)]
         done: list[tuple[list[Stream], float]] = self.call(drive, orders, limit_s)
         streams = [Stream() for _ in jobs]
@@ -107,7 +107,8 @@ class Clients:
 
     def shares(self, at_once: int) -> list[int]:
         """So many requests at once, split among the processes."""
-        return _shares(at_once, min(self._count, at_once))
+        count = min(self._count, at_once)
+        return [at_once // count + (n < at_once % count) for n in range(count)]
 
     def call(self, function: Callable[..., Any], orders: Sequence[tuple[Any, ...]], limit_s: float) -> list[Any]:
         """What `function` returns of each order, which is one process's. Raises RuntimeError where one hangs."""
@@ -119,10 +120,6 @@ class Clients:
             self._pool = self._start()
             raise RuntimeError(f"the clients hung for {limit_s + GRACE_S:.0f} s") from None
         return done
-
-
-def _shares(total: int, count: int) -> list[int]:
-    return [total // count + (n < total % count) for n in range(count)]
 
 
 def drive(address: str, jobs: list[Job], begin_s: float, limit_s: float, at_once: int) -> tuple[list[Stream], float]:
